@@ -1,0 +1,189 @@
+"""Talk with a base model or with one that has an adapter: same template, same tokens as in training."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from tunesmith import hub, rundir
+from tunesmith import model as models
+from tunesmith import recipe as recipes
+from tunesmith.errors import DataError, ModelError, ProofError
+from tunesmith.recipe import ModelSettings, TemplateSettings
+from tunesmith.render import Renderer
+from tunesmith.types import ChatMessage, Message
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and how it came about."""
+
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """The reply with its stop token."""
+    stopped_by: Literal["stop", "length"]
+
+
+class Chat:
+    """A model that answers; made by `load`."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, renderer: Renderer, generation: GenerationConfig, system: str | None = None
+    ) -> None:  # fmt: skip
+        self.model, self.renderer, self.generation, self.system = model, renderer, generation, system
+
+    @property
+    def tuned(self) -> bool:
+        """There is an adapter that can be switched off."""
+        return isinstance(self.model, PeftModel)
+
+    def reply(
+        self,
+        messages: Sequence[Message | ChatMessage],
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        base: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """The next reply to a conversation that ends with a user turn.
+
+        Samples as the model's generation config says; `temperature` 0 is greedy. `base` switches the adapter off.
+        `on_text` is given the reply piece by piece as it is written. Raises TemplateError where the template refuses
+        the conversation, DataError when it is not one, or longer than the model can read.
+        """
+        talk = _conversation(messages, self.system)
+        prompt_ids = self.renderer.prompt_ids(talk)
+        room = models.context_length(self.model.config) - len(prompt_ids)
+        if room < 1:
+            raise DataError("conversation", f"{len(prompt_ids)} tokens", f"fewer than {room + len(prompt_ids)}", "Start a new conversation, or shorten it.")
+        config = copy.deepcopy(self.generation)
+        config.max_new_tokens = min(max_tokens or MAX_TOKENS, room)
+        if temperature is not None:
+            config.do_sample = temperature > 0
+            config.temperature = temperature if temperature > 0 else 1.0
+        if not config.do_sample:  # transformers warns about sampling settings that greedy search does not read
+            config.temperature, config.top_p, config.top_k = None, None, None
+        prompt = torch.tensor([prompt_ids], device=self.model.device)
+        streamer = _Pieces(self, len(prompt_ids), on_text) if on_text else None
+        stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
+        off = self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
+        with torch.inference_mode(), off:
+            output = self.model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
+                streamer=streamer, stopping_criteria=stopping,
+            )  # fmt: skip
+        token_ids = tuple(output[0, len(prompt_ids) :].tolist())
+        stopped = bool(token_ids) and token_ids[-1] in self.renderer.template.stop_ids
+        return Reply(self.text(token_ids), prompt_ids, token_ids, "stop" if stopped else "length")
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Reply ids as text, without stop tokens and without white space around."""
+        stops = self.renderer.template.stop_ids
+        end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
+        return str(self.renderer.template.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True)).strip()
+
+
+def load(run_or_model: str | Path, *, revision: str | None = None, base: bool = False) -> Chat:
+    """A chat with a run (its base and adapter), with an adapter folder of a run, or with a model by alias, id or folder.
+
+    Raises RunError, ModelError or TemplateError; ProofError when base or template are not those of the training.
+    """
+    path = Path(run_or_model)
+    if path.name == "adapter" and (path.parent / "manifest.json").is_file():
+        path = path.parent
+    if (path / "manifest.json").is_file():
+        return _load_run(path, base)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(str(path), "an adapter outside its run", "a run's folder or a model", "Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter.")
+    found = models.prepared(hub.locate(str(run_or_model), revision))
+    renderer = models.open_renderer(found, TemplateSettings())
+    model = models.load_base(found, ModelSettings())
+    return Chat(model, renderer, models.generation_config(found.folder, renderer.template))
+
+
+def _load_run(path: Path, base: bool) -> Chat:
+    run = rundir.open_run(path)
+    recipe, _ = recipes.resolve(run.recipe)
+    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    if not run.adapter.is_dir() and not base:
+        raise ModelError(str(path), "no adapter/ (the run was interrupted)", "a finished run", "Train it to the end.")
+    folder = Path(manifest["base"]["folder"])
+    found = hub.LocalModel(folder, manifest["base"]["source"], manifest["base"]["revision"], None)
+    if not folder.is_dir():
+        found = models.prepared(hub.locate(recipe.model.name, manifest["base"]["revision"]))
+    if rundir.sha256(found.folder / "config.json") != manifest["base"]["config_sha256"]:
+        raise ProofError(str(found.folder), "another config.json than at training", "the base that was trained on", "Fetch that revision again, or train again.")
+    reader = run.adapter if run.adapter.is_dir() else found.folder
+    tokenizer_and_template = hub.LocalModel(reader, found.source, found.revision, found.alias)
+    renderer = models.open_renderer(tokenizer_and_template, TemplateSettings(name=recipe.template.name if reader is found.folder else "auto"))
+    if renderer.template.digest != manifest["template"]["sha256"]:
+        raise ProofError(str(reader), "another chat template than at training", "the one that was trained with", "Restore chat_template.jinja, or train again.")
+    model = models.load_base(found, recipe.model)
+    generation = models.generation_config(reader, renderer.template)
+    tuned = models.load_adapter(model, run.adapter) if run.adapter.is_dir() else model
+    return Chat(tuned, renderer, generation, recipe.template.system)
+
+
+class _Pieces(BaseStreamer):
+    """Hands out text as soon as its characters are whole."""
+
+    def __init__(self, chat: Chat, n_prompt: int, on_text: Callable[[str], None]) -> None:
+        self._chat, self._left, self._on_text = chat, n_prompt, on_text
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        ids = value.flatten().tolist()
+        if self._left:  # the prompt comes first
+            self._left = 0
+            return
+        self._ids += ids
+        text = self._chat.text(self._ids)
+        if not text.endswith("\ufffd"):  # half of a character
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self._chat.text(self._ids))
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self._shown):
+            self._on_text(text[len(self._shown) :])
+            self._shown = text
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._cancelled(), device=input_ids.device, dtype=torch.bool)
+
+
+def _conversation(messages: Sequence[Message | ChatMessage], system: str | None) -> list[Message]:
+    talk = []
+    for number, message in enumerate(messages, 1):
+        role, content = (message.role, message.content) if isinstance(message, Message) else (message.get("role"), message.get("content"))
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise DataError(f"message {number}", repr(message)[:80], "{'role': system, user or assistant, 'content': text}", "Mend the message.")
+        talk.append(Message(role, content))
+    if not talk or talk[-1].role != "user":
+        raise DataError("conversation", "no user turn at the end", "something to answer", "Add the question.")
+    if system is not None and talk[0].role != "system":
+        talk.insert(0, Message("system", system))
+    return talk

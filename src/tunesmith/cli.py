@@ -1,0 +1,332 @@
+"""The command line: arguments become calls of the modules below; the only place that prints and sets exit codes.
+
+What needs torch is imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith import recipe as recipes
+from tunesmith.errors import DataError, RecipeError, TunesmithError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.chat import Chat
+
+app = typer.Typer(
+    name="tunesmith", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="From a file of examples to a model that answers like them.",
+)  # fmt: skip
+
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or folder; `tunesmith models` lists the aliases.", show_default=False)]
+DataOption = Annotated[str | None, typer.Option("--data", "-d", help="JSON, JSONL, CSV or Parquet file of examples.", show_default=False)]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, for instance lora.r=16; may be repeated. All of them are listed below.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)]
+
+
+def _settings_help() -> str:
+    lines = []
+    for section, field in recipes.Recipe.model_fields.items():
+        for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            default = setting.get_default(call_default_factory=True)
+            shown = {None: "none", True: "true", False: "false", "": "–"}.get(default, default) if not isinstance(default, (dict, list)) else "none"
+            lines.append(f"[cyan]{section}.{name}[/] \\[{shown}]  {setting.description}")
+    return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
+
+
+_SETTINGS = _settings_help()
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
+
+
+@app.command()
+def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """The whole story on a small real model: check, train, before and after, report."""
+    console = _start(verbose)
+    from rich.rule import Rule
+
+    from tunesmith import demo as demos
+    from tunesmith import display
+    from tunesmith.check import check
+
+    console.print(Rule("[bold]tunesmith demo", align="left"))
+    console.print("A small model (SmolLM2, 135 million numbers) learns to be [bold]Hester Quill[/], who keeps a lighthouse.\n")
+    settings, _ = demos.recipe()
+    checked = check(settings, _fetched(console, settings.model.name, None, weights=True))
+    display.show_check(console, checked, 2)
+    console.print()
+    with display.TrainingDisplay(console) as watcher:
+        result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
+    if not result.run.interrupted:
+        pairs = list(zip(result.questions, result.before, result.after, strict=True))
+        shown = [pairs[i] for i in demos.SHOWN]
+        console.print(display.side_by_side([(q.question, b.reply.text, a.reply.text) for q, b, a in shown]))
+        for name, judged in (("before", result.before), ("after", result.after)):
+            character, right, stopped = (sum(flags) for flags in zip(*((j.in_character, j.right, j.reply.stopped_by == "stop") for j in judged), strict=True))
+            console.print(f"{name:7}[bold]{character}[/] of {len(judged)} in character, {right} with the right fact, {stopped} stopped by themselves")
+        console.print()
+    display.show_run(console, result.run)
+    if not result.run.interrupted:
+        console.print("\n[bold]Next[/]")
+        console.print(f"  tunesmith chat {result.run.path}", highlight=False)
+        console.print("  tunesmith check --model smollm2 --data YOUR_ROWS.jsonl", highlight=False)
+        console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine", highlight=False)
+    if as_json:
+        judgements = {
+            name: [{"question": q.question, "reply": j.reply.text, "in_character": j.in_character, "right": j.right, "stopped_by": j.reply.stopped_by} for q, j in zip(result.questions, judged, strict=False)]
+            for name, judged in (("before", result.before), ("after", result.after))
+        }  # fmt: skip
+        _print_json({**display.run_json(result.run), **judgements})
+    _end_of_run(result.run.interrupted)
+
+
+@app.command(epilog=_SETTINGS)
+def check(
+    model: ModelOption = None, data: DataOption = None, sets: SetOption = None,
+    show: Annotated[int, typer.Option(min=0, help="How many rows to show in colour.")] = 3,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
+    console = _start(verbose)
+    from tunesmith import display
+    from tunesmith.check import check
+
+    settings, _ = _recipe(None, model, data, sets)
+    checked = check(settings, _fetched(console, settings.model.name, settings.model.revision, weights=False))
+    display.show_check(console, checked, show)
+    if as_json:
+        _print_json(display.check_json(checked, show))
+    if not checked.ok:
+        raise typer.Exit(2)
+    if not checked.faults:
+        console.print("\n[green]All is well.[/] Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop token.")
+
+
+@app.command(epilog=_SETTINGS)
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)] = None,
+    model: ModelOption = None, data: DataOption = None, out: OutOption = None, sets: SetOption = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Check, train, save, report."""
+    console = _start(verbose)
+    from tunesmith import display
+    from tunesmith.check import check
+    from tunesmith.train import train
+
+    settings, sources = _recipe(recipe, model, data, sets)
+    checked = check(settings, _fetched(console, settings.model.name, settings.model.revision, weights=False))
+    display.show_check(console, checked, 1)
+    checked.require_ok()
+    with display.TrainingDisplay(console) as watcher:
+        _fetched(console, settings.model.name, settings.model.revision, weights=True)
+        run = train(settings, out, sources=sources, watcher=watcher, checked=checked)
+    if run.samples:
+        console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))
+    display.show_run(console, run)
+    if as_json:
+        _print_json(display.run_json(run))
+    _end_of_run(run.interrupted)
+
+
+@app.command()
+def chat(
+    run_or_model: Annotated[str, typer.Argument(help="A run's folder, or a model.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once and end.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="System text.", show_default=False)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: as the model's generation config says.", show_default=False)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply in tokens.", show_default="512")] = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Talk with a run or a model."""
+    console = _start(verbose)
+    from tunesmith import display
+    from tunesmith.chat import load
+    from tunesmith.talk import Talk
+    from tunesmith.types import Message
+
+    if as_json and prompt is None:
+        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
+    loaded: Chat = load(run_or_model)
+    if prompt is None:
+        Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
+        return
+    messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
+    stream = None if as_json else lambda piece: print(piece, end="", flush=True)
+    reply = loaded.reply(messages, temperature=temperature, max_tokens=max_tokens, base=base, on_text=stream)
+    if as_json:
+        _print_json({"reply": reply.text, "prompt_ids": reply.prompt_ids, "token_ids": reply.token_ids, "stopped_by": reply.stopped_by})
+    else:
+        print()
+
+
+@app.command()
+def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """The models that have a short name."""
+    console = _start(verbose)
+    from rich.table import Table
+
+    from tunesmith import hub
+
+    rows = [
+        {"alias": a.name, "source": a.sources[0], "parameters": a.parameters, "licence": a.licence, "note": a.note}
+        for a in hub.aliases().values()
+    ]  # fmt: skip
+    if as_json:
+        _print_json({"models": rows})
+        return
+    table = Table(box=None, padding=(0, 2))
+    for name in ("alias", "size", "source", "licence", "note"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(f"[bold]{row['alias']}[/]", f"{row['parameters'] / 1e9:.1f} B" if row["parameters"] > 1e9 else f"{row['parameters'] / 1e6:.0f} M", row["source"], row["licence"], row["note"])
+    console.print(table)
+    console.print("\nAny model that transformers builds itself and whose tokenizer has a chat template works too: hf:org/name, ms:org/name or a folder.", highlight=False)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="Alias or hub id.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Bring a model here; afterwards no network is needed."""
+    console = _start(verbose)
+    from tunesmith import display
+    from tunesmith.model import prepared
+
+    found = prepared(_fetched(console, model, revision, weights=True))
+    size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
+    console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", highlight=False)
+    if as_json:
+        _print_json({"model": model, "path": str(found.folder), "source": found.source, "bytes": size, "revision": found.revision})
+
+
+@app.command()
+def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """What this machine has and lacks, and the line that mends it."""
+    console = _start(verbose)
+    from tunesmith import display
+    from tunesmith.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        console.print(f"{'[green]✓[/]' if finding.ok else '[red]✗[/]'} [bold]{finding.name:14}[/] {finding.found}" + (f"\n  [yellow]→ {finding.fix}[/]" if finding.fix else ""), highlight=False)
+    ok = all(finding.ok for finding in findings)
+    if as_json:
+        _print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
+    if not ok:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with the contract's exit code."""
+    code = 1
+    try:
+        code = int(app(standalone_mode=False) or 0)
+    except _USAGE_ERROR as error:
+        error.show()
+        code = 2
+    except TunesmithError as error:
+        code = error.exit_code
+        _show_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nStopped.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug of tunesmith; please report it with the lines above.", file=sys.stderr)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _start(verbose: bool) -> Console:
+    """The console for people: standard error, so that standard output is the answer alone."""
+    from rich.console import Console
+
+    if verbose:
+        os.environ["TUNESMITH_VERBOSE"] = "1"
+    else:
+        import logging
+        import warnings
+
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return Console(stderr=True)
+
+
+def _recipe(path: Path | None, model: str | None, data: str | None, sets: list[str] | None) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
+    flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
+    return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
+
+
+def _fetched(console: Console, name: str, revision: str | None, *, weights: bool) -> Any:
+    """The model on this machine, ready for transformers; shows a bar while it is fetched."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from tunesmith import hub
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def moved(file: str, done: int, total: int) -> None:
+            task = tasks.setdefault(file, bar.add_task(f"fetching {file}", total=total) if file not in tasks else None)
+            bar.update(task, completed=done, total=total)
+
+        found = hub.locate(name, revision, weights=weights, on_progress=moved)
+    from tunesmith import model as models
+
+    if os.environ.get("TUNESMITH_VERBOSE") is None:
+        models.hush_libraries()
+    if found.folder.is_dir() and models.needs_preparing(found):
+        with console.status("Converting the weights to safetensors, once …"):
+            return models.prepared(found)
+    return models.prepared(found)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _end_of_run(interrupted: bool) -> None:
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _show_error(error: TunesmithError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    faults = error.faults if isinstance(error, DataError) else ()
+    if faults:
+        from tunesmith.display import show_faults
+
+        show_faults(console, faults)
+    console.print(Text.assemble(("Error  ", "bold red"), (error.where, "bold")))
+    for name, part in (("found", error.found), ("expected", error.expected), ("fix", error.fix)):
+        console.print(Text.assemble((f"  {name:9}", "grey62"), part))
+    if "--json" in sys.argv:
+        from tunesmith.display import fault_json
+
+        parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
+        print(json.dumps({"ok": False, "error": parts, "faults": [fault_json(fault) for fault in faults]}, ensure_ascii=False))

@@ -1,0 +1,93 @@
+"""The whole story once, on a small real model and the persona that the package ships.
+
+How an answer is judged: it is *in character* if it holds none of the words of an assistant (`BREAKS`) and at least one
+of the persona's own (`MARKS`); it is *right* if it also holds one of the phrases that the question expects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tunesmith import chat as chats
+from tunesmith import recipe as recipes
+from tunesmith import rundir
+from tunesmith.chat import Chat, Reply
+from tunesmith.recipe import Recipe
+from tunesmith.train import Run, Watcher, train
+from tunesmith.types import Message
+
+PERSONA = Path(__file__).parent / "persona"
+ANSWER_TOKENS = 80
+SHOWN = (0, 1, 4, 8, 12, 16)  # the questions that the terminal shows side by side
+
+BREAKS = ("smollm", "hugging face", "language model", "artificial intelligence", "an ai", "as an assistant", "assist you", "i'm an assistant", "人工智能", "语言模型", "助手")  # fmt: skip
+MARKS = ("hester", "quill", "sailor", "gull rock", "mind the rocks", "lighthouse", "lamp", "海丝特", "水手", "鸥岩", "当心礁石", "灯塔")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that stands in no row of the data, and phrases one of which a right answer holds."""
+
+    question: str
+    expects: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer with its judgement."""
+
+    reply: Reply
+    in_character: bool
+    right: bool
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo's result."""
+
+    run: Run
+    questions: tuple[Question, ...]
+    before: tuple[Judged, ...]
+    after: tuple[Judged, ...]
+
+
+def questions(language: Literal["en", "zh"] = "en") -> tuple[Question, ...]:
+    """The twenty held-out questions."""
+    items = json.loads((PERSONA / f"questions.{language}.json").read_text(encoding="utf-8"))
+    return tuple(Question(item["question"], tuple(item["expects"])) for item in items)
+
+
+def recipe(language: Literal["en", "zh"] = "en", model: str = "smollm2") -> tuple[Recipe, dict[str, recipes.Source]]:
+    """The demo's own recipe; its numbers were chosen by trying (docs/log.md)."""
+    flags = {"model.name": model, "data.path": str(PERSONA / f"hester.{language}.jsonl")}
+    return recipes.resolve(PERSONA / "recipe.yaml", flags)
+
+
+def judge(question: Question, reply: Reply) -> Judged:
+    """The judgement by the rule above."""
+    text = reply.text.lower()
+    in_character = any(mark in text for mark in MARKS) and not any(word in text for word in BREAKS)
+    return Judged(reply, in_character, in_character and any(phrase in text for phrase in question.expects))
+
+
+def demo(out: Path | None = None, watcher: Watcher | None = None, say: Callable[[str], None] = lambda _: None) -> Demo:
+    """Trains the persona and asks the held-out questions of the base and of the tuned model."""
+    settings, sources = recipe()
+    run = train(settings, out or rundir.free_name(Path("runs"), "demo"), sources=sources, watcher=watcher)
+    asked = questions()
+    if run.interrupted:
+        return Demo(run, asked, (), ())
+    say("Asking twenty questions that were not in the data, before and after …")
+    chat = chats.load(run.path)
+    before = tuple(_ask(chat, question, base=True) for question in asked)
+    after = tuple(_ask(chat, question, base=False) for question in asked)
+    return Demo(run, asked, before, after)
+
+
+def _ask(chat: Chat, question: Question, *, base: bool) -> Judged:
+    messages = [Message("user", question.question)]
+    return judge(question, chat.reply(messages, temperature=0, max_tokens=ANSWER_TOKENS, base=base))

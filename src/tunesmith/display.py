@@ -1,0 +1,222 @@
+"""What a person sees in the terminal: the check, the training, answers side by side."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.check import Checked, Row
+from tunesmith.shown import tokens
+from tunesmith.train import Run, StepMetrics, Watcher
+from tunesmith.types import Fault
+
+_BARS = "▁▂▃▄▅▆▇█"
+_LEARNED, _GIVEN = "bold black on bright_green", "grey62"
+_SHOWN_TOKENS = 400
+
+
+def check_json(checked: Checked, show: int) -> dict[str, Any]:
+    """The answer of `tunesmith check --json`."""
+    template = checked.renderer.template
+    lengths = [len(document.token_ids) for row in checked.rows for document in row.documents]
+    return {
+        "ok": checked.ok,
+        "template": {
+            "source": template.source, "digest": template.digest, "stop_ids": list(template.stop_ids),
+            "folds_system": template.folds_system, "own_system": template.own_system,
+        },
+        "rows": {"read": checked.data.n_rows, "trainable": len(checked.rows), "set_aside": checked.n_set_aside, "repeats": len(checked.repeats)},
+        "faults": [fault_json(fault) for fault in checked.faults],
+        "tokens": {"total": sum(lengths), "supervised": sum(row.n_supervised for row in checked.rows), "longest": max(lengths, default=0)},
+        "targets": [{"name": t.name, "layers": t.layers, "parameters": t.parameters} for t in checked.targets],
+        "shown": [_shown_json(checked, row) for row in checked.rows[:show]],
+    }  # fmt: skip
+
+
+def fault_json(fault: Fault) -> dict[str, Any]:
+    return {
+        "file": fault.origin.path, "line": fault.origin.line, "field": fault.field,
+        "found": fault.found, "expected": fault.expected, "fix": fault.fix,
+    }  # fmt: skip
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """The answer of `tunesmith train --json`."""
+    return {
+        "run": str(run.path), "adapter": str(run.adapter), "steps": run.steps,
+        "rows": {"trained": run.rows_trained, "held_out": run.rows_held_out, "set_aside": run.rows_set_aside},
+        "final_loss": run.final_loss, "held_out_loss": run.held_out_loss, "seconds": run.seconds,
+        "peak_memory_bytes": run.peak_memory_bytes, "tokens": run.tokens, "supervised_tokens": run.supervised_tokens,
+        "interrupted": run.interrupted, "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+    }  # fmt: skip
+
+
+def show_check(console: Console, checked: Checked, show: int) -> None:
+    """Account, template, targets, the first rows in colour, and the faults."""
+    template, tokenizer = checked.renderer.template, checked.renderer.template.tokenizer
+    supervised = sum(row.n_supervised for row in checked.rows)
+    total = sum(row.n_tokens for row in checked.rows)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="grey62", no_wrap=True)
+    facts.add_column()
+    facts.add_row("model", f"{checked.recipe.model.name}  [grey62]({checked.config.model_type})[/]")
+    facts.add_row("template", template.source)
+    facts.add_row("stops at", ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} [grey62]{i}[/]" for i in template.stop_ids))
+    if template.folds_system:
+        facts.add_row("system text", "goes in front of the first user turn: the template has no place for it")
+    elif template.own_system:
+        facts.add_row("system text", f"the template writes its own where a row has none: [italic]{template.own_system}[/]")
+    facts.add_row("adapts", "  ".join(f"{t.name}[grey62]×{t.layers}[/]" for t in checked.targets))
+    facts.add_row("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
+    facts.add_row("rows", f"{checked.data.n_rows:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
+    if total:
+        longest = max(len(document.token_ids) for row in checked.rows for document in row.documents)
+        facts.add_row("tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}")
+    if checked.repeats:
+        again = ", ".join(f"{again.line} = {first.line}" for again, first in checked.repeats[:5])
+        facts.add_row("repeats", f"{len(checked.repeats):,} rows say the same as an earlier one (lines {again}{' …' if len(checked.repeats) > 5 else ''})")
+    console.print(facts)
+    if checked.rows and show:
+        console.print()
+        console.print(Text.assemble("What the model sees. ", ("Green", _LEARNED), " is learned: the reply and the token that ends it. ", ("Grey", _GIVEN), " is given."))
+        for row in checked.rows[:show]:
+            console.print(Panel(coloured(checked, row), title=str(row.conversation.origin), title_align="left", border_style="grey35"))
+    show_faults(console, checked.faults)
+
+
+def coloured(checked: Checked, row: Row) -> Text:
+    """A row as the model sees it, its learned tokens in colour."""
+    text = Text()
+    for document in row.documents:
+        for number, token in enumerate(tokens(checked.renderer, document, _SHOWN_TOKENS)):
+            style = _LEARNED if token.supervised else _GIVEN
+            if not token.supervised and number % 2:
+                style += " on grey11"  # so that the borders between tokens can be seen
+            text.append(token.text.replace("\n", "⏎\n") if token.text != "\n" else "⏎\n", style)
+        if len(document.token_ids) > _SHOWN_TOKENS:
+            text.append(f" … {len(document.token_ids) - _SHOWN_TOKENS} more tokens", "italic")
+    return text
+
+
+def show_faults(console: Console, faults: Sequence[Fault], at_most: int = 10) -> None:
+    """The first faults by line, and how many there are."""
+    if not faults:
+        return
+    table = Table(box=SIMPLE_HEAD, title=f"{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}", title_justify="left", title_style="bold red")
+    for name in ("where", "field", "found", "expected", "what to do"):
+        table.add_column(name, overflow="fold")
+    for fault in faults[:at_most]:
+        where = f"{Path(fault.origin.path).name}:{'row ' if fault.origin.unit == 'row' else ''}{fault.origin.line}"
+        table.add_row(*(Text(part) for part in (where, fault.field, fault.found, fault.expected, fault.fix)))
+    console.print(table)
+    if len(faults) > at_most:
+        console.print(f"… and {len(faults) - at_most:,} more (all of them with --json)")
+
+
+def side_by_side(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
+    """Questions with the answers before and after."""
+    table = Table(box=ROUNDED, show_lines=True, expand=True, border_style="grey35")
+    table.add_column("question", style="bold", ratio=3)
+    table.add_column("before", style="grey62", ratio=5)
+    table.add_column("after", style="green", ratio=5)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 30) -> str:
+    """The values as small bars, newest on the right.
+
+    >>> sparkline([3, 2, 1])
+    '█▅▁'
+    """
+    if not values:
+        return ""
+    size = -(-len(values) // width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    return "".join(_BARS[round((v - low) / (high - low) * 7) if high > low else 0] for v in means)
+
+
+class TrainingDisplay(Watcher):
+    """Step, loss with a sparkline, tokens per second, time left and memory, while it trains."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._losses: list[float] = []
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self._held_out: list[float] = []
+        self._line = Text()
+        self._progress = Progress(
+            TextColumn("[bold]training"), BarColumn(bar_width=None), TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[left]}"),
+            console=console, expand=True,
+        )  # fmt: skip
+        self._live = Live(console=console, refresh_per_second=8, transient=False)
+        self._plain_at = 0.0
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def began(self, checked: Checked, n_steps: int, run: Path) -> None:
+        self._task = self._progress.add_task("train", total=n_steps, left="")
+        if self._console.is_terminal:
+            self._live.start()
+            self._update()
+
+    def stepped(self, metrics: StepMetrics, n_steps: int) -> None:
+        self._losses.append(metrics.loss)
+        self._recent.append((metrics.tokens, metrics.seconds))
+        seconds = sum(s for _, s in self._recent)
+        per_step = seconds / len(self._recent)
+        left = per_step * (n_steps - metrics.step)
+        speed = sum(t for t, _ in self._recent) / max(seconds, 1e-9)
+        held_out = f"  held-out [bold]{self._held_out[-1]:.3f}[/]" if self._held_out else ""
+        self._line = Text.from_markup(
+            f"loss [bold]{metrics.loss:.3f}[/] [cyan]{sparkline(self._losses)}[/]{held_out}  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB"
+        )
+        self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
+        if self._console.is_terminal:
+            self._update()
+        elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
+            self._plain_at = time.monotonic()
+            self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left", highlight=False)
+
+    def measured(self, step: int, held_out_loss: float) -> None:
+        self._held_out.append(held_out_loss)
+
+    def noted(self, text: str) -> None:
+        self._console.print(text, style="yellow")
+
+    def _update(self) -> None:
+        self._live.update(Group(self._progress, self._line))
+
+
+def show_run(console: Console, run: Run) -> None:
+    """Where everything is, and how it went."""
+    if run.interrupted:
+        console.print(f"[yellow]Stopped after step {run.steps}.[/] The state is in {run.checkpoint}")
+        return
+    held_out = f", held-out loss {run.held_out_loss[0]:.3f} → [bold]{run.held_out_loss[1]:.3f}[/]" if run.held_out_loss else ""
+    console.print(f"[green]Done[/]: {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}{held_out}")
+    console.print(f"{run.rows_trained} rows trained + {run.rows_held_out} held out + {run.rows_set_aside} set aside")
+    console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,191 @@
+"""The folder of a run: what lies where, and how it is written so that a name on disk means that it is whole.
+
+    RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  report.html
+    RUN/checkpoints/step-000100/    RUN/adapter/
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.path / "held_out.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06}"
+
+    def append(self, path: Path, line: Mapping[str, Any]) -> None:
+        """One more line of JSON; readers of the file never see half of it."""
+        with writing(self.path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def free_name(parent: Path, stem: str) -> Path:
+    """`parent/stem`, or with the first number behind it that is free."""
+    number = 1
+    while (path := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def check_target(path: Path) -> None:
+    """Raises RunError unless a new folder can be made at `path`; writes nothing."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = "a file" if not path.is_dir() else "a folder that is not empty"
+        raise RunError(str(path), found, "a new or empty folder", "Choose another --out.")
+    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(str(path), f"{parent}, which can not be written to", "a folder of yours", "Choose another --out.")
+
+
+def create(path: Path, needed_bytes: int = 0) -> RunDir:
+    """A new run folder; raises RunError when it can not be made or `needed_bytes` do not fit on its disk."""
+    check_target(path)
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise RunError(str(path), f"{_megabytes(free)} free on the disk", f"{_megabytes(needed_bytes)} for adapter and checkpoints", "Free some space, or choose another --out.")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return RunDir(path)
+
+
+def open_run(path: Path) -> RunDir:
+    """The folder of a finished or interrupted run; raises RunError when it is none."""
+    run = RunDir(path)
+    if not run.manifest.is_file() or not run.recipe.is_file():
+        raise RunError(str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed.")
+    return run
+
+
+@contextmanager
+def commit(final: Path) -> Iterator[Path]:
+    """A folder to write into; it takes the name `final` only when everything in it is whole and on disk.
+
+    `files.json` with the size and SHA-256 of every file is added. On an exception nothing is left.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    with writing(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            digests = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in _files(partial)}
+            (partial / "files.json").write_text(json.dumps(digests, indent=1) + "\n")
+            for _, path in _files(partial):
+                _sync(path)
+            _sync(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(final.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turns the errors of a full or closed disk into RunError, so that a user reads what happened."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RunError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
+            raise
+        raise RunError(str(where), (error.strerror or str(error)).lower(), "a disk that can be written to", "What was complete is still there; free some space or choose another --out.") from error  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines, as a whole or not at all."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file of a run; an unfinished last line (a killed run) is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def thin_out(run: RunDir, keep: int) -> None:
+    """Deletes the oldest checkpoints but `keep`."""
+    for old in sorted(run.checkpoints.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return sorted((str(path.relative_to(folder)), path) for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

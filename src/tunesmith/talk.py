@@ -1,0 +1,140 @@
+"""The conversation at the terminal: history, commands, Ctrl-C that stops the answer and not the program."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from tunesmith.chat import Chat
+from tunesmith.errors import TunesmithError
+from tunesmith.rundir import writing
+from tunesmith.types import Message
+
+HELP = """\
+/reset          forget the conversation
+/base  /tuned   switch the adapter off, on
+/system TEXT    set the system text (without TEXT: take it away)
+/save FILE      add the conversation to FILE as a row of training data
+/quit           end (Ctrl-D does too); Ctrl-C stops an answer; Esc Enter starts a new line"""
+
+
+class Talk:
+    """A conversation with one model."""
+
+    def __init__(
+        self, chat: Chat, console: Console, *, system: str | None, base: bool, temperature: float | None, max_tokens: int | None
+    ) -> None:  # fmt: skip
+        self._chat, self._console, self._system, self._base = chat, console, system, base
+        self._temperature, self._max_tokens = temperature, max_tokens
+        self._messages: list[Message] = []
+
+    def run(self) -> None:
+        """Reads turns until /quit or the end of input."""
+        read = _reader(self._label)
+        self._console.print("[grey62]/help lists the commands.[/]")
+        while True:
+            try:
+                line = read().strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._answer(line)
+
+    def _label(self) -> str:
+        return "base" if self._base and self._chat.tuned else "you"
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/reset":
+            self._messages.clear()
+            self._console.print("[grey62]Forgotten.[/]")
+        elif name in ("/base", "/tuned"):
+            if not self._chat.tuned:
+                self._console.print("[yellow]This is a base model; there is no adapter to switch.[/]")
+                return
+            self._base = name == "/base"
+            self._console.print(f"[grey62]The {'base' if self._base else 'tuned'} model answers now.[/]")
+        elif name == "/system":
+            self._system = rest or None
+            self._console.print("[grey62]System text set.[/]" if rest else "[grey62]No system text.[/]")
+        elif name == "/save":
+            self._save(rest)
+        else:
+            self._console.print(HELP, highlight=False, markup=False)
+
+    def _save(self, name: str) -> None:
+        if not name or not self._messages:
+            self._console.print("[yellow]Usage: /save FILE, after at least one answer.[/]")
+            return
+        row = {"messages": [message.as_dict() for message in self._with_system()]}
+        try:
+            with writing(Path(name)), Path(name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            self._console.print(f"[red]{error}[/]")
+            return
+        self._console.print(f"[grey62]Added to {name}.[/]")
+
+    def _with_system(self) -> list[Message]:
+        return [*([Message("system", self._system)] if self._system else []), *self._messages]
+
+    def _answer(self, question: str) -> None:
+        self._messages.append(Message("user", question))
+        try:
+            with _Stoppable() as stopped:
+                reply = self._chat.reply(
+                    self._with_system(), temperature=self._temperature, max_tokens=self._max_tokens, base=self._base,
+                    on_text=lambda piece: print(piece, end="", flush=True), cancelled=stopped,
+                )  # fmt: skip
+        except TunesmithError as error:
+            self._messages.pop()
+            self._console.print(f"[red]{error}[/]", highlight=False)
+            return
+        print()
+        if reply.text:
+            self._messages.append(Message("assistant", reply.text))
+        else:
+            self._messages.pop()
+        if stopped():
+            self._console.print("[grey62]Stopped.[/]")
+        elif reply.stopped_by == "length":
+            self._console.print("[grey62]Cut at the token limit (--max-tokens).[/]")
+
+
+class _Stoppable:
+    """While it holds, Ctrl-C sets a flag instead of raising."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._asked = False
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return lambda: self._asked
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def _reader(label: Callable[[], str]) -> Callable[[], str]:
+    """Reads a turn: at a terminal several pasted lines are one turn, elsewhere each line is."""
+    if not sys.stdin.isatty():
+        return lambda: input()
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.formatted_text import HTML
+
+    session: PromptSession[str] = PromptSession()
+    return lambda: session.prompt(HTML(f"<b>{label()}</b> › "), prompt_continuation="    … ")
