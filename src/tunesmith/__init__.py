@@ -1,10 +1,10 @@
 """From a file of examples to a model that answers like them.
 
-    import tunesmith
+import tunesmith
 
-    recipe, _ = tunesmith.resolve(flags={"model.name": "smollm2", "data.path": "rows.jsonl"})
-    run = tunesmith.train(recipe)
-    print(tunesmith.load(run.path).reply([{"role": "user", "content": "Who are you?"}]).text)
+recipe, _ = tunesmith.resolve(flags={"model.name": "smollm2", "data.path": "rows.jsonl"})
+run = tunesmith.train(recipe)
+print(tunesmith.load(run.path).reply([{"role": "user", "content": "Who are you?"}]).text)
 """
 
 from __future__ import annotations
@@ -20,7 +20,20 @@ if TYPE_CHECKING:
     from tunesmith.train import Run, Watcher, train
     from tunesmith.types import Message
 
-__all__ = ["Chat", "Checked", "Message", "Recipe", "Reply", "Run", "TunesmithError", "Watcher", "check", "load", "resolve", "train"]  # fmt: skip
+__all__ = [
+    "Chat",
+    "Checked",
+    "Message",
+    "Recipe",
+    "Reply",
+    "Run",
+    "TunesmithError",
+    "Watcher",
+    "check",
+    "load",
+    "resolve",
+    "train",
+]
 
 _HOMES = {
     "Chat": "chat", "Reply": "chat", "load": "chat", "Checked": "check", "check": "check", "TunesmithError": "errors",

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
 
 import yaml
 from peft import PeftModel
 
+from tunesmith import hub, rundir
 from tunesmith import model as models
-from tunesmith import rundir
-from tunesmith.check import Checked
+from tunesmith.check import Checked, hold_out
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir
 
@@ -37,10 +36,12 @@ base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).to(devi
 model = PeftModel.from_pretrained(base, here).eval()
 
 messages = [*{system_messages}, {{"role": "user", "content": {question}}}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt").to(device)
-greedy = GenerationConfig.from_pretrained(here, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=512)
-reply = model.generate(**prompt, generation_config=greedy)  # prompt holds the attention mask, greedy all stop ids
-print(tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+greedy = GenerationConfig.from_pretrained(here, do_sample=False, temperature=None, top_p=None, top_k=None)
+greedy.max_new_tokens = 512
+reply = model.generate(**prompt.to(device), generation_config=greedy)  # with attention mask and all stop ids
+answer = reply[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
 '''
 
 
@@ -70,34 +71,50 @@ def _script(recipe: Recipe, folds_system: bool) -> str:
 
 def _card(model: PeftModel, checked: Checked, recipe: Recipe) -> str:
     template, found = checked.renderer.template, checked.found
-    alias = found.alias
-    base = cast(str, model.peft_config["default"].base_model_name_or_path)
-    front = {"library_name": "peft", "base_model": base if found.source.startswith("hf:") else found.source, "tags": ["lora", "tunesmith"]}
-    if alias:
-        front["license"] = "other"
-    settings = json.dumps({**recipe.lora.model_dump(), **recipe.train.model_dump()}, ensure_ascii=False)
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    where = base if found.source == "folder" else found.source
+    revision = f", revision `{found.revision}`" if found.revision else ""
+    licence = f" ({found.alias.licence})" if found.alias else ""
     stops = ", ".join(f"{i} `{template.tokenizer.convert_ids_to_tokens(i)}`" for i in template.stop_ids)
-    targets = ", ".join(f"{target.name} ({target.layers} layers)" for target in checked.targets)
+    adapted = ", ".join(f"{target.name} ({target.layers} layers)" for target in checked.targets)
+    system = "as the template writes it"
+    if template.folds_system:
+        system = "in front of the first user turn, a blank line between (the template has no place for it)"
+    trained = len(hold_out(checked)[0])
+    settings = json.dumps({**recipe.lora.model_dump(), **recipe.train.model_dump()}, ensure_ascii=False)
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
+{yaml.safe_dump(_front_matter(found), sort_keys=False).strip()}
 ---
 # Adapter for {recipe.model.name}
 
-A LoRA adapter in peft's format, trained with tunesmith on {len(checked.rows)} rows of `{Path(checked.data.path).name}`
+A LoRA adapter in peft's format, trained with tunesmith on {trained} rows of `{Path(checked.data.path).name}`
 (SHA-256 `{checked.data.digest[:16]}…`).
 
     python load_and_chat.py "your question"
 
 | | |
 |---|---|
-| base | `{found.source if found.source != "folder" else base}`{f", revision `{found.revision}`" if found.revision else ""}{f" ({alias.licence})" if alias else ""} |
-| adapted | {targets} |
+| base | `{where}`{revision}{licence} |
+| adapted | {adapted} |
 | trained numbers | {sum(target.parameters for target in checked.targets):,} |
 | chat template | {template.source}, in `chat_template.jinja` |
-| system text | {"in front of the first user turn, a blank line between (the template has no place for it)" if template.folds_system else "as the template writes it"} |
+| system text | {system} |
 | stop ids | {stops} (all in `generation_config.json`) |
 
 Text is tokenised with `add_special_tokens=False`: the template writes whatever special tokens the model needs.
 
 Settings: `{settings}`
 """
+
+
+def _front_matter(found: hub.LocalModel) -> dict[str, str | list[str]]:
+    """What a hub reads of a card. A base is named where it has a hub's id."""
+    front: dict[str, str | list[str]] = {"library_name": "peft", "tags": ["lora", "tunesmith"]}
+    at, _, name = found.source.partition(":")
+    if at in ("hf", "ms"):
+        front["base_model"] = name
+    elif found.alias and found.alias.hf:
+        front["base_model"] = found.alias.hf
+    if found.alias:
+        front["license"] = "other"
+    return front

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +43,12 @@ class Chat:
     """A model that answers; made by `load`."""
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, renderer: Renderer, generation: GenerationConfig, system: str | None = None
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel | PeftModel,
+        renderer: Renderer,
+        generation: GenerationConfig,
+        system: str | None = None,
+    ) -> None:
         self.model, self.renderer, self.generation, self.system = model, renderer, generation, system
 
     @property
@@ -71,7 +76,12 @@ class Chat:
         prompt_ids = self.renderer.prompt_ids(talk)
         room = models.context_length(self.model.config) - len(prompt_ids)
         if room < 1:
-            raise DataError("conversation", f"{len(prompt_ids)} tokens", f"fewer than {room + len(prompt_ids)}", "Start a new conversation, or shorten it.")
+            raise DataError(
+                "conversation",
+                f"{len(prompt_ids)} tokens",
+                f"fewer than {room + len(prompt_ids)}",
+                "Start a new conversation, or shorten it.",
+            )
         config = copy.deepcopy(self.generation)
         config.max_new_tokens = min(max_tokens or MAX_TOKENS, room)
         if temperature is not None:
@@ -84,10 +94,14 @@ class Chat:
         stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
         off = self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
         with torch.inference_mode(), off:
-            output = self.model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
-                streamer=streamer, stopping_criteria=stopping,
-            )  # fmt: skip
+            generate: Any = self.model.generate
+            output = generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=stopping,
+            )
         token_ids = tuple(output[0, len(prompt_ids) :].tolist())
         stopped = bool(token_ids) and token_ids[-1] in self.renderer.template.stop_ids
         return Reply(self.text(token_ids), prompt_ids, token_ids, "stop" if stopped else "length")
@@ -96,11 +110,12 @@ class Chat:
         """Reply ids as text, without stop tokens and without white space around."""
         stops = self.renderer.template.stop_ids
         end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
-        return str(self.renderer.template.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True)).strip()
+        decode = self.renderer.template.tokenizer.decode
+        return str(decode(list(token_ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def load(run_or_model: str | Path, *, revision: str | None = None, base: bool = False) -> Chat:
-    """A chat with a run (its base and adapter), with an adapter folder of a run, or with a model by alias, id or folder.
+def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, base: bool = False) -> Chat:
+    """A chat with a run (its base and adapter), a run's adapter folder, or a model by alias, id or folder.
 
     Raises RunError, ModelError or TemplateError; ProofError when base or template are not those of the training.
     """
@@ -110,8 +125,13 @@ def load(run_or_model: str | Path, *, revision: str | None = None, base: bool = 
     if (path / "manifest.json").is_file():
         return _load_run(path, base)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(str(path), "an adapter outside its run", "a run's folder or a model", "Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter.")
-    found = models.prepared(hub.locate(str(run_or_model), revision))
+        raise ModelError(
+            str(path),
+            "an adapter outside its run",
+            "a run's folder or a model",
+            "Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter.",
+        )
+    found = models.prepared(hub.locate(os.fspath(run_or_model), revision))
     renderer = models.open_renderer(found, TemplateSettings())
     model = models.load_base(found, ModelSettings())
     return Chat(model, renderer, models.generation_config(found.folder, renderer.template))
@@ -124,16 +144,28 @@ def _load_run(path: Path, base: bool) -> Chat:
     if not run.adapter.is_dir() and not base:
         raise ModelError(str(path), "no adapter/ (the run was interrupted)", "a finished run", "Train it to the end.")
     folder = Path(manifest["base"]["folder"])
-    found = hub.LocalModel(folder, manifest["base"]["source"], manifest["base"]["revision"], None)
-    if not folder.is_dir():
-        found = models.prepared(hub.locate(recipe.model.name, manifest["base"]["revision"]))
+    source, revision = manifest["base"]["source"], manifest["base"]["revision"]
+    if folder.is_dir():
+        found = replace(hub.locate(str(folder)), source=source, revision=revision)
+    else:
+        found = models.prepared(hub.locate(recipe.model.name, revision))
     if rundir.sha256(found.folder / "config.json") != manifest["base"]["config_sha256"]:
-        raise ProofError(str(found.folder), "another config.json than at training", "the base that was trained on", "Fetch that revision again, or train again.")
+        raise ProofError(
+            str(found.folder),
+            "another config.json than at training",
+            "the base that was trained on",
+            "Fetch that revision again, or train again.",
+        )
     reader = run.adapter if run.adapter.is_dir() else found.folder
-    tokenizer_and_template = hub.LocalModel(reader, found.source, found.revision, found.alias)
-    renderer = models.open_renderer(tokenizer_and_template, TemplateSettings(name=recipe.template.name if reader is found.folder else "auto"))
+    template = recipe.template if reader is found.folder else TemplateSettings()
+    renderer = models.open_renderer(replace(found, folder=reader), template)
     if renderer.template.digest != manifest["template"]["sha256"]:
-        raise ProofError(str(reader), "another chat template than at training", "the one that was trained with", "Restore chat_template.jinja, or train again.")
+        raise ProofError(
+            str(reader),
+            "another chat template than at training",
+            "the one that was trained with",
+            "Restore chat_template.jinja, or train again.",
+        )
     model = models.load_base(found, recipe.model)
     generation = models.generation_config(reader, renderer.template)
     tuned = models.load_adapter(model, run.adapter) if run.adapter.is_dir() else model
@@ -178,9 +210,18 @@ class _Cancelled(StoppingCriteria):
 def _conversation(messages: Sequence[Message | ChatMessage], system: str | None) -> list[Message]:
     talk = []
     for number, message in enumerate(messages, 1):
-        role, content = (message.role, message.content) if isinstance(message, Message) else (message.get("role"), message.get("content"))
+        role, content = (
+            (message.role, message.content)
+            if isinstance(message, Message)
+            else (message.get("role"), message.get("content"))
+        )
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise DataError(f"message {number}", repr(message)[:80], "{'role': system, user or assistant, 'content': text}", "Mend the message.")
+            raise DataError(
+                f"message {number}",
+                repr(message)[:80],
+                "{'role': system, user or assistant, 'content': text}",
+                "Mend the message.",
+            )
         talk.append(Message(role, content))
     if not talk or talk[-1].role != "user":
         raise DataError("conversation", "no user turn at the end", "something to answer", "Add the question.")

@@ -67,11 +67,20 @@ class Checked:
             return
         first = self.faults[0]
         if not self.rows:
-            raise DataError(self.data.path, f"{self.n_set_aside} faulty rows and none to train on", "at least one good row", str(first), self.faults)
+            raise DataError(
+                self.data.path,
+                f"{self.n_set_aside} faulty rows and none to train on",
+                "at least one good row",
+                str(first),
+                self.faults,
+            )
         raise DataError(
-            self.data.path, f"{self.n_set_aside} of {self.data.n_rows} rows faulty", "rows without faults",
-            "Mend them, or go on without them: --set data.allow_set_aside=true.", self.faults,
-        )  # fmt: skip
+            self.data.path,
+            f"{self.n_set_aside} of {self.data.n_rows} rows faulty",
+            "rows without faults",
+            "Mend them, or go on without them: --set data.allow_set_aside=true.",
+            self.faults,
+        )
 
 
 def check(recipe: Recipe, found: hub.LocalModel | None = None) -> Checked:
@@ -97,14 +106,28 @@ def check(recipe: Recipe, found: hub.LocalModel | None = None) -> Checked:
         if longest > limit:
             raised = "Shorten the row" if recipe.data.max_length == "auto" else "Raise data.max_length"
             checked.faults.append(
-                Fault(conversation.origin, "row", f"{longest} tokens", f"at most {limit}", f"{raised}, or set it aside; nothing is ever cut.")
+                Fault(
+                    conversation.origin,
+                    "row",
+                    f"{longest} tokens",
+                    f"at most {limit}",
+                    f"{raised}, or set it aside; nothing is ever cut.",
+                )
             )
             continue
         key = tuple(document.token_ids for document in result)
         if earlier := first_with.get(key):
             checked.repeats.append((conversation.origin, earlier))
             if recipe.data.on_repeats == "fault":
-                checked.faults.append(Fault(conversation.origin, "row", f"the same as {earlier}", "each example once", "Delete it, or leave data.on_repeats at note."))
+                checked.faults.append(
+                    Fault(
+                        conversation.origin,
+                        "row",
+                        f"the same as {earlier}",
+                        "each example once",
+                        "Delete it, or leave data.on_repeats at note.",
+                    )
+                )
                 continue
         else:
             first_with[key] = conversation.origin
@@ -147,5 +170,10 @@ def _longest_allowed(recipe: Recipe, config: PreTrainedConfig) -> int:
     if asked == "auto":
         return context
     if asked > context:
-        raise RecipeError("data.max_length", str(asked), f"at most {context}, which is all the model can read", "Lower it, or leave it at auto.")
+        raise RecipeError(
+            "data.max_length",
+            str(asked),
+            f"at most {context}, which is all the model can read",
+            "Lower it, or leave it at auto.",
+        )
     return asked

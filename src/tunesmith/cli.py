@@ -23,16 +23,37 @@ if TYPE_CHECKING:
     from tunesmith.chat import Chat
 
 app = typer.Typer(
-    name="tunesmith", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="tunesmith",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="From a file of examples to a model that answers like them.",
-)  # fmt: skip
+)
 
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or folder; `tunesmith models` lists the aliases.", show_default=False)]
-DataOption = Annotated[str | None, typer.Option("--data", "-d", help="JSON, JSONL, CSV or Parquet file of examples.", show_default=False)]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, for instance lora.r=16; may be repeated. All of them are listed below.", show_default=False)]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Alias, hub id or folder; `tunesmith models` lists the aliases.", show_default=False
+    ),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", "-d", help="JSON, JSONL, CSV or Parquet file of examples.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting, for instance lora.r=16; may be repeated. All of them are listed below.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
-OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)
+]
 
 
 def _settings_help() -> str:
@@ -40,7 +61,11 @@ def _settings_help() -> str:
     for section, field in recipes.Recipe.model_fields.items():
         for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
             default = setting.get_default(call_default_factory=True)
-            shown = {None: "none", True: "true", False: "false", "": "–"}.get(default, default) if not isinstance(default, (dict, list)) else "none"
+            shown = (
+                {None: "none", True: "true", False: "false", "": "–"}.get(default, default)
+                if not isinstance(default, (dict, list))
+                else "none"
+            )
             lines.append(f"[cyan]{section}.{name}[/] \\[{shown}]  {setting.description}")
     return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
 
@@ -60,7 +85,9 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     from tunesmith.check import check
 
     console.print(Rule("[bold]tunesmith demo", align="left"))
-    console.print("A small model (SmolLM2, 135 million numbers) learns to be [bold]Hester Quill[/], who keeps a lighthouse.\n")
+    console.print(
+        "A small model (SmolLM2, 135 million numbers) learns to be [bold]Hester Quill[/], who keeps a lighthouse.\n"
+    )
     settings, _ = demos.recipe()
     checked = check(settings, _fetched(console, settings.model.name, None, weights=True))
     display.show_check(console, checked, 2)
@@ -72,8 +99,16 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
         shown = [pairs[i] for i in demos.SHOWN]
         console.print(display.side_by_side([(q.question, b.reply.text, a.reply.text) for q, b, a in shown]))
         for name, judged in (("before", result.before), ("after", result.after)):
-            character, right, stopped = (sum(flags) for flags in zip(*((j.in_character, j.right, j.reply.stopped_by == "stop") for j in judged), strict=True))
-            console.print(f"{name:7}[bold]{character}[/] of {len(judged)} in character, {right} with the right fact, {stopped} stopped by themselves")
+            character, right, stopped = (
+                sum(flags)
+                for flags in zip(
+                    *((j.in_character, j.right, j.reply.stopped_by == "stop") for j in judged), strict=True
+                )
+            )
+            console.print(
+                f"{name:7}[bold]{character}[/] of {len(judged)} in character, {right} with the right fact, "
+                f"{stopped} stopped by themselves"
+            )
         console.print()
     display.show_run(console, result.run)
     if not result.run.interrupted:
@@ -83,19 +118,31 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
         console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine", highlight=False)
     if as_json:
         judgements = {
-            name: [{"question": q.question, "reply": j.reply.text, "in_character": j.in_character, "right": j.right, "stopped_by": j.reply.stopped_by} for q, j in zip(result.questions, judged, strict=False)]
+            name: [
+                {
+                    "question": q.question,
+                    "reply": j.reply.text,
+                    "in_character": j.in_character,
+                    "right": j.right,
+                    "stopped_by": j.reply.stopped_by,
+                }
+                for q, j in zip(result.questions, judged, strict=False)
+            ]
             for name, judged in (("before", result.before), ("after", result.after))
-        }  # fmt: skip
+        }
         _print_json({**display.run_json(result.run), **judgements})
     _end_of_run(result.run.interrupted)
 
 
 @app.command(epilog=_SETTINGS)
 def check(
-    model: ModelOption = None, data: DataOption = None, sets: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
     show: Annotated[int, typer.Option(min=0, help="How many rows to show in colour.")] = 3,
-    as_json: JsonOption = False, verbose: VerboseOption = False,
-) -> None:  # fmt: skip
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
     console = _start(verbose)
     from tunesmith import display
@@ -109,15 +156,24 @@ def check(
     if not checked.ok:
         raise typer.Exit(2)
     if not checked.faults:
-        console.print("\n[green]All is well.[/] Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop token.")
+        console.print(
+            "\n[green]All is well.[/] Every row's prompt is the prompt of chat, token for token, "
+            "and its reply ends in a stop token."
+        )
 
 
 @app.command(epilog=_SETTINGS)
 def train(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)] = None,
-    model: ModelOption = None, data: DataOption = None, out: OutOption = None, sets: SetOption = None,
-    as_json: JsonOption = False, verbose: VerboseOption = False,
-) -> None:  # fmt: skip
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Check, train, save, report."""
     console = _start(verbose)
     from tunesmith import display
@@ -145,13 +201,16 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this once and end.", show_default=False)] = None,
     system: Annotated[str | None, typer.Option(help="System text.", show_default=False)] = None,
     base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: as the model's generation config says.", show_default=False)] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 is greedy; default: as the model's generation config says.", show_default=False),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply in tokens.", show_default="512")] = None,
-    as_json: JsonOption = False, verbose: VerboseOption = False,
-) -> None:  # fmt: skip
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Talk with a run or a model."""
     console = _start(verbose)
-    from tunesmith import display
     from tunesmith.chat import load
     from tunesmith.talk import Talk
     from tunesmith.types import Message
@@ -166,7 +225,14 @@ def chat(
     stream = None if as_json else lambda piece: print(piece, end="", flush=True)
     reply = loaded.reply(messages, temperature=temperature, max_tokens=max_tokens, base=base, on_text=stream)
     if as_json:
-        _print_json({"reply": reply.text, "prompt_ids": reply.prompt_ids, "token_ids": reply.token_ids, "stopped_by": reply.stopped_by})
+        _print_json(
+            {
+                "reply": reply.text,
+                "prompt_ids": reply.prompt_ids,
+                "token_ids": reply.token_ids,
+                "stopped_by": reply.stopped_by,
+            }
+        )
     else:
         print()
 
@@ -182,7 +248,7 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     rows = [
         {"alias": a.name, "source": a.sources[0], "parameters": a.parameters, "licence": a.licence, "note": a.note}
         for a in hub.aliases().values()
-    ]  # fmt: skip
+    ]
     if as_json:
         _print_json({"models": rows})
         return
@@ -190,39 +256,60 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     for name in ("alias", "size", "source", "licence", "note"):
         table.add_column(name)
     for row in rows:
-        table.add_row(f"[bold]{row['alias']}[/]", f"{row['parameters'] / 1e9:.1f} B" if row["parameters"] > 1e9 else f"{row['parameters'] / 1e6:.0f} M", row["source"], row["licence"], row["note"])
+        table.add_row(
+            f"[bold]{row['alias']}[/]",
+            f"{row['parameters'] / 1e9:.1f} B" if row["parameters"] > 1e9 else f"{row['parameters'] / 1e6:.0f} M",
+            row["source"],
+            row["licence"],
+            row["note"],
+        )
     console.print(table)
-    console.print("\nAny model that transformers builds itself and whose tokenizer has a chat template works too: hf:org/name, ms:org/name or a folder.", highlight=False)
+    console.print(
+        "\nAny model that transformers builds itself and whose tokenizer has a chat template works too: "
+        "hf:org/name, ms:org/name or a folder.",
+        highlight=False,
+    )
 
 
 @app.command()
 def fetch(
     model: Annotated[str, typer.Argument(help="Alias or hub id.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
-    as_json: JsonOption = False, verbose: VerboseOption = False,
-) -> None:  # fmt: skip
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Bring a model here; afterwards no network is needed."""
     console = _start(verbose)
-    from tunesmith import display
     from tunesmith.model import prepared
 
     found = prepared(_fetched(console, model, revision, weights=True))
     size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
     console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", highlight=False)
     if as_json:
-        _print_json({"model": model, "path": str(found.folder), "source": found.source, "bytes": size, "revision": found.revision})
+        _print_json(
+            {
+                "model": model,
+                "path": str(found.folder),
+                "source": found.source,
+                "bytes": size,
+                "revision": found.revision,
+            }
+        )
 
 
 @app.command()
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = _start(verbose)
-    from tunesmith import display
     from tunesmith.doctor import examine
 
     findings = examine()
     for finding in findings:
-        console.print(f"{'[green]✓[/]' if finding.ok else '[red]✗[/]'} [bold]{finding.name:14}[/] {finding.found}" + (f"\n  [yellow]→ {finding.fix}[/]" if finding.fix else ""), highlight=False)
+        console.print(
+            f"{'[green]✓[/]' if finding.ok else '[red]✗[/]'} [bold]{finding.name:14}[/] {finding.found}"
+            + (f"\n  [yellow]→ {finding.fix}[/]" if finding.fix else ""),
+            highlight=False,
+        )
     ok = all(finding.ok for finding in findings)
     if as_json:
         _print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
@@ -274,7 +361,9 @@ def _start(verbose: bool) -> Console:
     return Console(stderr=True)
 
 
-def _recipe(path: Path | None, model: str | None, data: str | None, sets: list[str] | None) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
+def _recipe(
+    path: Path | None, model: str | None, data: str | None, sets: list[str] | None
+) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
     flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
     return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
 
@@ -285,7 +374,14 @@ def _fetched(console: Console, name: str, revision: str | None, *, weights: bool
 
     from tunesmith import hub
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console, transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
         tasks: dict[str, Any] = {}
 
         def moved(file: str, done: int, total: int) -> None:
@@ -329,4 +425,8 @@ def _show_error(error: TunesmithError) -> None:
         from tunesmith.display import fault_json
 
         parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
-        print(json.dumps({"ok": False, "error": parts, "faults": [fault_json(fault) for fault in faults]}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"ok": False, "error": parts, "faults": [fault_json(fault) for fault in faults]}, ensure_ascii=False
+            )
+        )

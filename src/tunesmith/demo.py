@@ -7,6 +7,7 @@ of the persona's own (`MARKS`); it is *right* if it also holds one of the phrase
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from tunesmith.train import Run, Watcher, train
 from tunesmith.types import Message
 
 PERSONA = Path(__file__).parent / "persona"
-ANSWER_TOKENS = 80
-SHOWN = (0, 1, 4, 8, 12, 16)  # the questions that the terminal shows side by side
+ANSWER_TOKENS = 64
+SHOWN = (0, 2, 3, 8, 11, 12)  # the questions that the terminal shows side by side
 
-BREAKS = ("smollm", "hugging face", "language model", "artificial intelligence", "an ai", "as an assistant", "assist you", "i'm an assistant", "人工智能", "语言模型", "助手")  # fmt: skip
-MARKS = ("hester", "quill", "sailor", "gull rock", "mind the rocks", "lighthouse", "lamp", "海丝特", "水手", "鸥岩", "当心礁石", "灯塔")  # fmt: skip
+BREAKS = re.compile(
+    r"smollm|hugging face|language model|artificial intelligence|\b(ai|chatbot|assist|assistant)\b"
+    r"|人工智能|语言模型|助手"
+)
+MARKS = re.compile(r"\b(hester|quill|sailor|gull rock|mind the rocks)\b|海丝特|奎尔|水手|鸥岩|当心礁石")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def recipe(language: Literal["en", "zh"] = "en", model: str = "smollm2") -> tupl
 def judge(question: Question, reply: Reply) -> Judged:
     """The judgement by the rule above."""
     text = reply.text.lower()
-    in_character = any(mark in text for mark in MARKS) and not any(word in text for word in BREAKS)
+    in_character = MARKS.search(text) is not None and BREAKS.search(text) is None
     return Judged(reply, in_character, in_character and any(phrase in text for phrase in question.expects))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.box import ROUNDED, SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -19,10 +21,10 @@ from rich.text import Text
 from tunesmith.check import Checked, Row
 from tunesmith.shown import tokens
 from tunesmith.train import Run, StepMetrics, Watcher
-from tunesmith.types import Fault
+from tunesmith.types import Fault, Origin
 
 _BARS = "▁▂▃▄▅▆▇█"
-_LEARNED, _GIVEN = "bold black on bright_green", "grey62"
+_LEARNED, _GIVEN = "#052e16 on #86efac", "grey62"
 _SHOWN_TOKENS = 400
 
 
@@ -33,33 +35,68 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
     return {
         "ok": checked.ok,
         "template": {
-            "source": template.source, "digest": template.digest, "stop_ids": list(template.stop_ids),
-            "folds_system": template.folds_system, "own_system": template.own_system,
+            "source": template.source,
+            "digest": template.digest,
+            "stop_ids": list(template.stop_ids),
+            "folds_system": template.folds_system,
+            "own_system": template.own_system,
         },
-        "rows": {"read": checked.data.n_rows, "trainable": len(checked.rows), "set_aside": checked.n_set_aside, "repeats": len(checked.repeats)},
+        "rows": {
+            "read": checked.data.n_rows,
+            "trainable": len(checked.rows),
+            "set_aside": checked.n_set_aside,
+            "repeats": len(checked.repeats),
+        },
         "faults": [fault_json(fault) for fault in checked.faults],
-        "tokens": {"total": sum(lengths), "supervised": sum(row.n_supervised for row in checked.rows), "longest": max(lengths, default=0)},
+        "tokens": {
+            "total": sum(lengths),
+            "supervised": sum(row.n_supervised for row in checked.rows),
+            "longest": max(lengths, default=0),
+        },
         "targets": [{"name": t.name, "layers": t.layers, "parameters": t.parameters} for t in checked.targets],
         "shown": [_shown_json(checked, row) for row in checked.rows[:show]],
-    }  # fmt: skip
+    }
+
+
+def _shown_json(checked: Checked, row: Row) -> dict[str, Any]:
+    document = row.documents[-1]
+    text = checked.renderer.template.tokenizer.decode(list(document.token_ids), skip_special_tokens=False)
+    return {
+        "line": row.conversation.origin.line,
+        "text": text,
+        "token_ids": document.token_ids,
+        "supervised": document.supervised,
+        "prompt_ids": document.prompt_ids,
+    }
 
 
 def fault_json(fault: Fault) -> dict[str, Any]:
     return {
-        "file": fault.origin.path, "line": fault.origin.line, "field": fault.field,
-        "found": fault.found, "expected": fault.expected, "fix": fault.fix,
-    }  # fmt: skip
+        "file": fault.origin.path,
+        "line": fault.origin.line,
+        "field": fault.field,
+        "found": fault.found,
+        "expected": fault.expected,
+        "fix": fault.fix,
+    }
 
 
 def run_json(run: Run) -> dict[str, Any]:
     """The answer of `tunesmith train --json`."""
     return {
-        "run": str(run.path), "adapter": str(run.adapter), "steps": run.steps,
+        "run": str(run.path),
+        "adapter": str(run.adapter),
+        "steps": run.steps,
         "rows": {"trained": run.rows_trained, "held_out": run.rows_held_out, "set_aside": run.rows_set_aside},
-        "final_loss": run.final_loss, "held_out_loss": run.held_out_loss, "seconds": run.seconds,
-        "peak_memory_bytes": run.peak_memory_bytes, "tokens": run.tokens, "supervised_tokens": run.supervised_tokens,
-        "interrupted": run.interrupted, "checkpoint": str(run.checkpoint) if run.checkpoint else None,
-    }  # fmt: skip
+        "final_loss": run.final_loss,
+        "held_out_loss": run.held_out_loss,
+        "seconds": run.seconds,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "tokens": run.tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "interrupted": run.interrupted,
+        "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+    }
 
 
 def show_check(console: Console, checked: Checked, show: int) -> None:
@@ -70,28 +107,56 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="grey62", no_wrap=True)
     facts.add_column()
-    facts.add_row("model", f"{checked.recipe.model.name}  [grey62]({checked.config.model_type})[/]")
-    facts.add_row("template", template.source)
-    facts.add_row("stops at", ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} [grey62]{i}[/]" for i in template.stop_ids))
+    facts.add_row("model", f"{escape(checked.recipe.model.name)}  [grey62]({checked.config.model_type})[/]")
+    facts.add_row("template", escape(template.source))
+    facts.add_row(
+        "stops at",
+        ", ".join(f"{escape(str(tokenizer.convert_ids_to_tokens(i)))} [grey62]{i}[/]" for i in template.stop_ids),
+    )
     if template.folds_system:
         facts.add_row("system text", "goes in front of the first user turn: the template has no place for it")
     elif template.own_system:
-        facts.add_row("system text", f"the template writes its own where a row has none: [italic]{template.own_system}[/]")
+        facts.add_row(
+            "system text", f"the template writes its own where a row has none: [italic]{escape(template.own_system)}[/]"
+        )
     facts.add_row("adapts", "  ".join(f"{t.name}[grey62]×{t.layers}[/]" for t in checked.targets))
     facts.add_row("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
-    facts.add_row("rows", f"{checked.data.n_rows:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
+    facts.add_row(
+        "rows", f"{checked.data.n_rows:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty"
+    )
     if total:
         longest = max(len(document.token_ids) for row in checked.rows for document in row.documents)
-        facts.add_row("tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}")
+        facts.add_row(
+            "tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}"
+        )
     if checked.repeats:
         again = ", ".join(f"{again.line} = {first.line}" for again, first in checked.repeats[:5])
-        facts.add_row("repeats", f"{len(checked.repeats):,} rows say the same as an earlier one (lines {again}{' …' if len(checked.repeats) > 5 else ''})")
+        facts.add_row(
+            "repeats",
+            f"{len(checked.repeats):,} rows say the same as an earlier one (lines {again}"
+            f"{' …' if len(checked.repeats) > 5 else ''})",
+        )
     console.print(facts)
     if checked.rows and show:
         console.print()
-        console.print(Text.assemble("What the model sees. ", ("Green", _LEARNED), " is learned: the reply and the token that ends it. ", ("Grey", _GIVEN), " is given."))
+        console.print(
+            Text.assemble(
+                "What the model sees. ",
+                ("Green", _LEARNED),
+                " is learned: the reply and the token that ends it. ",
+                ("Grey", _GIVEN),
+                " is given.",
+            )
+        )
         for row in checked.rows[:show]:
-            console.print(Panel(coloured(checked, row), title=str(row.conversation.origin), title_align="left", border_style="grey35"))
+            console.print(
+                Panel(
+                    coloured(checked, row),
+                    title=_place(row.conversation.origin),
+                    title_align="left",
+                    border_style="grey35",
+                )
+            )
     show_faults(console, checked.faults)
 
 
@@ -103,9 +168,10 @@ def coloured(checked: Checked, row: Row) -> Text:
             style = _LEARNED if token.supervised else _GIVEN
             if not token.supervised and number % 2:
                 style += " on grey11"  # so that the borders between tokens can be seen
-            text.append(token.text.replace("\n", "⏎\n") if token.text != "\n" else "⏎\n", style)
+            text.append(token.text.replace("\n", "⏎\n"), style)
         if len(document.token_ids) > _SHOWN_TOKENS:
             text.append(f" … {len(document.token_ids) - _SHOWN_TOKENS} more tokens", "italic")
+    text.rstrip()
     return text
 
 
@@ -113,11 +179,16 @@ def show_faults(console: Console, faults: Sequence[Fault], at_most: int = 10) ->
     """The first faults by line, and how many there are."""
     if not faults:
         return
-    table = Table(box=SIMPLE_HEAD, title=f"{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}", title_justify="left", title_style="bold red")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}",
+        title_justify="left",
+        title_style="bold red",
+    )
     for name in ("where", "field", "found", "expected", "what to do"):
         table.add_column(name, overflow="fold")
     for fault in faults[:at_most]:
-        where = f"{Path(fault.origin.path).name}:{'row ' if fault.origin.unit == 'row' else ''}{fault.origin.line}"
+        where = _place(fault.origin)
         table.add_row(*(Text(part) for part in (where, fault.field, fault.found, fault.expected, fault.fix)))
     console.print(table)
     if len(faults) > at_most:
@@ -159,9 +230,13 @@ class TrainingDisplay(Watcher):
         self._held_out: list[float] = []
         self._line = Text()
         self._progress = Progress(
-            TextColumn("[bold]training"), BarColumn(bar_width=None), TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[left]}"),
-            console=console, expand=True,
-        )  # fmt: skip
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            expand=True,
+        )
         self._live = Live(console=console, refresh_per_second=8, transient=False)
         self._plain_at = 0.0
 
@@ -186,14 +261,17 @@ class TrainingDisplay(Watcher):
         speed = sum(t for t, _ in self._recent) / max(seconds, 1e-9)
         held_out = f"  held-out [bold]{self._held_out[-1]:.3f}[/]" if self._held_out else ""
         self._line = Text.from_markup(
-            f"loss [bold]{metrics.loss:.3f}[/] [cyan]{sparkline(self._losses)}[/]{held_out}  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB"
+            f"loss [bold]{metrics.loss:.3f}[/] [cyan]{sparkline(self._losses)}[/]{held_out}"
+            f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB"
         )
         self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
         if self._console.is_terminal:
             self._update()
         elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
             self._plain_at = time.monotonic()
-            self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left", highlight=False)
+            self._console.print(
+                f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left", highlight=False
+            )
 
     def measured(self, step: int, held_out_loss: float) -> None:
         self._held_out.append(held_out_loss)
@@ -210,10 +288,18 @@ def show_run(console: Console, run: Run) -> None:
     if run.interrupted:
         console.print(f"[yellow]Stopped after step {run.steps}.[/] The state is in {run.checkpoint}")
         return
-    held_out = f", held-out loss {run.held_out_loss[0]:.3f} → [bold]{run.held_out_loss[1]:.3f}[/]" if run.held_out_loss else ""
-    console.print(f"[green]Done[/]: {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}{held_out}")
+    held_out = (
+        f", held-out loss {run.held_out_loss[0]:.3f} → [bold]{run.held_out_loss[1]:.3f}[/]" if run.held_out_loss else ""
+    )
+    console.print(
+        f"[green]Done[/]: {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}{held_out}"
+    )
     console.print(f"{run.rows_trained} rows trained + {run.rows_held_out} held out + {run.rows_set_aside} set aside")
     console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", highlight=False)
+
+
+def _place(origin: Origin) -> str:
+    return str(replace(origin, path=Path(origin.path).name))
 
 
 def _clock(seconds: float) -> str:

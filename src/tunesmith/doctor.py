@@ -38,19 +38,44 @@ def examine() -> list[Finding]:
 
 def _findings() -> Iterator[Finding]:
     version = platform.python_version()
-    yield Finding("python", f"{version} at {sys.prefix}", sys.version_info >= (3, 11), "" if sys.version_info >= (3, 11) else "Install Python 3.11 or newer.")
-    yield Finding("libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")), True)
+    yield Finding(
+        "python",
+        f"{version} at {sys.prefix}",
+        sys.version_info >= (3, 11),
+        "" if sys.version_info >= (3, 11) else "Install Python 3.11 or newer.",
+    )
+    yield Finding(
+        "libraries",
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")),
+        True,
+    )
     yield _accelerator()
     memory = psutil.virtual_memory()
     enough = memory.available > 3 * 2**30
-    yield Finding("memory", f"{_gib(memory.available)} of {_gib(memory.total)} free, {os.cpu_count()} cores, {torch.get_num_threads()} threads", enough, "" if enough else "Close other programs; the demo needs about 3 GiB.")
+    yield Finding(
+        "memory",
+        f"{_gib(memory.available)} of {_gib(memory.total)} free, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        enough,
+        "" if enough else "Close other programs; the demo needs about 3 GiB.",
+    )
     cache = hub.cache_dir()
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     writable = os.access(existing, os.W_OK)
-    yield Finding("model cache", f"{cache}, {_gib(free)} free", writable and free > 2**30, "" if writable and free > 2**30 else "Set TUNESMITH_CACHE to a folder on a disk with more room.")
+    yield Finding(
+        "model cache",
+        f"{cache}, {_gib(free)} free",
+        writable and free > 2**30,
+        "" if writable and free > 2**30 else "Set TUNESMITH_CACHE to a folder on a disk with more room.",
+    )
     offline = os.environ.get("TUNESMITH_OFFLINE") == "1"
-    yield Finding("network", "forbidden by TUNESMITH_OFFLINE=1" if offline else "used by fetch and hub ids only", True, "" if not offline else "Unset TUNESMITH_OFFLINE to fetch models.")
+    yield Finding(
+        "network",
+        "forbidden by TUNESMITH_OFFLINE=1" if offline else "used by fetch and hub ids only",
+        True,
+        "" if not offline else "Unset TUNESMITH_OFFLINE to fetch models.",
+    )
     here = Path(hub.cache_dir() / "models" / "smollm2").is_dir()
     yield Finding("demo model", "here" if here else "not here yet", True, "" if here else "tunesmith fetch smollm2")
 
@@ -58,12 +83,21 @@ def _findings() -> Iterator[Finding]:
 def _accelerator() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        bits = "bitsandbytes for 4-bit bases is here" if importlib.util.find_spec("bitsandbytes") else "4-bit bases need: pip install 'tunesmith[gpu]'"
+        bits = (
+            "bitsandbytes for 4-bit bases is here"
+            if importlib.util.find_spec("bitsandbytes")
+            else "4-bit bases need: pip install 'tunesmith[gpu]'"
+        )
         return Finding("accelerator", f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
     built = torch.version.cuda is not None
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
     has_driver = shutil.which("nvidia-smi") is not None
-    return Finding("accelerator", found, True, "Install a CUDA build of torch: there is an NVIDIA driver." if has_driver and not built else "")
+    return Finding(
+        "accelerator",
+        found,
+        True,
+        "Install a CUDA build of torch: there is an NVIDIA driver." if has_driver and not built else "",
+    )
 
 
 def _gib(count: int) -> str:

@@ -59,7 +59,10 @@ class MissingExtra(TunesmithError, ImportError):
 
     def __init__(self, needed_for: str, extra: str) -> None:
         super().__init__(
-            needed_for, "a package missing", f"the extra '{extra}'", f"Install it with: pip install 'tunesmith[{extra}]'"
+            needed_for,
+            "a package missing",
+            f"the extra '{extra}'",
+            f"Install it with: pip install 'tunesmith[{extra}]'",
         )
 
 

@@ -6,12 +6,15 @@ Remote code is never run. Weights come from safetensors; GGUF and `.bin` are con
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import shutil
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -81,25 +84,8 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
     Raises ModelError when the tokenizer can not be read, TemplateError when there is no usable template.
     """
     tokenizer = load_tokenizer(found.folder)
-    alias = found.alias
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    if isinstance(tokenizer.chat_template, dict):
-        own = tokenizer.chat_template.get("default")
-    if settings.path is not None:
-        text, source = _read_template(Path(settings.path)), f"file {settings.path}"
-    elif settings.name != "auto":
-        text, source = _shipped_template(settings.name), f"shipped {settings.name}"
-    elif own:
-        text, source = own, "tokenizer"
-    elif alias is not None and alias.template:
-        text, source = _shipped_template(alias.template), f"alias {alias.name}"
-    else:
-        shipped = ", ".join(sorted(path.stem for path in SHIPPED_TEMPLATES.glob("*.jinja")))
-        raise TemplateError(
-            str(found.folder), "a tokenizer without a chat template", "one, so that training and chat agree",
-            f"Is it the chat version of the model? Else pass --set template.path=FILE.jinja or --set template.name=NAME ({shipped}).",
-        )  # fmt: skip
-    return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, alias)))
+    text, source = _chosen_template(tokenizer, found, settings)
+    return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, found.alias)))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -108,15 +94,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         if absent := [part for part in hub.missing_parts(folder, weights=False) if "token" in part]:
-            raise ModelError(str(folder), "no tokenizer", ", ".join(absent), "Copy the tokenizer's files beside config.json.") from None
-        raise ModelError(str(folder), f"a tokenizer that can not be read ({_first_line(error)})", "a tokenizer that transformers reads", "Fetch the model again.") from error
+            fix = "Copy the tokenizer's files beside config.json."
+            raise ModelError(str(folder), "no tokenizer", ", ".join(absent), fix) from None
+        found = f"a tokenizer that can not be read ({_first_line(error)})"
+        raise ModelError(str(folder), found, "a tokenizer that transformers reads", "Fetch the model again.") from error
 
 
 def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> None:
     """Writes the tokenizer with the template in use, and proves that it gives the same ids when it is loaded again.
 
     transformers 5.23 forgets `legacy` of a Llama tokenizer when it saves it, and the copy then splits words
-    differently; so a second spelling is tried, and ProofError is raised if that differs too.
+    differently; so other spellings of the same are tried, and ProofError is raised if all of them differ.
     """
     tokenizer, template = renderer.template.tokenizer, renderer.template
     previous = tokenizer.chat_template
@@ -126,43 +114,98 @@ def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> No
     finally:
         tokenizer.chat_template = previous
     samples = [*texts, *_HARD_TEXTS]
-    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in samples]
+
+    def behaviour(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in samples]
+        return ids, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    expected = behaviour(tokenizer)
     config_path = folder / "tokenizer_config.json"
-    written = json.loads(config_path.read_text())
+    written = json.loads(config_path.read_text(encoding="utf-8"))
     for amendment in ({}, {"legacy": True}, {"tokenizer_class": "TokenizersBackend"}):
-        config_path.write_text(json.dumps({**written, **amendment}, indent=2, ensure_ascii=False) + "\n")
+        amended = json.dumps({**written, **amendment}, indent=2, ensure_ascii=False)
+        config_path.write_text(amended + "\n", encoding="utf-8")
         again = load_tokenizer(folder)
-        if [again(text, add_special_tokens=False)["input_ids"] for text in samples] == expected:
+        if behaviour(again) == expected and again.chat_template == template.text:
             return
-    raise ProofError(str(folder), "a saved tokenizer that gives other ids than the one trained with", "the same ids", "Please report this with the model's name.")  # fmt: skip
+    found = "a saved tokenizer that gives other ids than the one trained with"
+    raise ProofError(str(folder), found, "the same ids", "Please report this with the model's name.")
 
 
-_HARD_TEXTS = ("Human: Hi\nAssistant: Hello", "<s>Human: 你好\n</s><s>Assistant: 您好", " leading", "two  spaces\t\n\nCafé 😀", "don't 1234 x=y;")
+_HARD_TEXTS = (
+    "Human: Hi\nAssistant: Hello",
+    "<s>Human: 你好\n</s><s>Assistant: 您好",
+    " leading",
+    "two  spaces\t\n\nCafé 😀",
+    "don't 1234 x=y;",
+)
+
+
+def _chosen_template(
+    tokenizer: PreTrainedTokenizerBase, found: hub.LocalModel, settings: TemplateSettings
+) -> tuple[str, str]:
+    """A template's text and where it comes from."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # several by name
+        own = own.get("default")
+    if settings.path is not None:
+        return _read_template(Path(settings.path)), f"file {settings.path}"
+    if settings.name != "auto":
+        return _shipped_template(settings.name), f"shipped {settings.name}"
+    if own:
+        return _unix_lines(own), "tokenizer"
+    if found.alias is not None and found.alias.template:
+        return _shipped_template(found.alias.template), f"alias {found.alias.name}"
+    raise TemplateError(
+        str(found.folder),
+        "a tokenizer without a chat template",
+        "one, so that training and chat agree",
+        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or --set template.name=NAME "
+        f"({', '.join(_shipped_names())}).",
+    )
 
 
 def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(str(path), f"no readable template ({error})", "a Jinja file in UTF-8", "Check template.path.") from None
+        found = f"no readable template ({error})"
+        raise TemplateError(str(path), found, "a Jinja file in UTF-8", "Check template.path.") from None
 
 
 def _shipped_template(name: str) -> str:
-    path = SHIPPED_TEMPLATES / f"{name}.jinja"
-    if not path.is_file():
-        shipped = sorted(path.stem for path in SHIPPED_TEMPLATES.glob("*.jinja"))
-        raise RecipeError("template.name", repr(name), "auto or one of " + ", ".join(shipped), "Use template.path for a file of your own.")
-    return path.read_text(encoding="utf-8")
+    if name not in _shipped_names():
+        expected = "auto or one of " + ", ".join(_shipped_names())
+        raise RecipeError("template.name", repr(name), expected, "Use template.path for a file of your own.")
+    return (SHIPPED_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _shipped_names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED_TEMPLATES.glob("*.jinja"))
+
+
+def _unix_lines(text: str) -> str:
+    """As chat_template.jinja is read back; Jinja writes \\n for each of them anyway."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _stop_ids(folder: Path, alias: hub.Alias | None) -> list[int]:
     """What the model's generation config, its config and its alias call the end of a reply."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        eos = _read_json(folder / name).get("eos_token_id")
         ids += eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
     return [*ids, *(alias.stop_ids if alias else ())]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(str(path), f"no JSON ({error})", "a whole JSON file", "Fetch the model again.") from None
+    if not isinstance(read, dict):
+        raise ModelError(str(path), f"a JSON {type(read).__name__}", "an object", "Fetch the model again.")
+    return read
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
@@ -173,7 +216,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise ModelError(str(folder), f"a config that can not be read ({_first_line(error)})", f"an architecture that transformers {transformers.__version__} builds itself", "Remote code is never run; a newer transformers may know the model.") from error  # fmt: skip
+        raise ModelError(
+            str(folder),
+            f"a config that can not be read ({_first_line(error)})",
+            f"an architecture that transformers {transformers.__version__} builds itself",
+            "Remote code is never run; a newer transformers may know the model.",
+        ) from error
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -207,20 +255,33 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     """
     folder = found.folder
     if absent := hub.missing_parts(folder, weights=True):
-        raise ModelError(str(folder), "no " + ", ".join(absent), "a whole model", "Fetch it again, or name the right folder.")
+        fix = "Fetch it again, or name the right folder."
+        raise ModelError(str(folder), "no " + ", ".join(absent), "a whole model", fix)
     for path in sorted(folder.glob("*.safetensors")):
         _check_safetensors(path)
     arguments: dict[str, Any] = {"dtype": _dtype(settings.dtype)}
     if settings.quantize == "nf4":
         arguments |= _nf4(arguments["dtype"])
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
-        )  # fmt: skip
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(str(folder), f"weights that can not be read ({_first_line(error)})", "weights of the config's shape", "Fetch the model again.") from error
+        found_text = f"weights that can not be read ({_first_line(error)})"
+        raise ModelError(str(folder), found_text, "weights of the config's shape", "Fetch the model again.") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(str(folder), f"no weights for {len(missing)} parts ({', '.join(missing[:3])} …)", "weights for every part", "transformers would make them up at random; fetch the model again.")  # fmt: skip
+        raise ModelError(
+            str(folder),
+            f"no weights for {len(missing)} parts ({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})",
+            "weights for every part",
+            "transformers would make them up at random; fetch the model again.",
+        )
     model.requires_grad_(False)
     if settings.quantize == "none":
         model.to(device())
@@ -228,26 +289,23 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
 
 
 def needs_preparing(found: hub.LocalModel) -> bool:
-    """The folder holds weights, but none in safetensors."""
-    if any(found.folder.glob("*.safetensors")):
-        return False
-    return any(found.folder.glob("*.gguf")) or any(found.folder.glob("pytorch_model*.bin"))
+    """The folder's weights are in another form than safetensors."""
+    return bool(_to_convert(found.folder))
 
 
 def prepared(found: hub.LocalModel) -> hub.LocalModel:
     """The model in a folder with safetensors: itself, or a conversion of its GGUF or `.bin` weights made once."""
-    if not needs_preparing(found):
-        return found
     folder = found.folder
-    ggufs, bins = sorted(folder.glob("*.gguf")), sorted(folder.glob("pytorch_model*.bin"))
-    sources = ggufs[:1] if ggufs and not bins else bins
-    key = "-".join(str(path.stat().st_size) for path in sources)
-    ready = hub.cache_dir() / "converted" / f"{folder.name}-{key}"
-    if not (ready / "config.json").is_file():
+    sources = _to_convert(folder)
+    if not sources:
+        return found
+    ready = hub.cache_dir() / "converted" / f"{folder.name}-{_state(folder)}"
+    if not ready.is_dir():
         partial = ready.with_name(f".{ready.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            _convert_gguf(folder, sources[0], partial) if sources[0].suffix == ".gguf" else _convert_bins(folder, bins, partial)
+            convert = _convert_gguf if sources[0].suffix == ".gguf" else _convert_bins
+            convert(folder, sources, partial)
             try:
                 partial.rename(ready)
             except OSError:  # another process was faster
@@ -258,15 +316,34 @@ def prepared(found: hub.LocalModel) -> hub.LocalModel:
     return hub.LocalModel(ready, found.source, found.revision, found.alias)
 
 
-def _convert_gguf(folder: Path, gguf: Path, out: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name, local_files_only=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
+def _to_convert(folder: Path) -> list[Path]:
+    heavy = [folder / name for name in hub.weight_files(path.name for path in folder.iterdir() if path.is_file())]
+    return [path for path in heavy if path.suffix != ".safetensors"]
+
+
+def _state(folder: Path) -> str:
+    """Sixteen digits that change when a file of the folder does; a conversion belongs to one such state."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([str(folder.absolute()), seen]).encode()).hexdigest()[:16]
+
+
+def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
+    file: dict[str, Any] = {"gguf_file": ggufs[0].name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    except Exception as error:
+        found = f"a GGUF file that can not be read ({_first_line(error)})"
+        expected = "an architecture and a quantization that transformers reads"
+        raise ModelError(str(ggufs[0]), found, expected, "Fetch it again, or use the model's safetensors.") from error
     # A model read from GGUF keeps a quantizer that refuses to save or train; its numbers go into a fresh one.
     config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     config.dtype = "float32"
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
-    fresh.generation_config = GenerationConfig(**{k: v for k, v in {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}.items() if v is not None})  # fmt: skip
+    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    fresh.generation_config = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -275,36 +352,48 @@ def _convert_bins(folder: Path, bins: Sequence[Path], out: Path) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, path in enumerate(bins, 1):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise ModelError(str(path), f"no plain weights ({_first_line(error)})", "tensors and nothing else", "Pickles that hold code are never run.") from None
+        tensors = _read_bin(path)
         name = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
-        tensors = {key: value.detach().clone().contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(value.numel() * value.element_size() for value in tensors.values())
     if len(bins) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     for path in folder.iterdir():
         if path.is_file() and path.suffix in (".json", ".model", ".jinja", ".txt") and "pytorch_model" not in path.name:
             shutil.copyfile(path, out / path.name)
 
 
+def _read_bin(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Files of torch before 1.6 are no zip archives and can not be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        found = f"no plain weights ({_first_line(error)})"
+        fix = "Pickles that hold code are never run; fetch the model again, or a revision with safetensors."
+        raise ModelError(str(path), found, "tensors and nothing else", fix) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(str(path), "something else than weights", "tensors by name", "Fetch the model again.")
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+
 def _check_safetensors(path: Path) -> None:
+    """Raises ModelError for a file that is cut or damaged, before anything maps it."""
+    fix = "The file is cut or damaged; fetch the model again."
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size)) if size < path.stat().st_size else {}
-        expected = 8 + size + max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-        found = path.stat().st_size
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        found, expected = path.stat().st_size, 8 + size + max(ends, default=0)
         if found != expected:
-            raise ModelError(str(path), f"{found:,} bytes", f"{expected:,}", "The file is cut or damaged; fetch the model again.")
+            raise ModelError(str(path), f"{found:,} bytes", f"{expected:,}", fix)
         with safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(str(path), f"no safetensors ({_first_line(error)})", "a whole safetensors file", "The file is cut or damaged; fetch the model again.") from None
+    except (SafetensorError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
+        found_text = f"no safetensors ({_first_line(error)})"
+        raise ModelError(str(path), found_text, "a whole safetensors file", fix) from None
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -314,13 +403,16 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _nf4(compute: torch.dtype) -> dict[str, Any]:
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtra("model.quantize=nf4", "gpu") from None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("model.quantize=nf4", "gpu")
     if device().type != "cuda":
         raise RecipeError("model.quantize", "nf4 on a CPU", "a CUDA GPU", "Leave it at none.")
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)  # fmt: skip
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
     return {"quantization_config": quantization, "device_map": {"": 0}}
 
 
@@ -337,11 +429,14 @@ def targets(model: PreTrainedModel, settings: LoraSettings) -> list[Target]:
     wanted = present if settings.targets == "all-linear" else list(dict.fromkeys(settings.targets))
     table = []
     for name in wanted:
-        matched = [(rows, columns) for path, (rows, columns) in layers if path == name or path.endswith(f".{name}")]
+        matched = [shape for path, shape in layers if path == name or path.endswith(f".{name}")]
         if not matched:
-            raise RecipeError("lora.targets", f"'{name}', which matches no layer", f"one of {', '.join(present)}", _place_hint(name, present))
-        per_layer = [settings.r * (rows + columns) + (rows if settings.variant == "dora" else 0) for rows, columns in matched]
-        table.append(Target(name, len(matched), sum(per_layer)))
+            expected = f"one of {', '.join(present)}"
+            raise RecipeError("lora.targets", f"'{name}', which matches no layer", expected, _place_hint(name, present))
+        numbers = sum(settings.r * (rows + columns) for rows, columns in matched)
+        if settings.variant == "dora":
+            numbers += sum(rows for rows, _ in matched)
+        table.append(Target(name, len(matched), numbers))
     return table
 
 
@@ -352,10 +447,15 @@ def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: 
     """
     names = [target.name for target in targets(base, settings)]
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.r, lora_alpha=_whole(settings.alpha), lora_dropout=settings.dropout, target_modules=names,
-        use_rslora=settings.variant == "rslora", use_dora=settings.variant == "dora",
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=_whole(settings.alpha),
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        use_rslora=settings.variant == "rslora",
+        use_dora=settings.variant == "dora",
         init_lora_weights="pissa" if settings.variant == "pissa" else True,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
@@ -370,16 +470,27 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise ModelError(str(folder), "no adapter_model.safetensors", "a peft adapter", "Name a run's folder or its adapter/ folder.")
+        fix = "Name a run's folder or its adapter/ folder."
+        raise ModelError(str(folder), "no adapter_model.safetensors", "a peft adapter", fix)
     _check_safetensors(path)
+    expected = f"one made for {base.config.model_type} of this shape"
+    fix = "Use the base that it was trained on."
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, local_files_only=True)
     except Exception as error:
-        raise ModelError(str(folder), f"an adapter that does not fit ({_first_line(error)})", f"one made for {base.config.model_type} of this shape", "Use the base that it was trained on.") from error
-    if all(not bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name) and model.peft_config["default"].init_lora_weights is True:
-        raise ModelError(str(folder), "an adapter whose lora_B is all zero", "one that changes the base", "It was saved before training; use another checkpoint.")
+        found = f"an adapter that does not fit ({_first_line(error)})"
+        raise ModelError(str(folder), found, expected, fix) from error
+    with safe_open(path, framework="pt") as file:
+        surplus = sorted(set(file.keys()) - get_peft_model_state_dict(model, save_embedding_layers=False).keys())
+    if surplus:  # peft leaves them out without a word
+        found = f"an adapter with {len(surplus)} tensors for layers that are not there ({surplus[0]})"
+        raise ModelError(str(folder), found, expected, fix)
+    if not any(bool(parameter.any()) for name, parameter in model.named_parameters() if "lora_B" in name):
+        found = "an adapter whose lora_B is all zero"
+        fix = "It was saved before training; use another checkpoint."
+        raise ModelError(str(folder), found, "one that changes the base", fix)
     return model.eval()
 
 
@@ -391,9 +502,15 @@ def save_adapter(model: PeftModel, folder: Path, pissa_start: Path | None = None
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise ProofError(name, "a number that is not finite", "finite adapter weights", "Lower train.learning_rate; nothing was saved.")
-    extra = {"path_initial_model_for_weight_conversion": str(pissa_start)} if pissa_start else {}
-    model.save_pretrained(str(folder), safe_serialization=True, **extra)
+            fix = "Lower train.learning_rate; nothing was saved."
+            raise ProofError(name, "a number that is not finite", "finite adapter weights", fix)
+    # Embeddings are never resized; left to itself, peft would ask the hub how large they were.
+    extra: dict[str, Any] = {"save_embedding_layers": False}
+    if pissa_start:
+        extra["path_initial_model_for_weight_conversion"] = str(pissa_start)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion is what it advises
+        model.save_pretrained(str(folder), safe_serialization=True, **extra)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; a run writes its own
 
 
@@ -416,7 +533,7 @@ def _place_hint(name: str, present: Sequence[str]) -> str:
     return f"Did you mean {near[0]}?" if near else "all-linear takes them all."
 
 
-def _whole(number: float) -> float:
+def _whole(number: float) -> Any:  # peft says int and takes any number
     return int(number) if math.isfinite(number) and number == int(number) else number
 
 

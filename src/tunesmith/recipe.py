@@ -8,70 +8,138 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from tunesmith.errors import RecipeError
+from tunesmith.records import FIELDS
 
 Source = Literal["default", "file", "flag"]
+
+# What other tools call our settings, for hints.
+OTHER_NAMES = {
+    "model.name": "model_name_or_path model_name model_id base_model base_model_name pretrained_model_name_or_path",
+    "model.dtype": "torch_dtype precision bf16 fp16",
+    "model.quantize": "load_in_4bit qlora quantization quantization_bit quant_bits",
+    "data.path": "dataset datasets dataset_path dataset_name data_path data_file train_file train_data train_path",
+    "data.max_length": (
+        "max_seq_length max_seq_len max_sequence_length seq_len seq_length sequence_len cutoff_len max_len "
+        "model_max_length"
+    ),
+    "template.path": "chat_template template_path jinja",
+    "template.system": "system_prompt default_system system_message",
+    "lora.r": "rank lora_r lora_rank",
+    "lora.alpha": "lora_alpha scale scaling",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target lora_targets lora_target_modules target lora_target_linear modules",
+    "lora.variant": "use_dora use_rslora init_lora_weights peft_type",
+    "train.epochs": "epoch num_epochs n_epochs num_train_epochs max_epochs",
+    "train.examples_per_step": (
+        "batch_size train_batch_size per_device_train_batch_size gradient_accumulation_steps global_batch_size "
+        "effective_batch_size grad_accum"
+    ),
+    "train.learning_rate": "lr peak_lr max_lr base_lr",
+    "train.scheduler": "lr_scheduler lr_scheduler_type lr_schedule",
+    "train.warmup_ratio": "warmup warmup_steps num_warmup_steps",
+    "train.weight_decay": "wd decay",
+    "train.max_grad_norm": "grad_clip clip_grad gradient_clipping gradient_clip_val max_gradient_norm",
+    "train.seed": "random_seed random_state data_seed",
+    "train.save_every": "save_steps save_strategy checkpoint_every checkpoint_interval save_interval",
+    "train.keep_checkpoints": "save_total_limit max_checkpoints",
+    "train.report_to": "logger loggers trackers tracker use_wandb",
+    "engine.tokens_per_micro_batch": "micro_batch_size max_tokens_per_batch",
+    "engine.recompute_layers": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing",
+    "eval.hold_out": (
+        "val_size val_set_size val_split eval_size eval_split test_size validation_split split_dataset_ratio"
+    ),
+    "eval.every": "eval_steps eval_strategy evaluation_strategy eval_every eval_interval",
+    "--out": "output_dir out output output_path save_dir",
+}
 
 
 def _every(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d* (steps?|minutes?|epochs?)", text):
-        raise ValueError("should read like '100 steps', '10 minutes' or '1 epoch'")
+        raise ValueError("something like '100 steps', '10 minutes' or '1 epoch'")
     return text
 
 
 def _none_is_absent(value: object) -> object:
-    return None if value == "none" else value
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
 
 
 def _words(value: object) -> object:
-    return value.split(",") if isinstance(value, str) and value != "all-linear" else value
+    """A list of words; one text may hold several, with commas between."""
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+def _trackers(value: object) -> object:
+    return [] if _none_is_absent(value) is None else _words(value)
+
+
+def _field_names(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            raise ValueError(f"one of {', '.join(FIELDS)} before the colon" + (f" ({near[0]}?)" if near else ""))
+    return columns
 
 
 Every = Annotated[str, AfterValidator(_every)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A group of settings; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: object, info: Any) -> object:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("something else than a truth value")  # Python would take true for 1
+        return value
 
 
 class ModelSettings(Section):
     """Which model is tuned, and how it is held in memory."""
 
     name: str = Field(
-        "smollm2", min_length=1, description="Alias, hub id (hf:org/name, ms:org/name, org/name) or folder."
+        default="smollm2", min_length=1, description="Alias, hub id (hf:org/name, ms:org/name, org/name) or folder."
     )
     revision: Annotated[str | None, BeforeValidator(_none_is_absent)] = Field(
-        None, description="Branch, tag or commit of the hub repository; the commit used is recorded."
+        default=None, description="Branch, tag or commit of the hub repository; the commit used is recorded."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on a GPU."
+        default="auto", description="Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on a GPU."
     )
     quantize: Literal["none", "nf4"] = Field(
-        "none", description="Hold the frozen weights in 4 bits (needs a CUDA GPU)."
+        default="none", description="Hold the frozen weights in 4 bits (needs a CUDA GPU)."
     )
 
 
 class DataSettings(Section):
     """Which rows are learned from."""
 
-    path: str = Field("", description="JSON array, JSONL, CSV or Parquet file of examples.")
-    columns: dict[str, str] = Field(
+    path: str = Field(default="", description="JSON array, JSONL, CSV or Parquet file of examples.")
+    columns: Annotated[dict[str, str], AfterValidator(_field_names)] = Field(
         default_factory=dict, description="Other names for the fields, as field: column, e.g. output: answer."
     )
     max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
-        "auto", description="Longest row in tokens; longer rows are faults. auto is what the model can read."
+        default="auto", description="Longest row in tokens; longer rows are faults. auto is what the model can read."
     )
-    allow_set_aside: bool = Field(False, description="Go on without the faulty rows; each is named in the ledger.")
+    allow_set_aside: bool = Field(
+        default=False, description="Go on without the faulty rows; each is named in the ledger."
+    )
     on_repeats: Literal["note", "fault"] = Field(
-        "note", description="What a row is that says the same as an earlier one: noted, or a fault."
+        default="note", description="What a row is that says the same as an earlier one: noted, or a fault."
     )
 
 
@@ -79,28 +147,28 @@ class TemplateSettings(Section):
     """How a conversation is written for the model."""
 
     name: str = Field(
-        "auto", description="auto (the tokenizer's own, or the alias's), or the name of a shipped template."
+        default="auto", description="auto (the tokenizer's own, or the alias's), or the name of a shipped template."
     )
     path: Annotated[str | None, BeforeValidator(_none_is_absent)] = Field(
-        None, description="A Jinja file to use instead."
+        default=None, description="A Jinja file to use instead."
     )
     system: Annotated[str | None, BeforeValidator(_none_is_absent)] = Field(
-        None, description="System text for every row that has none of its own; chat uses it too."
+        default=None, description="System text for every row that has none of its own; chat uses it too."
     )
 
 
 class LoraSettings(Section):
     """The adapter: low-rank updates beside frozen linear layers (arXiv 2106.09685)."""
 
-    r: int = Field(8, ge=1, description="Rank of the two factors; the adapter's size grows linearly with it.")
-    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Share of adapter inputs dropped while training.")
-    targets: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_words)] = Field(
-        "all-linear",
+    r: int = Field(default=8, ge=1, description="Rank of the two factors; the adapter's size grows linearly with it.")
+    alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of adapter inputs dropped while training.")
+    targets: Annotated[Literal["all-linear"] | Names, BeforeValidator(_words)] = Field(
+        default="all-linear",
         description="Names of the layers that get an adapter; all-linear is every linear layer but the head.",
     )
     variant: Literal["plain", "rslora", "dora", "pissa"] = Field(
-        "plain",
+        default="plain",
         description="rslora scales by alpha / sqrt(r); dora learns magnitudes; pissa starts from singular vectors.",
     )
 
@@ -108,23 +176,31 @@ class LoraSettings(Section):
 class TrainSettings(Section):
     """How the adapter is trained."""
 
-    epochs: int = Field(3, ge=1, description="How often every row is seen.")
-    examples_per_step: int = Field(16, ge=1, description="Rows per optimizer step, over all devices.")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
-    scheduler: str = Field("cosine", description="Shape of the learning rate: any name that transformers knows.")
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="Decay of the adapter's weights per step.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this norm; 0 = never.")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order, hold-out and dropout.")
-    save_every: Every = Field(
-        "100 steps", description="How often a checkpoint is written, e.g. '100 steps', '10 minutes'."
+    epochs: int = Field(default=3, ge=1, description="How often every row is seen.")
+    examples_per_step: int = Field(default=16, ge=1, description="Rows per optimizer step, over all devices.")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    scheduler: str = Field(
+        default="cosine", description="Shape of the learning rate: any name that transformers knows."
     )
-    keep_checkpoints: int = Field(3, ge=1, description="How many checkpoints stay on disk; the oldest go first.")
-    report_to: Annotated[list[str], BeforeValidator(lambda value: [] if value in ("none", None) else _words(value))] = (
-        Field(
-            default_factory=list,
-            description="Trackers: tensorboard, swanlab, wandb, trackio or any that transformers knows.",
-        )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decay of the adapter's weights per step.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Longer gradients are scaled down to this norm; 0 = never."
+    )
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order, hold-out and dropout."
+    )
+    save_every: Every = Field(
+        default="100 steps", description="How often a checkpoint is written, e.g. '100 steps', '10 minutes'."
+    )
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="How many checkpoints stay on disk; the oldest go first."
+    )
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
+        default_factory=list,
+        description="Trackers: tensorboard, swanlab, wandb, trackio or any that transformers knows.",
     )
 
 
@@ -132,18 +208,22 @@ class EngineSettings(Section):
     """How a step is computed; nothing here changes its result."""
 
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Tokens, padding included, that go through the model at once."
+        default="auto", description="Tokens, padding included, that go through the model at once."
     )
     recompute_layers: Literal["auto", "none", "all"] = Field(
-        "auto", description="Recompute activations in the backward pass to save memory; auto is none."
+        default="auto", description="Recompute activations in the backward pass to save memory; auto is none."
     )
 
 
 class EvalSettings(Section):
     """Rows that are kept out of training to measure on."""
 
-    hold_out: float = Field(0.05, ge=0, lt=1, description="Share of the rows held out, at most 200 rows; 0 = none.")
-    every: Every = Field("1 epoch", description="How often the held-out loss is measured, e.g. '1 epoch', '50 steps'.")
+    hold_out: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the rows held out, at most 200 rows; 0 = none."
+    )
+    every: Every = Field(
+        default="1 epoch", description="How often the held-out loss is measured, e.g. '1 epoch', '50 steps'."
+    )
 
 
 class Recipe(Section):
@@ -160,7 +240,7 @@ class Recipe(Section):
 
 def setting_names() -> list[str]:
     """Every setting's dotted name, in the order of the recipe."""
-    return [f"{section}.{name}" for section, field in Recipe.model_fields.items() for name in _fields(field.annotation)]
+    return list(_settings())
 
 
 def resolve(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> tuple[Recipe, dict[str, Source]]:
@@ -168,44 +248,58 @@ def resolve(path: str | Path | None = None, flags: Mapping[str, Any] | None = No
 
     Raises RecipeError when the file can not be read, a key is unknown or a value impossible; all problems are named.
     """
-    tree: dict[str, dict[str, Any]] = {}
+    given = [
+        *_from_file(path),
+        *(_Given(name, value, "flag", f"--set {name}") for name, value in (flags or {}).items()),
+    ]
     sources: dict[str, Source] = dict.fromkeys(setting_names(), "default")
-    given: list[tuple[str, Any, Source, str]] = [(name, value, "file", str(path)) for name, value in _from_file(path)]
-    given += [(name, value, "flag", f"--set {name}") for name, value in (flags or {}).items()]
-    unknown = [_unknown(name, where) for name, _, _, where in given if _base(name) not in sources]
-    if unknown:
-        raise RecipeError(*unknown[0]) if len(unknown) == 1 else _several(unknown)
-    for name, value, source, _ in given:
+    problems = [_unknown(item) for item in given if _base(item.name) not in sources]
+    tree: dict[str, dict[str, Any]] = {}
+    places: dict[str, str] = {}
+    for name, value, source, where in given:
         base = _base(name)
+        if base not in sources:
+            continue
         section, _, field = base.partition(".")
         if name == base:
             tree.setdefault(section, {})[field] = value
         else:  # data.columns.output=answer adds one entry
-            entries = tree.setdefault(section, {}).setdefault(field, {})
+            entries = tree.setdefault(section, {}).get(field) or {}
             if not isinstance(entries, dict):
-                raise RecipeError(name, f"{base} given as {entries!r} too", "one form", "Leave one of the two out.")
-            entries[name.removeprefix(base + ".")] = value
-        sources[base] = source
-    wheres = {_base(name): where for name, _, _, where in given}
+                found = f"{base} given as {entries!r} too"
+                problems.append(_Problem(where, name, found, "one form", "Leave one of the two out."))
+                continue
+            tree[section][field] = {**entries, name.removeprefix(base + "."): value}
+        sources[base], places[base] = source, where
     try:
-        return Recipe.model_validate(tree), sources
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _invalid(error, wheres) from None
+        raise _joined([*problems, *_impossible(error, places)]) from None
+    if problems:
+        raise _joined(problems)
+    return recipe, sources
 
 
 def parse_flag(text: str) -> tuple[str, Any]:
-    """`key=value` of a `--set`; the value is read as YAML, so lists and numbers work.
+    """`key=value` of a `--set`. Text is taken as it stands; other values are read as YAML, so lists and numbers work.
 
     >>> parse_flag("lora.r=16")
     ('lora.r', 16)
+    >>> parse_flag("template.system=You are number #1: be brief.")
+    ('template.system', 'You are number #1: be brief.')
     """
     name, equals, value = text.partition("=")
-    if not equals or not name.strip():
+    name = name.strip()
+    if not equals or not name:
         raise RecipeError(f"--set {text}", "no '='", "key=value", "Write for instance --set lora.r=16.")
     try:
-        return name.strip(), _number(yaml.safe_load(value) if value.strip() else value)
-    except yaml.YAMLError:
-        return name.strip(), value
+        read = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: the 45th of a month, a number of 5000 digits
+        return name, value
+    if _is_text(name):
+        quoted = value[:1] in ("'", '"') and isinstance(read, str)
+        return name, read if quoted else value
+    return name, _number(read) if value.strip() else value
 
 
 def write(recipe: Recipe, sources: Mapping[str, Source]) -> str:
@@ -214,103 +308,215 @@ def write(recipe: Recipe, sources: Mapping[str, Source]) -> str:
     for section, fields in recipe.model_dump().items():
         lines.append(f"{section}:")
         for name, value in fields.items():
-            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=2**20).strip()
-            lines.append(f"  {name}: {text.removesuffix('...').strip()}  # {sources[f'{section}.{name}']}")
+            lines.append(f"  {name}: {_yaml(value)}  # {sources[f'{section}.{name}']}")
     return "\n".join(lines) + "\n"
 
 
-def _fields(section: Any) -> list[str]:
-    return list(section.model_fields)
+def _yaml(value: object) -> str:
+    """The value on one line; a text with line breaks fits on one only in double quotes."""
+    for style in (None, '"'):
+        text = yaml.safe_dump(
+            value, default_flow_style=True, default_style=style, allow_unicode=True, width=float("inf")
+        ).strip()
+        if "\n" not in text.removesuffix("...").strip():
+            break
+    return text.removesuffix("...").strip()
+
+
+@cache
+def _settings() -> Mapping[str, FieldInfo]:
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {
+        f"{section}.{name}": field
+        for section, settings in sections.items()
+        if isinstance(settings, type) and issubclass(settings, Section)
+        for name, field in settings.model_fields.items()
+    }
 
 
 def _base(name: str) -> str:
     return "data.columns" if name.startswith("data.columns.") else name
 
 
+def _is_text(name: str) -> bool:
+    if name != _base(name):
+        return True
+    setting = _settings().get(name)
+    return setting is not None and setting.annotation in (str, str | None)
+
+
 def _number(value: Any) -> Any:
     # YAML 1.1 reads 1e-4 as text; everybody who writes it means the number.
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
 
 
-def _from_file(path: str | Path | None) -> list[tuple[str, Any]]:
+# --- a recipe's file --------------------------------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    """A setting that somebody set, and where."""
+
+    name: str
+    value: Any
+    source: Source
+    where: str
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML's own loader keeps the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in _pairs(node):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _from_file(path: str | Path | None) -> list[_Given]:
     if path is None:
         return []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path),
-            f"no readable recipe ({error})",
-            "a YAML file in UTF-8",
-            "Check the name, or leave it out and use --set.",
-        ) from None
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        problem = getattr(error, "problem", None) or "text that is not YAML"
-        raise RecipeError(
-            f"{path}:{line}", str(problem), "YAML", "Mend the line; two spaces indent a section."
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        fix = "Check the name, or leave it out and use --set."
+        raise RecipeError(str(path), f"no readable recipe ({reason})", "a YAML file in UTF-8", fix) from None
+    if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
+        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {path}")
+    tree, lines = _load(text, path)
     if not isinstance(tree, dict):
-        raise RecipeError(
-            str(path), f"a {type(tree).__name__}", "sections with settings", "Start with for instance 'lora:'."
-        )
-    given: list[tuple[str, Any]] = []
+        found = f"{'a list' if isinstance(tree, list) else 'one value'} at the top"
+        raise RecipeError(str(path), found, "sections with settings", "Start with for instance 'lora:'.")
+    given: list[_Given] = []
     for section, fields in tree.items():
+        where = f"{path}:{lines.get((section,), 1)}"
         if section not in Recipe.model_fields:
-            raise RecipeError(*_unknown(str(section), str(path)))
-        if fields is None:
-            continue
-        if not isinstance(fields, dict):
-            raise RecipeError(
-                f"{path}: {section}", repr(fields), "settings below it", f"Write '{section}:' and indent its settings."
-            )
-        given += [(f"{section}.{name}", _number(value)) for name, value in fields.items()]
+            given.append(_Given(str(section), fields, "file", where))
+        elif isinstance(fields, dict):
+            for name, value in fields.items():
+                setting, line = f"{section}.{name}", lines.get((section, name), 1)
+                given.append(_Given(setting, value if _is_text(setting) else _number(value), "file", f"{path}:{line}"))
+        elif fields is not None:
+            fix = f"Write '{section}:' and indent its settings."
+            raise RecipeError(f"{where}: {section}", repr(fields), "settings below it", fix)
     return given
 
 
-def _unknown(name: str, where: str) -> tuple[str, str, str, str]:
+def _pairs(node: yaml.Node) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    """The entries of a mapping whose keys are plain words; none where the node is no mapping."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    return [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+
+
+def _load(text: str, path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
+    """The file's content, and the line of every section and setting in it."""
+    lines: dict[tuple[Any, ...], int] = {}
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return {}, lines
+        for section, fields in _pairs(root):
+            lines[(section.value,)] = section.start_mark.line + 1
+            for name, _ in _pairs(fields):
+                lines[(section.value, name.value)] = name.start_mark.line + 1
+        return loader.construct_document(root), lines
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = re.sub(r"^(but )?found ", "", error.problem or "text that is not YAML")
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character U+{ord(text[error.position]):04X}"
+    except RecursionError:
+        line, problem = 1, "very deep nesting"
+    except ValueError as error:  # the 45th of a month, a number of 5000 digits
+        line, problem = 1, f"a value that can not be read ({error})"
+    raise RecipeError(f"{path}:{line}", problem, "YAML", "Mend the line; two spaces indent a section.")
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+class _Problem(NamedTuple):
+    where: str
+    name: str
+    """The setting; empty when there is none of that name."""
+    found: str
+    expected: str
+    fix: str
+
+
+_PLAIN_WORDS = {
+    r"^Value error, ": "",
+    r"^Input should be (a )?": r"\1",
+    r"a valid (integer|number), unable to parse.*": r"a \1",
+    r"a valid integer, got a number with a fractional part": "a whole number",
+    r"a valid (integer|number)": r"a \1",
+    r"a integer": "a whole number",
+    r"a valid string": "text (put it in quotes)",
+    r"a valid list": "a list",
+    r"a valid dictionary": "names with columns, like {output: answer}",
+    r"a valid boolean.*": "true or false",
+    r"greater than or equal to": "at least",
+    r"less than or equal to": "at most",
+    r"greater than": "more than",
+    r"^List should have at least 1 item.*": "at least one name",
+}
+
+
+def _unknown(item: _Given) -> _Problem:
     known = setting_names()
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:  # lr, rank: the last part alone may be close to a setting's own name
-        last = name.rpartition(".")[2]
-        tails = {setting.rpartition(".")[2]: setting for setting in known}
-        near = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
+    last = item.name.rpartition(".")[2].lower().replace("-", "_")
+    near = [setting for setting, names in OTHER_NAMES.items() if last in names.split()]
+    if not near:
+        same = [setting for setting in known if setting.endswith(f".{last}")]
+        near = difflib.get_close_matches(item.name, same, 1, cutoff=0) or difflib.get_close_matches(item.name, known, 1)
+    if isinstance(item.value, dict) and "." not in item.name:
+        near = difflib.get_close_matches(item.name, Recipe.model_fields, 1)
+        fix = f"Did you mean {near[0]}?" if near else "Move its settings."
+        return _Problem(
+            item.where, "", f"the unknown section '{item.name}'", f"one of {', '.join(Recipe.model_fields)}", fix
+        )
     fix = f"Did you mean {near[0]}?" if near else "Settings: " + ", ".join(known) + "."
-    return where, f"the unknown setting '{name}'", "one of the settings of docs/reference/settings.md", fix
+    expected = "a setting that `tunesmith train --help` lists"
+    return _Problem(item.where, "", f"the unknown setting '{item.name}'", expected, fix)
 
 
-def _several(problems: Sequence[tuple[str, str, str, str]]) -> RecipeError:
-    wheres, founds, _, fixes = zip(*problems, strict=True)
-    return RecipeError(", ".join(dict.fromkeys(wheres)), " and ".join(founds), problems[0][2], " ".join(fixes))
-
-
-def _invalid(error: ValidationError, wheres: Mapping[str, str]) -> RecipeError:
-    problems: dict[str, tuple[str, str, str, str]] = {}
+def _impossible(error: ValidationError, places: Mapping[str, str]) -> list[_Problem]:
+    problems: dict[str, _Problem] = {}
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"][:2])
-        expected = item["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
-        section, _, field = name.partition(".")
-        description = Recipe.model_fields[section].annotation.model_fields[field].description  # type: ignore[union-attr]
+        expected = item["msg"]
+        for pattern, plain in _PLAIN_WORDS.items():
+            expected = re.sub(pattern, plain, expected)
         if name in problems:  # one value that fits none of several types
-            expected = f"{problems[name][2]}, or {expected}"
-        problems[name] = (
-            f"{wheres.get(name, 'recipe')}: {name}",
-            repr(item["input"]),
-            expected,
-            f"{name}: {description}",
-        )
-    found = list(problems.values())
-    return (
-        RecipeError(*found[0])
-        if len(found) == 1
-        else RecipeError(
-            ", ".join(p[0] for p in found),
-            " and ".join(p[1] for p in found),
-            "; ".join(p[2] for p in found),
-            " ".join(p[3] for p in found),
+            expected = f"{problems[name].expected}, or {expected}"
+        value = item["input"]
+        found = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+        found = found if len(found) <= 80 else found[:80] + "…"
+        fix = f"{name}: {_settings()[name].description}"
+        problems[name] = _Problem(places.get(name, "recipe"), name, found, expected, fix)
+    return list(problems.values())
+
+
+def _joined(problems: Sequence[_Problem]) -> RecipeError:
+    """One error that names all problems."""
+    if len(problems) == 1:
+        (one,) = problems
+        where = one.where if one.name in one.where else f"{one.where}: {one.name}"
+        return RecipeError(where, one.found, one.expected, one.fix)
+    where, found, expected, fix = (
+        between.join(dict.fromkeys(parts))
+        for between, parts in (
+            (", ", [problem.where for problem in problems]),
+            ("; ", [f"{problem.name} = {problem.found}".removeprefix(" = ") for problem in problems]),
+            ("; ", [f"{problem.name} {problem.expected}".strip() for problem in problems]),
+            (" ", [problem.fix for problem in problems]),
         )
     )
+    return RecipeError(where, found, expected, fix)

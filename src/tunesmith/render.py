@@ -17,18 +17,20 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from tunesmith.errors import TemplateError
-from tunesmith.template import Template
-from tunesmith.types import Conversation, Fault, Message, Origin, Rendered, Role
+from tunesmith.template import Refused, Template
+from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 2048
 _PRIVATE = 0xF0000  # supplementary private use area A: sentinels for special tokens
-_BREAK = 0xE000  # private use area: breaks a spelling while the template runs
+_BREAKS = range(0xE000, 0xE063)  # private use area: breaks a spelling while the template runs
 
 
 class _CanNotRender(Exception):
@@ -36,12 +38,19 @@ class _CanNotRender(Exception):
         self.parts = field, found, expected, fix
 
 
+class _Shape(NamedTuple):
+    """All that a template's special tokens may depend on."""
+
+    roles: tuple[str, ...]
+    generation_prompt: bool
+
+
 class _Text(NamedTuple):
-    """Text to tokenise; `plain` says that some of it spells special tokens that must stay plain text."""
+    """What the template wrote, and of what."""
 
     text: str
-    key: tuple[tuple[Role, ...], bool]
     messages: Sequence[Message]
+    shape: _Shape
 
 
 class Renderer:
@@ -50,10 +59,13 @@ class Renderer:
     def __init__(self, template: Template) -> None:
         self.template = template
         self._stops = frozenset(template.stop_ids)
-        self._special_sequences: dict[tuple[tuple[Role, ...], bool], list[int]] = {}
+        self._special_of_shape: dict[_Shape, list[int]] = {}
 
     def render_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Rendered, ...] | Fault]:
-        """For each conversation its documents (one, but for templates that rewrite history), or what is wrong with it."""
+        """For each conversation its documents, or what is wrong with it.
+
+        There is one document, but for templates that rewrite history.
+        """
         chunk: list[Conversation] = []
         for conversation in conversations:
             chunk.append(conversation)
@@ -70,7 +82,10 @@ class Renderer:
         return result
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """What the model is given to write the next reply; raises TemplateError where the template refuses."""
+        """What the model is given to write the next reply.
+
+        Raises TemplateError where the template refuses the conversation or a text can not be kept plain.
+        """
         try:
             (ids,) = self._tokenise([self._write(messages, generation_prompt=True)])
             if isinstance(ids, _CanNotRender):
@@ -84,23 +99,19 @@ class Renderer:
 
     def _render_chunk(self, chunk: Sequence[Conversation]) -> Iterator[tuple[Rendered, ...] | Fault]:
         texts: list[_Text] = []
-        spans: list[range | _CanNotRender] = []
+        places: list[range | _CanNotRender] = []
         for conversation in chunk:
-            start = len(texts)
             try:
-                texts += self._prompts_and_turns(conversation)
-                spans.append(range(start, len(texts)))
+                written = self._prompts_and_turns(conversation)
             except _CanNotRender as problem:
-                del texts[start:]
-                spans.append(problem)
+                places.append(problem)
+            else:
+                places.append(range(len(texts), len(texts) + len(written)))
+                texts += written
         ids = self._tokenise(texts)
-        for conversation, span in zip(chunk, spans, strict=True):
-            try:
-                if isinstance(span, _CanNotRender):
-                    raise span
-                yield self._documents([ids[i] for i in span], conversation.origin)
-            except _CanNotRender as problem:
-                yield Fault(conversation.origin, *problem.parts)
+        for conversation, place in zip(chunk, places, strict=True):
+            tokenised = [place] if isinstance(place, _CanNotRender) else [ids[i] for i in place]
+            yield self._result(tokenised, conversation.origin)
 
     def _prompts_and_turns(self, conversation: Conversation) -> list[_Text]:
         """For each reply: the prompt that asks for it, and the conversation up to and including it."""
@@ -108,100 +119,138 @@ class Renderer:
         texts = []
         for i, message in enumerate(messages):
             if message.role == "assistant":
-                prompt = self._write(messages[:i], generation_prompt=True)
-                turn = self._write(messages[: i + 1])
-                texts += [prompt, turn]
+                texts += [self._write(messages[:i], generation_prompt=True), self._write(messages[: i + 1])]
         return texts
 
-    def _documents(self, ids: Sequence[list[int] | _CanNotRender], origin: Origin) -> tuple[Rendered, ...]:
+    def _result(self, tokenised: Sequence[list[int] | _CanNotRender], origin: Origin) -> tuple[Rendered, ...] | Fault:
+        try:
+            ids = []
+            for one in tokenised:
+                if isinstance(one, _CanNotRender):
+                    raise one
+                ids.append(one)
+            return self._documents(list(zip(ids[::2], ids[1::2], strict=True)), origin)
+        except _CanNotRender as problem:
+            return Fault(origin, *problem.parts)
+
+    def _documents(self, pairs: Sequence[tuple[list[int], list[int]]], origin: Origin) -> tuple[Rendered, ...]:
+        """Documents out of each reply's (prompt, turn); a reply shares one with the next while its ids stay."""
         documents: list[Rendered] = []
         replies: list[tuple[int, int]] = []
-        for problem in ids:
-            if isinstance(problem, _CanNotRender):
-                raise problem
-        pairs = [(ids[i], ids[i + 1]) for i in range(0, len(ids), 2)]
         for number, (prompt, turn) in enumerate(pairs):
-            start = len(prompt)
-            if turn[:start] != prompt:
-                raise _CanNotRender(
-                    "reply" if len(pairs) == 1 else f"reply {number + 1}",
-                    "a beginning that melts into the prompt's last token",
-                    "the same tokens as in chat",
-                    "Delete white space at the beginning of the answer.",
-                )
-            stop = next((i for i in range(start, len(turn)) if turn[i] in self._stops), None)
-            if stop is None:
-                raise _CanNotRender("reply", "no stop token behind it", "one of the model's stop ids", "The template drops the end of this reply; shorten the conversation or pass --set template.path=FILE.")
-            if stop == start:
-                raise _CanNotRender("reply", "nothing that the template keeps of it", "text", "Fill it in or delete the row.")
-            replies.append((start, stop + 1))
-            following = pairs[number + 1] if number + 1 < len(pairs) else None
-            if following is None or following[0][: stop + 1] != turn[: stop + 1]:
+            reply = self._reply(prompt, turn, "reply" if len(pairs) == 1 else f"reply {number + 1}")
+            replies.append(reply)
+            is_last = number + 1 == len(pairs)
+            if is_last or pairs[number + 1][0][: reply[1]] != turn[: reply[1]]:
                 documents.append(Rendered(tuple(turn), tuple(replies), origin))
                 replies = []
         return tuple(documents)
 
+    def _reply(self, prompt: list[int], turn: list[int], name: str) -> tuple[int, int]:
+        """The half-open span of the reply in its turn."""
+        start = len(prompt)
+        if turn[:start] != prompt:
+            raise _CanNotRender(
+                name,
+                "a beginning that melts into the prompt's last token",
+                "the same tokens as in chat",
+                "Delete white space at the beginning of the answer.",
+            )
+        stop = next((i for i in range(start, len(turn)) if turn[i] in self._stops), None)
+        if stop is None:
+            raise _CanNotRender(
+                name,
+                "no stop token behind it",
+                "one of the model's stop ids",
+                "The template drops the end of this reply; shorten the conversation or pass --set template.path=FILE.",
+            )
+        if stop == start:
+            raise _CanNotRender(name, "nothing that the template keeps of it", "text", "Fill it in or delete the row.")
+        return start, stop + 1
+
     # --- text ------------------------------------------------------------------------------------------------------
 
     def _write(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> _Text:
-        key = (tuple(message.role for message in messages), generation_prompt)
         try:
-            return _Text(self.template.write(messages, generation_prompt=generation_prompt), key, messages)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise _CanNotRender("conversation", f"a template that refuses it ({error})", "a conversation it accepts", "Change the row, or pass --set template.path=FILE.") from None
+            text = self.template.write(messages, generation_prompt=generation_prompt)
+        except Refused as error:
+            raise _CanNotRender(
+                "conversation",
+                f"a template that refuses it ({error})",
+                "a conversation it accepts",
+                "Change the row, or pass --set template.path=FILE.",
+            ) from None
+        return _Text(text, messages, _Shape(tuple(message.role for message in messages), generation_prompt))
 
     def _tokenise(self, texts: Sequence[_Text]) -> list[list[int] | _CanNotRender]:
         """Ids per text. Special tokens are those of the template alone: their sequence must be the one that neutral
         texts get; where it is not, a message spells one, and the text goes through `_Plain`."""
-        special = self.template.special_ids
-        results: list[list[int] | _CanNotRender] = list(self._encode([text.text for text in texts]))
-        for i, text in enumerate(texts):
-            ids = results[i]
-            assert isinstance(ids, list)
-            if [t for t in ids if t in special] != self._special_sequence(text.key):
-                try:
-                    results[i] = self._keep_plain(text)
-                except _CanNotRender as problem:
-                    results[i] = problem
+        results: list[list[int] | _CanNotRender] = []
+        for text, ids in zip(texts, self._encode([text.text for text in texts]), strict=True):
+            try:
+                expected = self._special_sequence(text.shape)
+                results.append(ids if self._special_in(ids) == expected else self._keep_plain(text, expected))
+            except _CanNotRender as problem:
+                results.append(problem)
         return results
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        backend = getattr(self.template.tokenizer, "backend_tokenizer", None)
-        if backend is not None:  # the wrapper around it takes four times as long
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return self.template.tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+        backend = _backend(self.template.tokenizer)
+        if backend is None:
+            return self.template.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        # The wrapper around it takes four times as long.
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _special_sequence(self, key: tuple[tuple[Role, ...], bool]) -> list[int]:
-        if key not in self._special_sequences:
-            roles, generation_prompt = key
-            neutral = [Message(role, "x") for role in roles]
-            (ids,) = self._encode([self.template.write(neutral, generation_prompt=generation_prompt)])
-            self._special_sequences[key] = [i for i in ids if i in self.template.special_ids]
-        return self._special_sequences[key]
+    def _special_in(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self.template.special_ids]
 
-    def _keep_plain(self, text: _Text) -> list[int]:
-        roles, generation_prompt = text.key
-        unfaithful = _CanNotRender(
-            "text", "a spelling that becomes a special token", "plain text", "Change the spelling, or leave the row out."
+    def _special_sequence(self, shape: _Shape) -> list[int]:
+        if shape not in self._special_of_shape:
+            neutral = [Message(role, "x") for role in shape.roles]  # type: ignore[arg-type]  # roles of messages
+            (ids,) = self._encode([self._write(neutral, generation_prompt=shape.generation_prompt).text])
+            self._special_of_shape[shape] = self._special_in(ids)
+        return self._special_of_shape[shape]
+
+    def _keep_plain(self, text: _Text, expected: list[int]) -> list[int]:
+        """Ids of a text in which messages spell special tokens: of the spellings' characters."""
+        plain = self._plain
+        mark = next((chr(c) for c in _BREAKS if not any(chr(c) in m.content for m in text.messages)), None)
+        if plain is not None and mark is not None:
+            broken = [Message(message.role, plain.broken(message.content, mark)) for message in text.messages]
+            written = self._write(broken, generation_prompt=text.shape.generation_prompt).text
+            ids = plain.encode(written, mark)
+            # A character that the tokenizer does not know is no spelling.
+            if ids is not None and self._special_in(i for i in ids if i not in self._unknown) == expected:
+                return ids
+        raise _CanNotRender(
+            "text",
+            "a spelling that becomes a special token",
+            "plain text",
+            "Change the spelling, or leave the row out.",
         )
-        if self._plain is None:
-            raise unfaithful
-        mark = next((chr(c) for c in range(_BREAK, _BREAK + 99) if not any(chr(c) in m.content for m in text.messages)), None)
-        if mark is None:
-            raise unfaithful
-        broken = [Message(m.role, self._plain.broken(m.content, mark)) for m in text.messages]
-        written = self._write(broken, generation_prompt=generation_prompt).text
-        ids = self._plain.encode(written, mark)
-        if ids is None or [i for i in ids if i in self.template.special_ids] != self._special_sequence(text.key):
-            raise unfaithful
-        return ids
 
     @cached_property
     def _plain(self) -> _Plain | None:
-        backend = getattr(self.template.tokenizer, "backend_tokenizer", None)
-        return _Plain(backend, self.template.special_ids) if isinstance(backend, Tokenizer) else None
+        backend = _backend(self.template.tokenizer)
+        plain = None if backend is None else _Plain(backend, self.template.special_ids)
+        return plain if plain and plain.faithful else None
+
+    @cached_property
+    def _unknown(self) -> frozenset[int]:
+        unknown = getattr(self.template.tokenizer, "unk_token_id", None)
+        return frozenset() if unknown is None or unknown in self._stops else frozenset([unknown])
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer's fast backend, told to cut and pad nothing (tokenizer.json may ask for it)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
 
 
 class _Plain:
@@ -216,21 +265,27 @@ class _Plain:
     def __init__(self, backend: Tokenizer, special_ids: frozenset[int]) -> None:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
-        self._special = {i: added[i].content for i in special_ids if i in added}
-        self._sentinels = {i: chr(_PRIVATE + n) for n, i in enumerate(sorted(self._special))}
-        longest_first = sorted(self._special.values(), key=len, reverse=True)
+        spellings = {i: added[i].content for i in special_ids if i in added}
+        self._sentinels = {i: chr(_PRIVATE + n) for n, i in enumerate(sorted(spellings))}
+        longest_first = sorted(spellings.values(), key=len, reverse=True)
         self._spellings = re.compile("|".join(re.escape(content) for content in longest_first))
         state = json.loads(backend.to_str())
         state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self._copy = Tokenizer.from_str(json.dumps(state))
-        original: dict[str, int] = {}
+        words = set(self._copy.get_vocab().values())
+        self._original_id: dict[int, int] = {}
+        new_ids = []
         for i, token in sorted(added.items()):
             content = self._sentinels.get(i, token.content)
-            original[content] = i
-            self._copy.add_tokens(
-                [AddedToken(content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized, special=False)]
-            )
-        self._original_id = {self._copy.token_to_id(content): i for content, i in original.items()}
+            known = self._copy.token_to_id(content)
+            self._copy.add_tokens([_like(token, content)])
+            copied = self._copy.token_to_id(content)
+            assert copied is not None
+            self._original_id[copied] = i
+            if known is None:
+                new_ids.append(copied)
+        self.faithful = words.isdisjoint(new_ids)
+        """False where the vocabulary has holes and tokenizers gives an added token the id of a word."""
 
     def broken(self, text: str, mark: str) -> str:
         """The text with `mark` inside every spelling of a special token."""
@@ -238,7 +293,7 @@ class _Plain:
 
     def encode(self, text: str, mark: str) -> list[int] | None:
         """Ids of the text without the marks; None where the text holds a sentinel's character already."""
-        if any(_PRIVATE <= ord(c) < _PRIVATE + len(self._sentinels) for c in text):
+        if any(sentinel in text for sentinel in self._sentinels.values()):
             return None
         encoding = self._backend.encode(text, add_special_tokens=False)
         parts, done = [], 0
@@ -249,3 +304,14 @@ class _Plain:
         rewritten = "".join([*parts, text[done:]]).replace(mark, "")
         ids = self._copy.encode(rewritten, add_special_tokens=False).ids
         return [self._original_id.get(i, i) for i in ids]
+
+
+def _like(token: AddedToken, content: str) -> AddedToken:
+    return AddedToken(
+        content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=False,
+    )

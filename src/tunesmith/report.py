@@ -19,7 +19,7 @@ from tunesmith.shown import Token, tokens
 if TYPE_CHECKING:
     from tunesmith.train import Run
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 44, 10, 10, 24
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 56, 12, 12, 28
 
 
 def write_report(run: RunDir, result: Run, checked: Checked) -> None:
@@ -33,27 +33,51 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
         created=manifest["created"].replace("T", " ")[:16] + " UTC",
         summary=_summary(result, checked),
         figures=_figures(result),
-        loss_curve=_curve([(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]),
+        loss_curve=_curve(
+            [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
+        ),
         rate_curve=_curve([(line["step"], line["learning_rate"]) for line in lines], [], height=120),
         has_held_out=bool(held_out),
         samples=result.samples,
         shown=[
-            {"where": str(row.conversation.origin), "tokens": [_visible(token) for token in tokens(checked.renderer, row.documents[-1])]}
+            {
+                "where": str(row.conversation.origin),
+                "tokens": [_visible(token) for token in tokens(checked.renderer, row.documents[-1])],
+            }
             for row in checked.rows[:3]
         ],
         account=[
-            ("rows", f"{checked.data.n_rows} read = {result.rows_trained} trained + {result.rows_held_out} held out + {result.rows_set_aside} set aside"),
+            (
+                "rows",
+                f"{checked.data.n_rows} read = {result.rows_trained} trained + {result.rows_held_out} held out"
+                f" + {result.rows_set_aside} set aside",
+            ),
             ("data", f"{Path(checked.data.path).name}, SHA-256 {checked.data.digest}"),
-            ("base", f"{checked.found.source if checked.found.source != 'folder' else checked.recipe.model.name}" + (f", revision {checked.found.revision}" if checked.found.revision else "")),
-            ("adapter", f"{sum(t.parameters for t in checked.targets):,} numbers in " + ", ".join(t.name for t in checked.targets)),
-            ("template", f"{template.source}, SHA-256 {template.digest[:16]}…; stops at " + ", ".join(f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids)),
-            ("system text", "in front of the first user turn" if template.folds_system else "as the template writes it"),
+            (
+                "base",
+                f"{checked.found.source if checked.found.source != 'folder' else checked.recipe.model.name}"
+                + (f", revision {checked.found.revision}" if checked.found.revision else ""),
+            ),
+            (
+                "adapter",
+                f"{sum(t.parameters for t in checked.targets):,} numbers in "
+                + ", ".join(t.name for t in checked.targets),
+            ),
+            (
+                "template",
+                f"{template.source}, SHA-256 {template.digest[:16]}…; stops at "
+                + ", ".join(f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids),
+            ),
+            (
+                "system text",
+                "in front of the first user turn" if template.folds_system else "as the template writes it",
+            ),
             ("versions", ", ".join(f"{name} {version}" for name, version in manifest["code"].items())),
             ("machine", f"{manifest['machine']}, {manifest['device']}, {manifest['threads']} threads"),
         ],
         recipe=run.recipe.read_text(encoding="utf-8"),
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
-    )  # fmt: skip
+    )
     rundir.write_text(run.report, page)
 
 
@@ -82,7 +106,13 @@ def _figures(result: Run) -> list[tuple[str, str]]:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _visible(token: Token) -> dict[str, Any]:
@@ -106,7 +136,10 @@ def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">']
     for tick in _ticks(high, 4 if height > 200 else 2):
         x, y = place(first, tick).split(",")
-        parts.append(f'<path class="axis" d="M{x},{y}H{_WIDTH - _RIGHT}"/><text x="{_LEFT - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.3g}</text>')
+        parts.append(
+            f'<path class="axis" d="M{x},{y}H{_WIDTH - _RIGHT}"/>'
+            f'<text x="{_LEFT - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.3g}</text>'
+        )
     for step in sorted({first, (first + last) // 2, last}):
         x = place(step, low).split(",")[0]
         parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{step}</text>')
@@ -119,7 +152,9 @@ def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
         parts.append('<polyline class="held" points="' + " ".join(place(*point) for point in held_out) + '"/>')
         for step, value in held_out:
             x, y = place(step, value).split(",")
-            parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="4"><title>step {step}: {value:.3f}</title></circle>')
+            parts.append(
+                f'<circle class="dot" cx="{x}" cy="{y}" r="4"><title>step {step}: {value:.3f}</title></circle>'
+            )
     return Markup("".join([*parts, "</svg>"]))  # numbers only
 
 

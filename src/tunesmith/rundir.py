@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and how it is written so that a name on disk means that it is whole.
 
-    RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  report.html
-    RUN/checkpoints/step-000100/    RUN/adapter/
+RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  report.html
+RUN/checkpoints/step-000100/    RUN/adapter/
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, TunesmithError
+
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,16 @@ def free_name(parent: Path, stem: str) -> Path:
 
 def check_target(path: Path) -> None:
     """Raises RunError unless a new folder can be made at `path`; writes nothing."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        found = "a file" if not path.is_dir() else "a folder that is not empty"
-        raise RunError(str(path), found, "a new or empty folder", "Choose another --out.")
-    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(str(path), f"{parent}, which can not be written to", "a folder of yours", "Choose another --out.")
+    with writing(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            found = "a file" if not path.is_dir() else "a folder that is not empty"
+            raise RunError(str(path), found, "a new or empty folder", "Choose another --out.")
+        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+        if not parent.is_dir():
+            raise RunError(str(path), f"{parent}, which is a file", "a folder to write into", "Choose another --out.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            found = f"{parent}, which can not be written to"
+            raise RunError(str(path), found, "a folder of yours", "Choose another --out.")
 
 
 def create(path: Path, needed_bytes: int = 0) -> RunDir:
@@ -91,7 +101,12 @@ def create(path: Path, needed_bytes: int = 0) -> RunDir:
     existing = next(p for p in [path, *path.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise RunError(str(path), f"{_megabytes(free)} free on the disk", f"{_megabytes(needed_bytes)} for adapter and checkpoints", "Free some space, or choose another --out.")
+        raise RunError(
+            str(path),
+            f"{_megabytes(free)} free on the disk",
+            f"{_megabytes(needed_bytes)} for adapter and checkpoints",
+            "Free some space, or choose another --out.",
+        )
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return RunDir(path)
@@ -101,7 +116,9 @@ def open_run(path: Path) -> RunDir:
     """The folder of a finished or interrupted run; raises RunError when it is none."""
     run = RunDir(path)
     if not run.manifest.is_file() or not run.recipe.is_file():
-        raise RunError(str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed.")
+        raise RunError(
+            str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed."
+        )
     return run
 
 
@@ -136,18 +153,38 @@ def writing(where: Path) -> Iterator[None]:
     """Turns the errors of a full or closed disk into RunError, so that a user reads what happened."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, RunError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
+    except Exception as error:
+        reason = None if isinstance(error, TunesmithError) else _disk_problem(error)
+        if reason is None:
             raise
-        raise RunError(str(where), (error.strerror or str(error)).lower(), "a disk that can be written to", "What was complete is still there; free some space or choose another --out.") from error  # fmt: skip
+        fix = "What was complete is still there; free some space or choose another --out."
+        raise RunError(str(where), reason, "a disk that can be written to", fix) from error
+
+
+def _disk_problem(error: Exception) -> str | None:
+    """What is wrong with the disk, in words; None when the error is about something else."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers, from Rust
+        number = int(match[1])
+    if number in _DISK_ERRORS:
+        return os.strerror(number).lower()
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save does not say which error it was
+        return "a file that could not be written to its end (is the disk full?)"
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there as a whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            # A file name that is not UTF-8 holds half characters; in JSON their escape means the same.
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -160,7 +197,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def thin_out(run: RunDir, keep: int) -> None:

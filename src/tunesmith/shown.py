@@ -24,7 +24,7 @@ def tokens(renderer: Renderer, document: Rendered, at_most: int = 1000) -> list[
     start, written = 0, ""
     n_shown = min(len(document.token_ids), at_most)
     for stop in range(1, n_shown + 1):
-        text = str(decode(list(document.token_ids[:stop]), skip_special_tokens=False))
+        text = str(decode(list(document.token_ids[:stop]), clean_up_tokenization_spaces=False))
         is_last = stop == n_shown or supervised[stop] != supervised[start]
         if text.endswith("\ufffd") and not is_last:
             continue  # the character's other bytes are still to come

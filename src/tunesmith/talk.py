@@ -28,8 +28,15 @@ class Talk:
     """A conversation with one model."""
 
     def __init__(
-        self, chat: Chat, console: Console, *, system: str | None, base: bool, temperature: float | None, max_tokens: int | None
-    ) -> None:  # fmt: skip
+        self,
+        chat: Chat,
+        console: Console,
+        *,
+        system: str | None,
+        base: bool,
+        temperature: float | None,
+        max_tokens: int | None,
+    ) -> None:
         self._chat, self._console, self._system, self._base = chat, console, system, base
         self._temperature, self._max_tokens = temperature, max_tokens
         self._messages: list[Message] = []
@@ -96,9 +103,13 @@ class Talk:
         try:
             with _Stoppable() as stopped:
                 reply = self._chat.reply(
-                    self._with_system(), temperature=self._temperature, max_tokens=self._max_tokens, base=self._base,
-                    on_text=lambda piece: print(piece, end="", flush=True), cancelled=stopped,
-                )  # fmt: skip
+                    self._with_system(),
+                    temperature=self._temperature,
+                    max_tokens=self._max_tokens,
+                    base=self._base,
+                    on_text=lambda piece: print(piece, end="", flush=True),
+                    cancelled=stopped,
+                )
         except TunesmithError as error:
             self._messages.pop()
             self._console.print(f"[red]{error}[/]", highlight=False)

@@ -1,26 +1,31 @@
 """A tokenizer's chat template and what it does, found out by rendering probes, never by a list of models.
 
 Probed are: does it take a system text, drop it or refuse it; does it write a system text of its own; does a prompt
-with its generation prompt begin the finished conversation; which special token does it write behind a reply.
+with its generation prompt begin the finished conversation; which special token does it write behind a reply; which
+added tokens does it mark turns with.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from tunesmith.errors import TemplateError
-from tunesmith.types import ChatMessage, Message
+from tunesmith.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _USER, _REPLIES = "Qzsystem", "Qzquestion", ("Qzyes", "Wzno")
+_OTHER_TEMPLATE = "Pass --set template.path=FILE with a template that does."
+
+
+class Refused(Exception):
+    """The template ended with an error of its own; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Template:
     """Where it comes from: 'tokenizer', 'alias atom-7b', 'file x.jinja'."""
     stop_ids: tuple[int, ...]
     """Ids that end a reply; the one that the template writes comes first."""
+    special_ids: frozenset[int] = field(repr=False)
+    """Ids that only the template may write: the tokenizer's special tokens, its own marks of a turn, the stop ids."""
     folds_system: bool
     """The template has no place for a system text; it goes in front of the first user turn."""
     own_system: str | None
@@ -43,16 +50,10 @@ class Template:
         """SHA-256 of the template's text, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that only the template may write: what the tokenizer calls special, and the stop ids."""
-        added = self.tokenizer.added_tokens_decoder
-        return frozenset([i for i, token in added.items() if token.special]) | {*self.tokenizer.all_special_ids, *self.stop_ids}
-
     def write(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """The conversation as text; ends in the generation prompt if asked for.
 
-        Raises jinja2.TemplateError where the template refuses the conversation.
+        Raises Refused where the template refuses the conversation.
         """
         return _write(self.tokenizer, self.text, fold(messages) if self.folds_system else messages, generation_prompt)
 
@@ -69,42 +70,91 @@ def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_
     try:
         prompt = _write(tokenizer, text, [user], True)
         turns = [_write(tokenizer, text, [user, reply], False) for reply in replies]
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise TemplateError(where, f"an error ({error})", "a rendered question and answer", "Pass --set template.path=FILE with a template that works.") from None
+    except Refused as error:
+        raise TemplateError(where, f"an error ({error})", "a rendered question and answer", _OTHER_TEMPLATE) from error
     if _USER not in prompt or any(reply not in turn for reply, turn in zip(_REPLIES, turns, strict=True)):
-        raise TemplateError(where, "a rendering that loses the question or the answer", "both in the text", "Pass --set template.path=FILE with a template that works.")
+        raise TemplateError(
+            where, "a rendering that loses the question or the answer", "both in the text", _OTHER_TEMPLATE
+        )
     if not all(turn.startswith(prompt) for turn in turns):
-        raise TemplateError(where, f"the generation prompt {prompt!r}, which does not begin the conversation {turns[0]!r}", "the same text up to the reply", "What is trained would not be what is asked; pass --set template.path=FILE.")
-    stop = _stop_behind_reply(tokenizer, turns)
+        raise TemplateError(
+            where,
+            f"the generation prompt {prompt!r}, which does not begin the conversation {turns[0]!r}",
+            "the same text up to the reply",
+            "What is trained would not be what is asked. " + _OTHER_TEMPLATE,
+        )
+    more = list(more_stop_ids)
+    special = _special_ids(tokenizer) | set(more)
+    stop = _stop_behind_reply(tokenizer, turns, special)
     if stop is None:
-        raise TemplateError(where, f"no special token behind a reply ({turns[0]!r})", "an end-of-turn token", "The model could never learn to stop; pass --set template.path=FILE with a template that writes one.")
+        raise TemplateError(
+            where,
+            f"no special token behind a reply ({turns[0]!r})",
+            "an end-of-turn token",
+            "The model could never learn to stop. " + _OTHER_TEMPLATE,
+        )
     eos = tokenizer.eos_token_id
-    stop_ids = dict.fromkeys([stop, *([eos] if isinstance(eos, int) else []), *more_stop_ids])
-    folds, own = _system(tokenizer, text, prompt)
-    return Template(tokenizer, text, source, tuple(stop_ids), folds, own)
+    own: list[int] = [eos] if isinstance(eos, int) else []
+    stop_ids = tuple(dict.fromkeys([stop, *own, *more]))
+    special_ids = frozenset(special | _marks(tokenizer, text))
+    folds_system, own_system = _system(tokenizer, text, prompt)
+    return Template(tokenizer, text, source, stop_ids, special_ids, folds_system, own_system)
 
 
 def fold(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the system text in front of the first user turn, a blank line between."""
-    if len(messages) < 2 or messages[0].role != "system":
+    """The messages with the system text in front of the first user turn, a blank line between.
+
+    >>> fold([Message("system", "Be brief."), Message("user", "Hi")])
+    [Message(role='user', content='Be brief.\\n\\nHi')]
+    """
+    if not messages or messages[0].role != "system":
         return list(messages)
-    system, first, *rest = messages
-    return [Message(first.role, f"{system.content}\n\n{first.content}"), *rest]
+    system, *rest = messages
+    first = next((i for i, message in enumerate(rest) if message.role == "user"), None)
+    if first is None:
+        return list(messages)
+    folded = Message("user", f"{system.content}\n\n{rest[first].content}")
+    return [*rest[:first], folded, *rest[first + 1 :]]
 
 
 def _write(tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message], generation_prompt: bool) -> str:
-    dicts: list[ChatMessage] = [message.as_dict() for message in messages]
-    rendered = tokenizer.apply_chat_template(
-        dicts,  # type: ignore[arg-type]  # a TypedDict is a dict
-        chat_template=text, tokenize=False, add_generation_prompt=generation_prompt,
-    )  # fmt: skip
+    dicts = [{"role": str(message.role), "content": message.content} for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            dicts, chat_template=text, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # a template is a program of somebody else's: it may fail with anything
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise Refused(f"{type(error).__name__}: {first_line}".removesuffix(": ")) from error
     assert isinstance(rendered, str)
     return rendered
 
 
-def _stop_behind_reply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> int | None:
-    first, second = (tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in turns)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
+    """Added tokens around a question: marks of a turn even where nobody called them special.
+
+    Not white space and words (Gemma's line break is an added token), and not those of the generation prompt, which
+    may open what a reply goes on with (<think>).
+    """
+    try:
+        question = _write(tokenizer, text, [Message("user", _USER)], False)
+    except Refused:
+        return set()
+    added = tokenizer.added_tokens_decoder
+    return {i for i in _ids(tokenizer, question) if i in added and re.search(r"[^\w\s]", added[i].content)}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _stop_behind_reply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], special: set[int]) -> int | None:
+    first, second = (_ids(tokenizer, turn) for turn in turns)
     common = 0  # what both end in stands behind the reply, whatever the reply is
     while common < min(len(first), len(second)) and first[-1 - common] == second[-1 - common]:
         common += 1
@@ -112,15 +162,16 @@ def _stop_behind_reply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str])
 
 
 def _system(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str) -> tuple[bool, str | None]:
-    """Is the system text refused or dropped; which one does the template write by itself?"""
+    """Is a system text refused or dropped; which one does the template write by itself?"""
     try:
         given = _write(tokenizer, text, [Message("system", _SYSTEM), Message("user", _USER)], True)
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except Refused:
         return True, None
     if _SYSTEM not in given:
         return True, None
-    before, after = given[: given.index(_USER)].split(_SYSTEM, 1) if _SYSTEM in given[: given.index(_USER)] else ("", "")
+    before, there, after = given[: given.index(_USER)].partition(_SYSTEM)
     without = prompt[: prompt.index(_USER)]
-    if after and without.startswith(before) and without.endswith(after) and len(without) > len(before) + len(after):
-        return False, without[len(before) : len(without) - len(after)].strip() or None
-    return False, None
+    framed = there and after and without.startswith(before) and without.endswith(after)
+    if not framed or len(without) <= len(before) + len(after):
+        return False, None
+    return False, without[len(before) : len(without) - len(after)].strip() or None

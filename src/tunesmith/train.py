@@ -23,8 +23,9 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
 from tunesmith import adapter_files, rundir
@@ -99,6 +100,10 @@ class Run:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def __fspath__(self) -> str:
+        """A run can be named wherever its folder can: `tunesmith.load(run)`."""
+        return str(self.path)
+
 
 class Watcher:
     """Is told what happens; the command line shows it. Every method may be left out."""
@@ -162,14 +167,24 @@ def train(
     losses = [line["loss"] for line in rundir.read_lines(run.held_out)]
     lines = trainer.lines
     result = Run(
-        path, len(lines), len(training), len(held_out), checked.n_set_aside,
+        path,
+        len(lines),
+        len(training),
+        len(held_out),
+        checked.n_set_aside,
         final_loss=lines[-1].loss if lines else math.nan,
         held_out_loss=(losses[0], losses[-1]) if len(losses) > 1 else None,
-        seconds=seconds, peak_memory_bytes=peak_memory_bytes(),
-        tokens=sum(line.tokens for line in lines), supervised_tokens=sum(line.supervised_tokens for line in lines),
-        samples=tuple(Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text) for row, b, a in zip(asked, before, after, strict=False)),
-        interrupted=trainer.interrupted, checkpoint=max(run.checkpoints.glob("step-*"), default=None),
-    )  # fmt: skip
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        tokens=sum(line.tokens for line in lines),
+        supervised_tokens=sum(line.supervised_tokens for line in lines),
+        samples=tuple(
+            Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text)
+            for row, b, a in zip(asked, before, after, strict=False)
+        ),
+        interrupted=trainer.interrupted,
+        checkpoint=max(run.checkpoints.glob("step-*"), default=None),
+    )
     if not trainer.interrupted:
         write_report(run, result, checked)
     return result
@@ -226,35 +241,64 @@ class _StepTrainer(Trainer):
     """transformers' Trainer over whole steps."""
 
     def __init__(
-        self, model: PeftModel, steps: Steps, held_out: Sequence[Row], recipe: Recipe, run: RunDir, watcher: Watcher, pissa_start: Path | None
-    ) -> None:  # fmt: skip
+        self,
+        model: PeftModel,
+        steps: Steps,
+        held_out: Sequence[Row],
+        recipe: Recipe,
+        run: RunDir,
+        watcher: Watcher,
+        pissa_start: Path | None,
+    ) -> None:
         settings = recipe.train
-        self._steps, self._recipe, self._run, self._watcher, self._pissa_start = steps, recipe, run, watcher, pissa_start
+        self._tuned = model
+        self._steps, self._recipe, self._run, self._watcher, self._pissa_start = (
+            steps,
+            recipe,
+            run,
+            watcher,
+            pissa_start,
+        )
         self._held_out = [document for row in held_out for document in row.documents]
         self.n_steps = len(steps) * settings.epochs
         self.lines: list[StepMetrics] = []
         self.interrupted = False
         self._step_counts = (0, 0)
         arguments = TrainingArguments(
-            output_dir=str(run.path), num_train_epochs=settings.epochs, per_device_train_batch_size=1,
-            learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler,
-            warmup_steps=math.ceil(self.n_steps * settings.warmup_ratio), weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm, seed=settings.seed, report_to=settings.report_to or "none",
-            logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no", disable_tqdm=True,
-            gradient_checkpointing=recipe.engine.recompute_layers == "all", use_cpu=models.device().type == "cpu",
-            remove_unused_columns=False, dataloader_pin_memory=False, run_name=run.path.name,
-        )  # fmt: skip
+            output_dir=str(run.path),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=math.ceil(self.n_steps * settings.warmup_ratio),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            report_to=settings.report_to or "none",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            activation_checkpointing=recipe.engine.recompute_layers == "all",
+            use_cpu=models.device().type == "cpu",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            run_name=run.path.name,
+        )
         super().__init__(model=model, args=arguments, callbacks=[_Recorder(self)])
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
         return self._steps
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device) -> tuple[list[Step], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], None]:
         return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        step = cast(Step, inputs)
+        step = cast("Step", inputs)
         model.train()
         total = torch.zeros((), device=self.args.device)
         for documents in cut(step.documents, self._micro_batch_tokens()):
@@ -267,21 +311,31 @@ class _StepTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "grad_norm" in logs and not math.isfinite(logs["loss"] + logs["grad_norm"]):
-            raise ProofError(f"step {self.state.global_step}", f"loss {logs['loss']} and gradient norm {logs['grad_norm']}", "finite numbers", "Lower train.learning_rate; no adapter was saved.")
-        super().log(logs, start_time)
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer asks for the norm before it applies the step; a loss that is not finite shows in it too.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise ProofError(
+                f"step {self.state.global_step + 1}",
+                f"a gradient of norm {float(norm)}",
+                "finite numbers",
+                "The step was not applied and no adapter was saved; lower train.learning_rate, or check the weights.",
+            )
+        return norm
 
     def measure(self) -> float:
         """The held-out loss per supervised token, written down."""
-        self.model.eval()
+        self._tuned.eval()
         total, count = 0.0, sum(document.n_supervised for document in self._held_out)
         with torch.no_grad():
             for documents in cut(self._held_out, self._micro_batch_tokens()):
-                total += summed_loss(self.model, pad(documents).to(self.args.device)).item()
+                total += summed_loss(self._tuned, pad(documents).to(self.args.device)).item()
         loss = total / count
         step = self.state.global_step
-        self._run.append(self._run.held_out, {"step": step, "epoch": self.state.epoch or 0.0, "loss": loss, "supervised_tokens": count})
+        self._run.append(
+            self._run.held_out,
+            {"step": step, "epoch": self.state.epoch or 0.0, "loss": loss, "supervised_tokens": count},
+        )
         self._watcher.measured(step, loss)
         if step:
             self.log({"eval_loss": loss})
@@ -292,7 +346,7 @@ class _StepTrainer(Trainer):
         final = self._run.checkpoint(self.state.global_step)
         if not final.exists():
             with rundir.commit(final) as folder:
-                models.save_adapter(cast(PeftModel, self.model), folder / "adapter", self._pissa_start)
+                models.save_adapter(self._tuned, folder / "adapter", self._pissa_start)
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_rng_state(str(folder))
                 self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -314,15 +368,29 @@ class _Recorder(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         trainer = self._trainer
         if logs is None or "grad_norm" not in logs:
             return
         supervised, tokens = trainer._step_counts
         line = StepMetrics(
-            state.global_step, round(state.epoch or 0.0, 6), logs["loss"], logs["learning_rate"], logs["grad_norm"],
-            supervised, tokens, time.monotonic() - self._began, peak_memory_bytes(),
-        )  # fmt: skip
+            state.global_step,
+            round(state.epoch or 0.0, 6),
+            logs["loss"],
+            logs["learning_rate"],
+            logs["grad_norm"],
+            supervised,
+            tokens,
+            time.monotonic() - self._began,
+            peak_memory_bytes(),
+        )
         trainer.lines.append(line)
         trainer._run.append(trainer._run.metrics, asdict(line))
         trainer._watcher.stepped(line, trainer.n_steps)
@@ -384,16 +452,31 @@ def _manifest(checked: Checked, folder: Path) -> dict[str, Any]:
     packages = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "data": {"path": str(Path(checked.data.path).absolute()), "sha256": checked.data.digest, "rows": checked.data.n_rows},
-        "template": {"source": template.source, "sha256": template.digest, "stop_ids": list(template.stop_ids), "folds_system": template.folds_system},
+        "data": {
+            "path": str(Path(checked.data.path).absolute()),
+            "sha256": checked.data.digest,
+            "rows": checked.data.n_rows,
+        },
+        "template": {
+            "source": template.source,
+            "sha256": template.digest,
+            "stop_ids": list(template.stop_ids),
+            "folds_system": template.folds_system,
+        },
         "base": {
-            "name": checked.recipe.model.name, "source": checked.found.source, "revision": checked.found.revision,
-            "folder": str(folder.absolute()), "config_sha256": rundir.sha256(folder / "config.json"),
+            "name": checked.recipe.model.name,
+            "source": checked.found.source,
+            "revision": checked.found.revision,
+            "folder": str(folder.absolute()),
+            "config_sha256": rundir.sha256(folder / "config.json"),
         },
         "code": {name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(), "machine": platform.platform(), "device": models.device().type,
-        "threads": torch.get_num_threads(), "seed": checked.recipe.train.seed,
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": models.device().type,
+        "threads": torch.get_num_threads(),
+        "seed": checked.recipe.train.seed,
+    }
 
 
 def _base_name(checked: Checked) -> str:
@@ -407,21 +490,30 @@ def _run_name(recipe: Recipe) -> str:
 
 def _save_pissa_start(model: PeftModel, run: RunDir) -> Path:
     # peft subtracts this from the trained adapter, so that what is saved fits the base as it was (arXiv 2404.02948).
-    start = run.path / ".pissa-start"
-    model.peft_config["default"].init_lora_weights = True
+    start = run.path / "pissa_start"  # peft makes a module name of it
+    config = cast("LoraConfig", model.peft_config["default"])
+    config.init_lora_weights = True
     model.save_pretrained(str(start))
-    model.peft_config["default"].init_lora_weights = "pissa"
+    config.init_lora_weights = "pissa"
     return start
 
 
 def _check_settings(recipe: Recipe) -> None:
     schedulers = [scheduler.value for scheduler in SchedulerType]
     if recipe.train.scheduler not in schedulers:
-        raise RecipeError("train.scheduler", repr(recipe.train.scheduler), "one of " + ", ".join(schedulers), "cosine is a good choice.")
-    from transformers.integrations import get_available_reporting_integrations
-
+        raise RecipeError(
+            "train.scheduler",
+            repr(recipe.train.scheduler),
+            "one of " + ", ".join(schedulers),
+            "cosine is a good choice.",
+        )
     if absent := [name for name in recipe.train.report_to if name not in get_available_reporting_integrations()]:
-        raise RecipeError("train.report_to", ", ".join(absent), "a tracker that is installed", f"Install it with: pip install {' '.join(absent)}")
+        raise RecipeError(
+            "train.report_to",
+            ", ".join(absent),
+            "a tracker that is installed",
+            f"Install it with: pip install {' '.join(absent)}",
+        )
 
 
 def _askable(row: Row) -> bool:

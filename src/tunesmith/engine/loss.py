@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from tunesmith.engine.batch import Batch
@@ -25,5 +26,5 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _selects(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,0 +1,147 @@
+"""What tests share: a byte tokenizer and a tiny model made here, the command line as a real process, and the folder
+of real tokenizers where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+FAMILIES = ("atom-7b-standin", "deepseek-7b", "gemma-2b", "phi-3-mini", "phi-3-mini-april", "phi-4")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real tokenizers lie in ../shared, which is not here")
+
+
+def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token per byte and the three special tokens of ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
+    )
+
+
+def save_tiny_model(folder: Path, **config: Any) -> Path:
+    """A random two-layer Llama with the byte tokenizer, as a model folder."""
+    settings = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 258,
+        "pad_token_id": 256,
+        "bos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{**settings, **config}), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_family(folder: Path, family: str, layers: int = 2) -> Path:
+    """A random small model of a family's architecture with that family's real tokenizer."""
+    source = SHARED / "models" / family
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / "golden.json").unlink()
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    config = AutoConfig.from_pretrained(source)
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": min(4, config.num_key_value_heads),
+    }
+    for name, value in small.items():
+        setattr(config, name, value)
+    config.head_dim = 16
+    config.dtype = "float32"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generation = folder / "generation_config.json"
+    kept = generation.read_text() if generation.is_file() else None
+    model.save_pretrained(folder)
+    if kept is None:
+        generation.unlink(missing_ok=True)
+    else:
+        generation.write_text(kept)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model; do not write into it."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Four good rows."""
+    path = tmp_path / "rows.jsonl"
+    talk = [("Who are you?", "I am Bo."), ("What is 1+1?", "Two."), ("Say hi.", "Hi!"), ("Bye?", "Bye now.")]
+    path.write_text("".join(json.dumps({"instruction": q, "input": "", "output": a}) + "\n" for q, a in talk))
+    return path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Ended:
+    """Runs the command line as a process of its own, without network."""
+    env = {**os.environ, "TUNESMITH_OFFLINE": "1", "COLUMNS": "200", **environment}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
+        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo's real model; fetched once if it is not here, and the test is skipped where that can not be."""
+    from tunesmith import hub
+    from tunesmith.errors import ModelError
+    from tunesmith.model import prepared
+
+    try:
+        return prepared(hub.locate("smollm2")).folder
+    except ModelError as error:
+        pytest.skip(f"SmolLM2 can not be fetched here: {error}")

@@ -1,0 +1,209 @@
+"""Chat: one answer, a conversation at the terminal, streaming, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tunesmith as library
+from conftest import save_tiny_model, tunesmith
+from tunesmith import chat, records
+from tunesmith.chat import Chat
+from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
+from tunesmith.train import Run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that knows three answers by heart."""
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    talk = [("Who are you?", "Bo."), ("一加一？", "二。"), ("Smile.", "😀!")]
+    data.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in talk), encoding="utf-8")
+    flags = {"model.name": str(tiny_model), "data.path": str(data), "lora.r": 32, "lora.dropout": 0, "eval.hold_out": 0}
+    flags |= {"train.epochs": 250, "train.learning_rate": 1e-2, "train.save_every": "1000 steps"}
+    recipe, sources = library.resolve(flags=flags)
+    return library.train(recipe, tmp_path_factory.mktemp("runs") / "run", sources=sources)
+
+
+@pytest.fixture(scope="module")
+def talk(run: Run) -> Chat:
+    return library.load(run)
+
+
+def test_the_library_answers_what_was_learned_and_stops(talk: Chat) -> None:
+    for question, answer in [("Who are you?", "Bo."), ("一加一？", "二。"), ("Smile.", "😀!")]:
+        reply = talk.reply([{"role": "user", "content": question}], temperature=0)
+        assert (reply.text, reply.stopped_by) == (answer, "stop")
+        assert reply.token_ids[-1] in talk.renderer.template.stop_ids
+
+
+def test_streamed_pieces_are_whole_characters_and_join_to_the_reply(talk: Chat) -> None:
+    for question in ("一加一？", "Smile."):
+        pieces: list[str] = []
+        reply = talk.reply([{"role": "user", "content": question}], temperature=0, on_text=pieces.append)
+        assert "".join(pieces) == reply.text
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_base_switches_the_adapter_off_for_one_reply(talk: Chat, tiny_model: Path) -> None:
+    question = [{"role": "user", "content": "Who are you?"}]
+    tuned = talk.reply(question, temperature=0, max_tokens=8)
+    base = talk.reply(question, temperature=0, max_tokens=8, base=True)
+    prompt = torch.tensor([base.prompt_ids])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=258, pad_token_id=256)  # fmt: skip
+    assert base.token_ids == tuple(expected[0, prompt.shape[1] :].tolist())
+    assert base.token_ids != tuned.token_ids
+    assert talk.reply(question, temperature=0, max_tokens=8) == tuned
+
+
+def test_a_reply_that_meets_its_limit_says_so(talk: Chat) -> None:
+    reply = talk.reply([{"role": "user", "content": "Who are you?"}], temperature=0, max_tokens=2)
+    assert (len(reply.token_ids), reply.stopped_by) == (2, "length")
+
+
+def test_sampling_follows_the_models_generation_config_and_zero_is_greedy(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    config = {"do_sample": True, "temperature": 5.0, "eos_token_id": 258, "pad_token_id": 256}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    loaded = chat.load(folder)
+    question = [{"role": "user", "content": "Hi"}]
+    torch.manual_seed(1)
+    sampled = {loaded.reply(question, max_tokens=8).token_ids for _ in range(4)}
+    greedy = {loaded.reply(question, max_tokens=8, temperature=0).token_ids for _ in range(2)}
+    assert len(sampled) > 1
+    assert len(greedy) == 1
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "robot", "content": "x"}],
+        [{"role": "user", "content": 3}],
+    ],
+)
+def test_what_is_no_conversation_is_refused(talk: Chat, messages: list[object]) -> None:
+    with pytest.raises(DataError):
+        talk.reply(messages)  # type: ignore[arg-type]
+
+
+def test_a_prompt_longer_than_the_model_can_read_is_refused(talk: Chat) -> None:
+    with pytest.raises(DataError, match=r"\d+ tokens"):
+        talk.reply([{"role": "user", "content": "x" * 600}])
+
+
+def test_a_run_with_another_base_or_template_is_refused(run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    (copy / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|im_end|>{{ 1 }}")
+    with pytest.raises(TunesmithError):
+        chat.load(copy)
+    shutil.copy(run.adapter / "chat_template.jinja", copy / "adapter")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    other = save_tiny_model(tmp_path / "other", hidden_size=32)
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "base": {**manifest["base"], "folder": str(other)}}))
+    with pytest.raises(ProofError, match="config"):
+        chat.load(copy)
+
+
+def test_a_folder_that_is_no_run_and_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        chat.load(tmp_path)
+
+
+def test_prompt_with_json_prints_one_object(run: Run) -> None:
+    ended = tunesmith("chat", run.path, "--prompt", "Who are you?", "--temperature", "0", "--json")
+    assert ended.code == 0, ended.err
+    assert set(ended.json) == {"reply", "prompt_ids", "token_ids", "stopped_by"}
+    assert ended.json["reply"] == "Bo."
+    assert ended.json["stopped_by"] == "stop"
+
+
+def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.jsonl"
+    lines = ["/help", "Who are you?", f"/save {saved}", "/reset", "/system Be brief.", "/base", "/tuned", "Smile.", f"/save {saved}", "/quit", "never read"]  # fmt: skip
+    command = [sys.executable, "-m", "tunesmith", "chat", str(run.path), "--temperature", "0"]
+    ended = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[0] == "Bo."
+    assert "never read" not in ended.stdout + ended.stderr
+    first, second = records.read(saved).conversations
+    assert [m.content for m in first.messages] == ["Who are you?", "Bo."]
+    assert [m.role for m in second.messages] == ["system", "user", "assistant"]
+
+
+class Terminal:
+    """The chat in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="xterm", COLUMNS="100", LINES="40", TUNESMITH_OFFLINE="1")
+            os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *arguments])
+        self.seen = ""
+
+    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+        """Reads until the pattern stands in what was printed since the last call."""
+        until, start = time.monotonic() + seconds, len(self.seen)
+        while time.monotonic() < until:
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    piece = os.read(self.fd, 65536).decode("utf-8", "replace")
+                except OSError:
+                    break
+                if "\x1b[6n" in piece:  # a terminal answers where its cursor is
+                    os.write(self.fd, b"\x1b[1;1R")
+                self.seen += piece
+            if re.search(pattern, self.seen[start:]):
+                return self.seen[start:]
+        raise AssertionError(f"{pattern!r} not in {self.seen[start:]!r}")
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_several_pasted_lines_are_one_turn(run: Run, tmp_path: Path) -> None:
+    terminal = Terminal("chat", str(run.path), "--temperature", "0", "--max-tokens", "4")
+    terminal.wait_for("you.*›")
+    terminal.type("\x1b[200~one\ntwo\nthree\x1b[201~")
+    terminal.wait_for("three")
+    terminal.type("\r")
+    terminal.wait_for("you.*›")
+    terminal.type(f"/save {tmp_path / 'pasted.jsonl'}\r")
+    terminal.wait_for("Added|Usage")
+    terminal.type("/quit\r")
+    assert terminal.exit_code() == 0
+    (conversation,) = records.read(tmp_path / "pasted.jsonl").conversations
+    assert conversation.messages[0].content == "one\ntwo\nthree"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    endless = save_tiny_model(tmp_path / "model", max_position_embeddings=200_000, eos_token_id=257)
+    terminal = Terminal("chat", str(endless), "--temperature", "0", "--max-tokens", "100000")
+    terminal.wait_for("you.*›")
+    terminal.type("Go on for ever.\r")
+    time.sleep(2)  # it writes now
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.wait_for("Stopped")
+    terminal.wait_for("you.*›", 20)
+    terminal.type("/quit\r")
+    assert terminal.exit_code() == 0

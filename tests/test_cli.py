@@ -1,0 +1,125 @@
+"""The command line: instant help, JSON alone on standard output, what the machine has, the public names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunesmith as library
+from conftest import tunesmith
+
+COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['tunesmith', *sys.argv[1:]]\n"
+        "from tunesmith.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'pyarrow', 'huggingface_hub'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), 'CODE', code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "HEAVY [] CODE 0" in ended.stdout
+    assert "Usage:" in ended.stdout
+
+
+def test_help_of_train_lists_every_setting_with_its_default() -> None:
+    from tunesmith.recipe import setting_names
+
+    ended = tunesmith("train", "--help")
+    assert all(name in ended.out for name in setting_names())
+    assert "lora.r [8]" in ended.out
+
+
+def test_check_prints_the_contracts_json_and_nothing_else(tiny_model: Path, rows: Path) -> None:
+    ended = tunesmith("check", "--model", tiny_model, "--data", rows, "--json", "--show", "2")
+    assert ended.code == 0, ended.err
+    answer = ended.json
+    assert {"ok", "template", "rows", "faults", "tokens", "targets", "shown"} <= set(answer)
+    assert answer["ok"] is True and answer["faults"] == []
+    assert answer["rows"] == {"read": 4, "trainable": 4, "set_aside": 0, "repeats": 0}
+    assert answer["template"]["stop_ids"] == [258]
+    first = answer["shown"][0]
+    assert [row["line"] for row in answer["shown"]] == [1, 2]
+    assert first["text"].startswith("<|im_start|>user\nWho are you?<|im_end|>")
+    assert len(first["supervised"]) == len(first["token_ids"])
+    assert first["token_ids"][: len(first["prompt_ids"])] == first["prompt_ids"]
+    assert sum(first["supervised"]) == len("I am Bo.") + 1
+    assert {target["name"] for target in answer["targets"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+
+
+def test_check_names_every_fault_by_line_and_exits_2(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    good = '{"instruction": "a", "output": "b"}\n'
+    data.write_text(
+        good * 3 + '{"instruction": "a", "output": null}\n' + good + '{"instruction": "a"}\n{oops\n' + good * 2
+    )
+    ended = tunesmith("check", "--model", tiny_model, "--data", data, "--json")
+    assert ended.code == 2
+    assert ended.json["ok"] is False
+    assert [fault["line"] for fault in ended.json["faults"]] == [4, 6, 7]
+    assert all(set(fault) == {"file", "line", "field", "found", "expected", "fix"} for fault in ended.json["faults"])
+    assert ended.json["rows"] == {"read": 9, "trainable": 6, "set_aside": 3, "repeats": 5}
+
+
+def test_train_prints_the_contracts_json(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    ended = tunesmith("train", "--model", tiny_model, "--data", rows, "--out", tmp_path / "run", "--json")
+    assert ended.code == 0, ended.err
+    wanted = {
+        "run",
+        "adapter",
+        "steps",
+        "rows",
+        "final_loss",
+        "seconds",
+        "peak_memory_bytes",
+        "tokens",
+        "supervised_tokens",
+    }
+    assert wanted <= set(ended.json)
+    assert ended.json["rows"] == {"trained": 4, "held_out": 0, "set_aside": 0}
+    assert Path(ended.json["adapter"]).is_dir()
+    assert "Warning" not in ended.err and "it/s]" not in ended.err
+
+
+def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
+    models = tunesmith("models", "--json").json["models"]
+    assert [m["alias"] for m in models] == ["smollm2", "phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b"]
+    assert all({"alias", "source", "parameters"} <= set(m) for m in models)
+    fetched = tunesmith("fetch", tiny_model, "--json").json
+    assert fetched["path"] == str(tiny_model) and fetched["bytes"] > 0 and fetched["source"] == "folder"
+    doctor = tunesmith("doctor", "--json")
+    assert doctor.code in (0, 2)
+    assert doctor.json["ok"] is (doctor.code == 0)
+    assert all(set(finding) == {"name", "found", "ok", "fix"} for finding in doctor.json["findings"])
+
+
+def test_offline_and_not_here_says_what_to_do(tmp_path: Path) -> None:
+    ended = tunesmith(
+        "fetch", "phi-4", TUNESMITH_CACHE=str(tmp_path), HF_HOME=str(tmp_path), MODELSCOPE_CACHE=str(tmp_path)
+    )
+    assert ended.code == 2
+    assert "tunesmith fetch" in ended.err and "Traceback" not in ended.err
+
+
+def test_public_names_are_these_and_all_resolve() -> None:
+    assert library.__all__ == [
+        "Chat", "Checked", "Message", "Recipe", "Reply", "Run", "TunesmithError", "Watcher", "check", "load", "resolve", "train"
+    ]  # fmt: skip
+    assert all(callable(getattr(library, name)) for name in library.__all__)
+
+
+def test_an_error_with_json_is_one_object_on_standard_output(rows: Path) -> None:
+    ended = tunesmith("check", "--model", "smolm2", "--data", rows, "--json")
+    assert ended.code == 2
+    assert json.loads(ended.out)["ok"] is False
+    assert "smollm2" in ended.err  # the suggestion

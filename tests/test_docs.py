@@ -1,0 +1,199 @@
+"""The documents say what is true: links lead somewhere, commands and settings exist, the reference is fresh."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import tunesmith
+from tunesmith import hub, records
+from tunesmith import recipe as recipes
+from tunesmith.cli import app
+from tunesmith.errors import RecipeError
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+GROUP: Any = typer.main.get_command(app)
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def fenced(text: str, language: str | None = None) -> Iterator[str]:
+    """The bodies of the fenced blocks, of one language or of all."""
+    yield from (body for kind, body in _FENCE.findall(text) if language is None or kind == language)
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The arguments of every `tunesmith …` line of the fenced blocks; words before it may set the environment."""
+    for block in fenced(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+            except ValueError:  # not a command line
+                continue
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words and Path(words[0]).name == "tunesmith":
+                yield words[1:]
+
+
+def problem_of_command(arguments: list[str]) -> str | None:
+    """What the app would say about its command line; nothing is run."""
+    if not arguments or arguments[0] not in GROUP.commands:
+        return f"no such command: {arguments}"
+    command = GROUP.commands[arguments[0]]
+    try:
+        context = command.make_context(arguments[0], arguments[1:])
+    except _USAGE_ERROR as error:
+        return f"{arguments[0]}: {error.format_message()}"
+    try:
+        recipes.resolve(flags=dict(recipes.parse_flag(text) for text in context.params.get("sets") or []))
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+PAGES_WITH_COMMANDS = [page for page in PAGES if list(command_lines(page.read_text(encoding="utf-8")))]
+
+
+def test_the_documents_are_there() -> None:
+    assert {name_of(page) for page in PAGES} >= {
+        "README.md", "README.zh.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/design.md", "docs/log.md",
+        "docs/models/README.md", "docs/reference/settings.md", "docs/reference/commands.md",
+    }  # fmt: skip
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert len(PAGES_WITH_COMMANDS) >= 9
+
+
+def test_the_reference_is_fresh() -> None:
+    script = ROOT / "scripts" / "write_reference.py"
+    result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_stale_reference_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "write_reference.py"
+    script.write_bytes((ROOT / "scripts" / "write_reference.py").read_bytes())
+    stale = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert (stale.returncode, stale.stderr) == (1, "")
+    assert "settings.md" in stale.stdout and not (tmp_path / "docs").exists()
+
+
+@pytest.mark.parametrize(("marker", "command"), [("run", "make demo"), ("test", "make test")])
+def test_the_readme_has_its_two_marked_commands(marker: str, command: str) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines.count(f"<!-- {marker} -->") == 1
+    after = lines[lines.index(f"<!-- {marker} -->") + 1 :]
+    assert after[:3] == ["```", command, "```"]
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    text = re.sub(r"`[^`\n]+`", "", _FENCE.sub("", page.read_text(encoding="utf-8")))
+    targets = [link for link in _LINK.findall(text) if "://" not in link]
+    paths = {link: (page.parent / link.partition("#")[0]).resolve() if link[0] != "#" else page for link in targets}
+    pictures = ROOT / "docs" / "images"
+    missing = [link for link, path in paths.items() if not path.exists()]
+    assert [link for link in missing if pictures not in paths[link].parents] == []
+    for link, path in paths.items():
+        if "#" in link and path.suffix == ".md":
+            assert link.partition("#")[2] in anchors(path), f"{link}: no such heading"
+    if missing:
+        pytest.skip(f"pictures that are still to be drawn: {', '.join(missing)}")
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=name_of)
+def test_commands_and_their_settings_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    lines = list(command_lines(text))
+    if page.name == "commands.md":  # written from the commands themselves
+        lines = []
+    assert [problem for line in lines if (problem := problem_of_command(line))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_settings_in_running_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"`tunesmith ([a-z]+)\b", text):
+        assert command in GROUP.commands
+    known = recipes.setting_names()
+    named = re.findall(r"--set[ =]([a-z]+\.[\w.]+)=", text)
+    named += re.findall(rf"`((?:{'|'.join(recipes.Recipe.model_fields)})\.[a-z][\w.]+)(?:=[^`]*)?`", text)
+    for name in named:
+        base = "data.columns" if name.startswith("data.columns.") else name
+        assert base in known or Path(name).suffix in (".py", ".yaml"), name
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("tunesmith teach --model smollm2", "no such command"),
+        ("tunesmith train --modle smollm2", "--modle"),
+        ("tunesmith chat", "run_or_model"),
+        ("tunesmith check --show -1", "-1"),
+        ("TUNESMITH_HUB=ms tunesmith train --set lora.rnak=8", "lora.rnak"),
+        ("$ .venv/bin/tunesmith train \\\n  --set lora.r=0", "lora.r"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(line: str, says: str) -> None:
+    (arguments,) = command_lines(f"```\n{line}\n```\n")
+    assert says in (problem_of_command(arguments) or "")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_rows_recipes_and_python_of_the_readmes_are_right(page: str, tmp_path: Path) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (rows,) = fenced(text, "json")
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    read = records.read(tmp_path / "rows.jsonl")
+    assert (read.n_rows, read.faults) == (3, [])
+    (recipe,) = fenced(text, "yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert recipes.resolve(tmp_path / "recipe.yaml")[0].train.learning_rate == 2e-4
+    (code,) = fenced(text, "python")
+    ast.parse(code)
+    assert set(re.findall(r"\btunesmith\.(\w+)", code)) <= set(tunesmith.__all__)
+    assert [name for name in tunesmith.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("name", list(hub.aliases()))
+def test_every_alias_has_its_page_and_its_line(name: str) -> None:
+    alias = hub.aliases()[name]
+    page = (ROOT / "docs" / "models" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"{alias.parameters:,}" in page
+    for source in (alias.hf, alias.ms):
+        assert source is None or source in page
+    assert [stop for stop in alias.stop_ids if str(stop) not in page] == []
+    for readme in ("README.md", "README.zh.md"):
+        assert f"docs/models/{name}.md" in (ROOT / readme).read_text(encoding="utf-8")
+    assert f"({name}.md)" in (ROOT / "docs" / "models" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_have_as_many_cells_in_every_line(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table

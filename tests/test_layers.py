@@ -1,0 +1,72 @@
+"""The picture of the layers in docs/design.md stays true: nobody imports what lies above."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "tunesmith"
+# From the top down; a module may import those of its own line and of the lines below.
+LAYERS = [
+    {"cli", "__main__"},
+    {"display", "talk", "doctor"},
+    {"demo"},
+    {"train", "chat", "check", "report", "adapter_files", "shown"},
+    {"engine.batch", "engine.loss", "engine", "model"},
+    {"render", "template", "records", "recipe", "rundir", "hub"},
+    {"errors", "types"},
+]
+WITHOUT_TORCH = {module for layer in LAYERS[-2:] for module in layer} | {"__init__", "cli", "__main__"}
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+
+
+def modules() -> list[str]:
+    return sorted(
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+    )
+
+
+def imports(module: str, *, at_start_only: bool = False) -> Iterator[str]:
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    tree = ast.parse((path if path.is_file() else PACKAGE / module / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body if at_start_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(module: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+
+
+def test_every_module_has_its_place_in_the_picture() -> None:
+    assert {m for m in modules() if layer_of(m) is None} - {"__init__"} == set()
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m != "__init__"])
+def test_no_module_imports_one_above_it(module: str) -> None:
+    for name in imports(module):
+        if not name.startswith("tunesmith"):
+            continue
+        imported = name.removeprefix("tunesmith").removeprefix(".")
+        place = layer_of(imported)
+        if place is not None and place < (layer_of(module) or 0):
+            pytest.fail(f"{module} imports {imported}, which is above it")
+
+
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH - {"__init__"}))
+def test_what_help_needs_does_not_import_torch(module: str) -> None:
+    for name in imports(module, at_start_only=True):
+        assert name.split(".")[0] not in HEAVY, f"{module} imports {name} at its start"
+
+
+def test_the_check_sees_an_upward_import() -> None:
+    assert layer_of("train") is not None and layer_of("errors") is not None
+    assert layer_of("train") < layer_of("errors")  # type: ignore[operator]  # so errors importing train would fail
+    assert "tunesmith.train" in set(imports("demo"))

@@ -1,0 +1,288 @@
+"""Training: a step's result, the run folder, interruption, and what must never be saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from conftest import tunesmith
+from plain import train_plainly
+from tunesmith import chat, recipe, rundir
+from tunesmith.check import check, hold_out
+from tunesmith.engine.batch import cut, pad
+from tunesmith.engine.loss import summed_loss
+from tunesmith.train import Run, Steps, train
+from tunesmith.types import Origin, Rendered
+
+
+def settings(model: Path, data: Path, **flags: Any) -> recipe.Recipe:
+    quick = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.examples_per_step": 4, "train.learning_rate": 1e-2}
+    return recipe.resolve(None, {"model.name": str(model), "data.path": str(data), **quick, **flags})[0]
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows of very unequal length."""
+    path = tmp_path_factory.mktemp("data") / "talk.jsonl"
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i % 13 + 1)))} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+FLAGS = {"train.epochs": 3, "eval.hold_out": 0.1, "train.save_every": "5 steps", "train.keep_checkpoints": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with held-out rows and checkpoints."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return train(settings(tiny_model, talk, **FLAGS), out)
+
+
+def test_losses_and_adapter_are_those_of_plain_transformers_and_peft(
+    tiny_model: Path, talk: Path, tmp_path: Path
+) -> None:
+    two_epochs = settings(tiny_model, talk, **{"train.epochs": 2})
+    ours = train(two_epochs, tmp_path / "run")
+    losses = [line["loss"] for line in rundir.read_lines(ours.path / "metrics.jsonl")]
+    expected, model = train_plainly(two_epochs)
+    assert len(losses) == len(expected) == 20
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 2e-5  # observed 1.4e-6
+    assert losses[-1] < losses[0] - 0.5  # observed 5.55 -> 4.86
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), ours.adapter
+    )
+    ours_state = {n: p for n, p in again.named_parameters() if "lora_" in n}
+    plain_state = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert ours_state.keys() == plain_state.keys()
+    worst = max((ours_state[n] - plain_state[n]).abs().max().item() for n in plain_state)
+    assert worst < 5e-6  # observed 5.4e-7, of weights up to 0.19
+
+
+@pytest.mark.parametrize("budget", [1, 64, 100_000])
+def test_how_a_step_is_cut_does_not_change_it(tiny_model: Path, talk: Path, tmp_path: Path, budget: int) -> None:
+    whole = train(settings(tiny_model, talk), tmp_path / "whole")
+    pieces = train(settings(tiny_model, talk, **{"engine.tokens_per_micro_batch": budget}), tmp_path / "cut")
+    losses = [[line["loss"] for line in rundir.read_lines(r.path / "metrics.jsonl")] for r in (whole, pieces)]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4  # observed 1.2e-5 after 30 steps of rate 1e-2
+
+
+def test_recomputing_layers_does_not_change_a_step(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    kept = train(settings(tiny_model, talk), tmp_path / "kept")
+    again = train(settings(tiny_model, talk, **{"engine.recompute_layers": "all"}), tmp_path / "again")
+    losses = [[line["loss"] for line in rundir.read_lines(r.path / "metrics.jsonl")] for r in (kept, again)]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 2e-5  # observed 0.0
+
+
+def test_a_wrong_denominator_would_be_seen(tiny_model: Path, talk: Path) -> None:
+    """Negative control: the mean of micro-batch means differs from the step's mean by far more than the tolerance."""
+    documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:4]]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        sums = [(summed_loss(model, pad([d])).item(), d.n_supervised) for d in documents]
+    step = sum(s for s, _ in sums) / sum(n for _, n in sums)
+    mean_of_means = sum(s / n for s, n in sums) / len(sums)
+    assert abs(step - mean_of_means) > 1e-3  # observed 0.024
+
+
+def test_cut_keeps_every_document_and_the_budget() -> None:
+    documents = [Rendered(tuple(range(n + 2)), ((1, n + 2),), Origin("x", n)) for n in (5, 90, 3, 17, 17, 40, 8)]
+    groups = cut(documents, 60)
+    assert sorted(d.origin.line for group in groups for d in group) == sorted(d.origin.line for d in documents)
+    assert all(len(group) == 1 or len(group) * max(len(d.token_ids) for d in group) <= 60 for group in groups)
+
+
+def test_nothing_behind_the_last_learned_token_is_computed() -> None:
+    batch = pad([Rendered((1, 2, 3, 4, 5), ((1, 3),), Origin("x", 1))])
+    assert batch.input_ids.tolist() == [[1, 2, 3]]
+    assert batch.predict_from.tolist() == [[True, True, False]]
+    assert batch.targets.tolist() == [2, 3]
+
+
+def test_data_order_is_a_pure_function_of_seed_epoch_and_digest() -> None:
+    def order(seed: int, epoch: int, digest: str) -> list[int]:
+        return Steps([None] * 50, 8, seed, digest).order(epoch)  # type: ignore[list-item]
+
+    assert order(0, 1, "a") == order(0, 1, "a")
+    assert sorted(order(0, 1, "a")) == list(range(50))
+    assert len({tuple(order(*arguments)) for arguments in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b")]}) == 4
+
+
+def test_same_recipe_twice_gives_the_same_bytes(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    runs = [train(settings(tiny_model, talk, **{"lora.dropout": 0.1}), tmp_path / name) for name in "ab"]
+    first, second = ((r.adapter / "adapter_model.safetensors").read_bytes() for r in runs)
+    assert first == second
+
+
+def test_the_run_folder_holds_what_the_contract_says(run: Run) -> None:
+    names = {path.name for path in run.path.iterdir()}
+    files = {"recipe.yaml", "manifest.json", "ledger.jsonl", "metrics.jsonl", "held_out.jsonl", "report.html"}
+    assert names == files | {"checkpoints", "adapter"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert adapter | {"README.md", "load_and_chat.py"} <= {path.name for path in run.adapter.iterdir()}
+    lines = rundir.read_lines(run.path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 28))
+    wanted = {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "supervised_tokens",
+        "tokens",
+        "seconds",
+        "peak_memory_bytes",
+    }
+    assert all(set(line) == wanted for line in lines)
+    assert [line["learning_rate"] for line in lines[:2]] == [0, pytest.approx(1e-2)]  # transformers warms up from 0
+    assert [line["step"] for line in rundir.read_lines(run.path / "held_out.jsonl")] == [0, 9, 18, 27]
+
+
+def test_rows_read_are_trained_or_held_out_or_set_aside(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    data = tmp_path / "with-faults.jsonl"
+    data.write_text(talk.read_text() + '{"instruction": "x"}\n{broken\n')
+    flags = {"data.allow_set_aside": True, "eval.hold_out": 0.2}
+    result = train(settings(tiny_model, data, **flags), tmp_path / "run")
+    ledger = rundir.read_lines(result.path / "ledger.jsonl")
+    states = [line["state"] for line in ledger]
+    assert (states.count("trained"), states.count("held_out"), states.count("set_aside")) == (32, 8, 2)
+    assert (result.rows_trained, result.rows_held_out, result.rows_set_aside) == (32, 8, 2)
+    assert [line["line"] for line in ledger] == list(range(1, 43))
+    assert "output" in ledger[40]["reason"]
+
+
+def test_held_out_rows_are_never_trained_on(run: Run, tiny_model: Path, talk: Path) -> None:
+    checked = check(settings(tiny_model, talk, **{"eval.hold_out": 0.1}))
+    training, held_out = hold_out(checked)
+    assert len(held_out) == 4 and len(training) == 36
+    assert not {id(row) for row in training} & {id(row) for row in held_out}
+    trained = [line["line"] for line in rundir.read_lines(run.path / "ledger.jsonl") if line["state"] == "trained"]
+    assert trained == [row.conversation.origin.line for row in training]
+
+
+def test_checkpoints_are_whole_and_thinned_out(run: Run) -> None:
+    points = sorted((run.path / "checkpoints").iterdir())
+    assert [point.name for point in points] == ["step-000020", "step-000025"]
+    digests = json.loads((points[-1] / "files.json").read_text())
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert state | {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(digests)
+    assert all(rundir.sha256(points[-1] / name) == entry["sha256"] for name, entry in digests.items())
+
+
+def test_recipe_of_a_run_trains_it_again(run: Run, tiny_model: Path, talk: Path) -> None:
+    again, sources = recipe.resolve(run.path / "recipe.yaml")
+    assert again == settings(tiny_model, talk, **FLAGS)
+    assert sources["lora.r"] == "file"
+
+
+def test_saved_adapter_answers_like_the_live_one(run: Run) -> None:
+    loaded = chat.load(run.path)
+    for sample in run.samples:
+        reply = loaded.reply([{"role": "user", "content": sample.question}], temperature=0, max_tokens=96)
+        assert reply.text == sample.after
+        base = loaded.reply([{"role": "user", "content": sample.question}], temperature=0, max_tokens=96, base=True)
+        assert base.text == sample.before
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])
+def test_every_variant_saves_an_adapter_for_the_unchanged_base(
+    tiny_model: Path, talk: Path, tmp_path: Path, variant: str
+) -> None:
+    result = train(
+        settings(tiny_model, talk, **{"lora.variant": variant, "train.learning_rate": 3e-3}), tmp_path / "run"
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:8]]
+    count = sum(document.n_supervised for document in documents)
+    with torch.no_grad():
+        before = summed_loss(base, pad(documents)).item() / count
+        tuned = PeftModel.from_pretrained(base, result.adapter)
+        after = summed_loss(tuned, pad(documents)).item() / count
+    assert after < before - 0.3  # observed 5.55 -> 4.82 to 4.85
+    assert abs(after - result.final_loss) < 0.3  # observed 0.04: other rows than those of the live model's last step
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
+    tiny_model: Path, talk: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    ended = tunesmith("train", "--model", broken, "--data", talk, "--out", tmp_path / "run", "--json")
+    assert ended.code == 3, ended.err
+    assert "Traceback" not in ended.err
+    assert "finite" in ended.err
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_with_130_and_a_whole_checkpoint(
+    tiny_model: Path, talk: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "tunesmith", "train", "--model", str(tiny_model), "--data", str(talk)]
+    command += ["--out", str(out), "--set", "train.epochs=5000", "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TUNESMITH_OFFLINE": "1"}
+    )
+    until = time.monotonic() + 120
+    while len(rundir.read_lines(out / "metrics.jsonl")) < 5 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    answer, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    result = json.loads(answer)
+    (point,) = (out / "checkpoints").iterdir()
+    assert point.name == f"step-{result['steps']:06}" == Path(result["checkpoint"]).name
+    assert (point / "files.json").is_file()
+    assert not (out / "adapter").exists()
+    assert len(rundir.read_lines(out / "metrics.jsonl")) == result["steps"]
+
+
+def test_the_report_is_one_page_without_outside_parts(run: Run) -> None:
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=|@import|url\(""", page)
+    assert page.count("<svg") == 2 and page.count("<polyline") == 4  # loss twice, held-out, learning rate
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert page.count('class="tokens"') == 3
+    for sample in run.samples:
+        assert sample.question in page
+    assert "40 read = 36 trained + 4 held out + 0 set aside" in page
+
+
+def test_a_question_with_markup_does_not_become_markup_in_the_report(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"instruction": "<script>alert(1)</script>", "output": "<b>no</b>"}) + "\n")
+    result = train(settings(tiny_model, data), tmp_path / "run")
+    page = (result.path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "<b>no</b>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_trackers_get_every_step(tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    result = train(settings(tiny_model, talk, **{"train.report_to": "tensorboard"}), tmp_path / "run")
+    (folder,) = {path.parent for path in result.path.rglob("events.out.*")}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert len(events.Scalars("train/loss")) == result.steps
