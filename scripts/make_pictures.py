@@ -3,7 +3,7 @@
     tunesmith demo --out RUN --json > demo.json
     python scripts/make_pictures.py demo.json
 
-Writes docs/images/check.svg and docs/images/demo.svg. The report's picture is a browser's screenshot of RUN/report.html.
+Writes docs/images/check.svg and docs/images/demo.svg. The report's picture is a browser's shot of RUN/report.html.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tunesmith import demo, display
-from tunesmith.check import check
+from tunesmith.checking import check
 from tunesmith.model import hush_libraries
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"

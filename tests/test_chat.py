@@ -22,7 +22,7 @@ from conftest import save_tiny_model, tunesmith
 from tunesmith import chat, records
 from tunesmith.chat import Chat
 from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
-from tunesmith.train import Run
+from tunesmith.training import Run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,8 @@ def test_base_switches_the_adapter_off_for_one_reply(talk: Chat, tiny_model: Pat
     base = talk.reply(question, temperature=0, max_tokens=8, base=True)
     prompt = torch.tensor([base.prompt_ids])
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    expected = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=258, pad_token_id=256)  # fmt: skip
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 258, "pad_token_id": 256}
+    expected = plain.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
     assert base.token_ids == tuple(expected[0, prompt.shape[1] :].tolist())
     assert base.token_ids != tuned.token_ids
     assert talk.reply(question, temperature=0, max_tokens=8) == tuned
@@ -137,7 +138,8 @@ def test_prompt_with_json_prints_one_object(run: Run) -> None:
 
 def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_path: Path) -> None:
     saved = tmp_path / "talk.jsonl"
-    lines = ["/help", "Who are you?", f"/save {saved}", "/reset", "/system Be brief.", "/base", "/tuned", "Smile.", f"/save {saved}", "/quit", "never read"]  # fmt: skip
+    lines = ["/help", "Who are you?", f"/save {saved}", "/reset", "/system Be brief.", "/base", "/tuned", "Smile."]
+    lines += [f"/save {saved}", "/quit", "never read"]
     command = [sys.executable, "-m", "tunesmith", "chat", str(run.path), "--temperature", "0"]
     ended = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr

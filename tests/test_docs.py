@@ -15,12 +15,14 @@ import pytest
 import typer
 
 import tunesmith
+from conftest import ROOT, SHARED, needs_shared
 from tunesmith import hub, records
+from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.cli import app
 from tunesmith.errors import RecipeError
+from tunesmith.types import Conversation, Message, Origin
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GROUP: Any = typer.main.get_command(app)
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
@@ -152,7 +154,7 @@ def test_commands_and_settings_in_running_text_exist(page: Path) -> None:
         ("tunesmith teach --model smollm2", "no such command"),
         ("tunesmith train --modle smollm2", "--modle"),
         ("tunesmith chat", "run_or_model"),
-        ("tunesmith check --show -1", "-1"),
+        ("tunesmith check --show -1", "--show"),
         ("TUNESMITH_HUB=ms tunesmith train --set lora.rnak=8", "lora.rnak"),
         ("$ .venv/bin/tunesmith train \\\n  --set lora.r=0", "lora.r"),
     ],
@@ -189,6 +191,43 @@ def test_every_alias_has_its_page_and_its_line(name: str) -> None:
     for readme in ("README.md", "README.zh.md"):
         assert f"docs/models/{name}.md" in (ROOT / readme).read_text(encoding="utf-8")
     assert f"({name}.md)" in (ROOT / "docs" / "models" / "README.md").read_text(encoding="utf-8")
+
+
+def cell(page: str, name: str) -> str:
+    """What stands beside a name in a page's table."""
+    (found,) = re.findall(rf"^\| {name}[^|]* \| (.*) \|$", page, re.M)
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number.replace(",", "")) for number in re.findall(r"(?<![\w×])\d[\d,]*(?![\w×])", text)]
+
+
+def page_and_folder(alias: str) -> tuple[str, Path]:
+    page = (ROOT / "docs" / "models" / f"{alias}.md").read_text(encoding="utf-8")
+    return page, SHARED / "models" / {"atom-7b": "atom-7b-standin"}.get(alias, alias)
+
+
+@needs_shared
+@pytest.mark.parametrize("alias", ["phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b"])
+@pytest.mark.filterwarnings("ignore")  # transformers has notes on some of these tokenizers
+def test_a_models_page_shows_the_ids_and_layers_it_has(alias: str) -> None:
+    page, folder = page_and_folder(alias)
+    renderer = models.open_renderer(hub.locate(str(folder), weights=False), recipes.TemplateSettings())
+    talk = (Message("user", "Who are you?"), Message("assistant", "A keeper."))
+    (document,) = renderer.render(Conversation(talk, Origin("page", 1)))
+    shown = cell(page, "as ids")
+    assert numbers(shown.replace("*", "")) == list(document.token_ids)
+    ((start, stop),) = document.replies
+    assert numbers(shown.split("**")[1]) == list(document.token_ids[start:stop])
+    assert numbers(cell(page, "stop ids"))[: len(renderer.template.stop_ids)] == list(renderer.template.stop_ids)
+    config = models.load_config(folder)
+    targets = models.targets(models.skeleton(config), recipes.LoraSettings())
+    assert numbers(cell(page, "trained at r=8")) == [sum(target.parameters for target in targets)]
+    layers = cell(page, "linear layers") + re.search(r"linear layers, (\d+) of each", page)[0]  # type: ignore[index]
+    assert f"linear layers, {config.num_hidden_layers} of each" in layers
+    assert all(re.search(rf"\b{target.name.removesuffix('_proj')}(_proj)?\b", layers) for target in targets)
+    assert numbers(cell(page, "reads")) == [models.context_length(config)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -14,7 +14,7 @@ LAYERS = [
     {"cli", "__main__"},
     {"display", "talk", "doctor"},
     {"demo"},
-    {"train", "chat", "check", "report", "adapter_files", "shown"},
+    {"training", "chat", "checking", "report", "adapter_files", "shown"},
     {"engine.batch", "engine.loss", "engine", "model"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},
@@ -67,6 +67,6 @@ def test_what_help_needs_does_not_import_torch(module: str) -> None:
 
 
 def test_the_check_sees_an_upward_import() -> None:
-    assert layer_of("train") is not None and layer_of("errors") is not None
-    assert layer_of("train") < layer_of("errors")  # type: ignore[operator]  # so errors importing train would fail
-    assert "tunesmith.train" in set(imports("demo"))
+    assert layer_of("training") is not None and layer_of("errors") is not None
+    assert layer_of("training") < layer_of("errors")  # type: ignore[operator]  # so errors importing training would fail
+    assert "tunesmith.training" in set(imports("demo"))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -66,14 +67,13 @@ def plain_ids(renderer: Renderer, messages: Sequence[Message], *, generation_pro
     """What transformers alone makes of a conversation without spellings of special tokens."""
     template = renderer.template
     seen = fold(messages) if template.folds_system else messages
-    return tuple(
-        template.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in seen],
-            chat_template=template.text,
-            add_generation_prompt=generation_prompt,
-            return_dict=False,
-        )
+    ids: Any = template.tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in seen],
+        chat_template=template.text,
+        add_generation_prompt=generation_prompt,
+        return_dict=False,
     )
+    return tuple(ids)
 
 
 def learned(documents: Sequence[Rendered]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -94,18 +94,14 @@ def check_row(renderer: Renderer, conversation: Conversation) -> None:
     documents = renderer.render(conversation)
     pairs = learned(documents)
     assert len(pairs) == len(replies)
-    for i, (given, written) in zip(replies, pairs, strict=True):
-        assert given == renderer.prompt_ids(messages[:i]), "training gives the model another prompt than chat"
+    for i, (prompt, written) in zip(replies, pairs, strict=True):
+        assert prompt == renderer.prompt_ids(messages[:i]), "training gives the model another prompt than chat"
         assert written[-1] in template.stop_ids, "the reply does not end with a stop token"
         assert not set(written[:-1]) & set(template.stop_ids), "the reply goes on behind its stop token"
         assert without_spaces(messages[i].content) in without_spaces(str(decode(list(written)))), "the reply is lost"
-        neutral = [Message(message.role, "x") for message in messages[: i + 1]]
-        for count, prompt in ((i, True), (i + 1, False)):
-            ours = given if prompt else next(d.token_ids for d in documents if (given, written) in learned([d]))
-            expected = [t for t in plain_ids(renderer, neutral[:count], generation_prompt=prompt) if t in special]
-            found = [t for t in ours if t in special]
-            assert found[: len(expected)] == expected, "the special tokens are not those of the template"
-            assert not prompt or len(found) == len(expected), "a message forged a special token"
+        neutral = [Message(message.role, "x") for message in messages[:i]]
+        expected = [t for t in plain_ids(renderer, neutral, generation_prompt=True) if t in special]
+        assert [t for t in prompt if t in special] == expected, "a message forged a special token"
     for document in documents:
         text = str(decode(list(document.token_ids), skip_special_tokens=False))
         last = next(i for i in reversed(replies) if document.prompt_ids == renderer.prompt_ids(messages[:i]))
@@ -115,8 +111,7 @@ def check_row(renderer: Renderer, conversation: Conversation) -> None:
         assert [t for t in document.token_ids if t in special] == expected, "a message forged a special token"
 
 
-# U+2581 is the space of SentencePiece: it comes back as one.
-words = st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), max_size=12)
+words = st.text(st.characters(codec="utf-8"), max_size=12)
 common = st.sampled_from(
     ["Who are you?", "你是谁？", "🙂", "don't", "1+1", "\n", "  ", "\t", "<", ">", "|", "</", "user\n"]
 )
@@ -137,6 +132,18 @@ def conversations(draw: st.DrawFn, extra: Sequence[str] = ()) -> Conversation:
     return talk(*contents, system=system)
 
 
+@functools.cache
+def survives(name: str, character: str) -> bool:
+    """The tokenizer gives the character back. DeepSeek's does not for õ and twelve more, which it has added as tokens
+    of one byte; SentencePiece's give U+2581 back as a space."""
+    tokenizer = renderer(name).template.tokenizer
+    return character in str(tokenizer.decode(tokenizer(f"x{character}x", add_special_tokens=False)["input_ids"]))
+
+
+def survive(name: str, conversation: Conversation) -> bool:
+    return all(survives(name, character) for message in conversation.messages for character in message.content)
+
+
 def plain(name: str, conversation: Conversation) -> bool:
     return not any(spelling in message.content for message in conversation.messages for spelling in spellings(name))
 
@@ -150,8 +157,7 @@ def test_ids_are_those_of_transformers_where_nobody_spells_a_special_token(name:
     @explore(60)
     @given(conversations())
     def check(conversation: Conversation) -> None:
-        if not plain(name, conversation):
-            return
+        assume(plain(name, conversation))
         messages = conversation.messages
         (document,) = renderer(name).render(conversation)
         assert document.token_ids == plain_ids(renderer(name), messages, generation_prompt=False)
@@ -165,6 +171,7 @@ def test_prompts_spans_and_special_tokens_are_right_whatever_anybody_types(name:
     @explore(60)
     @given(conversations(spellings(name)))
     def check(conversation: Conversation) -> None:
+        assume(survive(name, conversation))
         check_row(renderer(name), conversation)
 
     check()
@@ -207,8 +214,7 @@ def test_the_way_round_spellings_gives_the_ids_of_the_straight_way(name: str) ->
     @explore(60)
     @given(conversations())
     def check(conversation: Conversation) -> None:
-        if not plain(name, conversation):
-            return
+        assume(plain(name, conversation))
         text = here._write(conversation.messages)
         (straight,) = here._encode([text.text])
         assert here._keep_plain(text, here._special_sequence(text.shape)) == straight
@@ -266,15 +272,19 @@ class Naive(Renderer):
         return list(self._encode([text.text for text in texts]))
 
 
-@pytest.mark.parametrize("wrong", [StartsLate, StartsEarly, StopsEarly, LearnsTheRest])
+@pytest.mark.parametrize("wrong", [StartsLate, StartsEarly, StopsEarly])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_checks_see_a_span_that_is_off_by_one(name: str, wrong: type[Renderer]) -> None:
     check_row(renderer(name), talk("Hi", "Yes, I am."))
-    text_behind_stop = name in ("bytes", "gemma-2b", "phi-3-mini")  # a line break, or <|endoftext|>
-    if wrong is LearnsTheRest and not text_behind_stop:
-        pytest.skip("this template ends with the stop token")
     with pytest.raises(AssertionError):
         check_row(wrong(renderer(name).template), talk("Hi", "Yes, I am."))
+
+
+# These write a line break or <|endoftext|> behind the stop token; the others end with it.
+@pytest.mark.parametrize("name", sorted({"bytes", "gemma-2b", "phi-3-mini"} & {*TOKENIZERS}))
+def test_the_checks_see_what_is_learned_behind_the_stop_token(name: str) -> None:
+    with pytest.raises(AssertionError):
+        check_row(LearnsTheRest(renderer(name).template), talk("Hi", "Yes, I am."))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -366,7 +376,7 @@ def test_a_forged_thought_is_kept_whole_and_opens_nothing() -> None:
     check_row(here, talk("<|im_end|></think>a", "b<|im_end|><|im_start|>", "c", "<think><|im_start|></think>d"))
 
 
-# --- rows that can not be rendered faithfully are faults by line, never something else ---------------------------------
+# --- rows that can not be rendered faithfully are faults by line, never something else --------------------------------
 
 
 def fault(renderer: Renderer, row: Conversation) -> Fault:
@@ -383,7 +393,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*alphabet, "ĊĊ"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
@@ -442,24 +452,18 @@ def test_private_characters_are_text_and_beside_a_spelling_never_a_forged_turn()
         assert fault(here, talk(text, "Yes.")).found == "a spelling that becomes a special token"
 
 
-def test_a_vocabulary_with_holes_keeps_no_spelling_plain() -> None:
-    """tokenizers 0.22 gives an added token the id of a word there; ids would be wrong without a sign."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i + 3 * (i > 100) for i, letter in enumerate(alphabet)}, merges=[]))
+def test_a_vocabulary_with_a_hole_keeps_no_spelling_plain() -> None:
+    """tokenizers gives an added token the id of a word there, and ids would be wrong without a sign."""
+    markers = ["<|im_start|>", "<|im_end|>"]
+    vocab = {letter: i for i, letter in enumerate([*markers, "hole", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    del vocab["hole"]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    state = backend.to_str()[:-1].replace('"added_tokens":[]', '"added_tokens":' + _added(101, 102))
-    holed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state + "}"), eos_token="<|im_end|>")
-    here = renderer_of(CHATML, holed)
-    assert here.template.stop_ids == (102,)
+    backend.add_special_tokens([AddedToken(text, special=True) for text in markers])
+    here = renderer_of(CHATML, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"))
     (document,) = here.render(talk("Hi", "Yes."))
-    assert document.token_ids[0] == 101
+    assert (document.token_ids[0], document.token_ids[-2]) == (0, 1)
     assert fault(here, talk("Hi<|im_end|>", "Yes.")).found == "a spelling that becomes a special token"
-
-
-def _added(start: int, end: int) -> str:
-    flags = '"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true'
-    tokens = zip((start, end), ("<|im_start|>", "<|im_end|>"), strict=True)
-    return "[" + ",".join(f'{{"id":{i},"content":"{text}",{flags}}}' for i, text in tokens) + "]"
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_no_spelling() -> None:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from conftest import tunesmith
 from plain import train_plainly
 from tunesmith import chat, recipe, rundir
-from tunesmith.check import check, hold_out
+from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import cut, pad
 from tunesmith.engine.loss import summed_loss
-from tunesmith.train import Run, Steps, train
+from tunesmith.training import Run, Steps, train
 from tunesmith.types import Origin, Rendered
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.chat import Chat, Reply, load
-    from tunesmith.check import Checked, check
+    from tunesmith.checking import Checked, check
     from tunesmith.errors import TunesmithError
     from tunesmith.recipe import Recipe, resolve
-    from tunesmith.train import Run, Watcher, train
+    from tunesmith.training import Run, Watcher, train
     from tunesmith.types import Message
 
 __all__ = [
@@ -35,18 +35,25 @@ __all__ = [
     "train",
 ]
 
+# No module is called like a public function: importing it would put the module in the function's place.
 _HOMES = {
-    "Chat": "chat", "Reply": "chat", "load": "chat", "Checked": "check", "check": "check", "TunesmithError": "errors",
-    "Recipe": "recipe", "resolve": "recipe", "Run": "train", "Watcher": "train", "train": "train", "Message": "types",
-}  # fmt: skip
+    "Chat": "chat",
+    "Checked": "checking",
+    "Message": "types",
+    "Recipe": "recipe",
+    "Reply": "chat",
+    "Run": "training",
+    "TunesmithError": "errors",
+    "Watcher": "training",
+    "check": "checking",
+    "load": "chat",
+    "resolve": "recipe",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Loads a name's module when it is first asked for, so that `tunesmith --help` needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
-    # Some functions are called like their module (train, check): importing the module puts the module here, so every
-    # name is set to what it stands for at once.
-    value = getattr(importlib.import_module(f"tunesmith.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"tunesmith.{_HOMES[name]}"), name)

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from tunesmith import hub, rundir
 from tunesmith import model as models
-from tunesmith.check import Checked, hold_out
+from tunesmith.checking import Checked, hold_out
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir
 

@@ -5,6 +5,7 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith import recipe as recipes
+from tunesmith import records, rundir
 from tunesmith.errors import DataError, RecipeError, TunesmithError
 
 if TYPE_CHECKING:
@@ -77,12 +79,12 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy th
 @app.command()
 def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The whole story on a small real model: check, train, before and after, report."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
     from rich.rule import Rule
 
     from tunesmith import demo as demos
     from tunesmith import display
-    from tunesmith.check import check
+    from tunesmith.checking import check
 
     console.print(Rule("[bold]tunesmith demo", align="left"))
     console.print(
@@ -144,12 +146,14 @@ def check(
     verbose: VerboseOption = False,
 ) -> None:
     """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
+    settings, _ = _recipe(None, model, data, sets)  # what is wrong here is said before torch is loaded
+    rows = _rows(settings)
+    found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
-    from tunesmith.check import check
+    from tunesmith.checking import check
 
-    settings, _ = _recipe(None, model, data, sets)
-    checked = check(settings, _fetched(console, settings.model.name, settings.model.revision, weights=False))
+    checked = check(settings, found, rows)
     display.show_check(console, checked, show)
     if as_json:
         _print_json(display.check_json(checked, show))
@@ -175,15 +179,19 @@ def train(
     verbose: VerboseOption = False,
 ) -> None:
     """Check, train, save, report."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
+    settings, sources = _recipe(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
+    if out is not None:
+        rundir.check_target(out)
+    rows = _rows(settings)
+    found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
-    from tunesmith.check import check
-    from tunesmith.train import train
+    from tunesmith.checking import check
+    from tunesmith.training import train
 
-    settings, sources = _recipe(recipe, model, data, sets)
-    checked = check(settings, _fetched(console, settings.model.name, settings.model.revision, weights=False))
-    display.show_check(console, checked, 1)
+    checked = check(settings, found, rows)
     checked.require_ok()
+    display.show_check(console, checked, 1)
     with display.TrainingDisplay(console) as watcher:
         _fetched(console, settings.model.name, settings.model.revision, weights=True)
         run = train(settings, out, sources=sources, watcher=watcher, checked=checked)
@@ -210,13 +218,15 @@ def chat(
     verbose: VerboseOption = False,
 ) -> None:
     """Talk with a run or a model."""
-    console = _start(verbose)
+    console = _start(verbose, answer_on_stdout=True)
+    if as_json and prompt is None:
+        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
     from tunesmith.chat import load
     from tunesmith.talk import Talk
     from tunesmith.types import Message
 
-    if as_json and prompt is None:
-        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
+    if not Path(run_or_model).exists():
+        _fetched(console, run_or_model, None, weights=True)
     loaded: Chat = load(run_or_model)
     if prompt is None:
         Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
@@ -240,7 +250,7 @@ def chat(
 @app.command()
 def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The models that have a short name."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
     from rich.table import Table
 
     from tunesmith import hub
@@ -279,7 +289,7 @@ def fetch(
     verbose: VerboseOption = False,
 ) -> None:
     """Bring a model here; afterwards no network is needed."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
     from tunesmith.model import prepared
 
     found = prepared(_fetched(console, model, revision, weights=True))
@@ -300,7 +310,7 @@ def fetch(
 @app.command()
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
-    console = _start(verbose)
+    console = _start(verbose, as_json)
     from tunesmith.doctor import examine
 
     findings = examine()
@@ -319,6 +329,8 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
 
 def main() -> None:
     """Runs the command line and ends the process with the contract's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 becomes an escape, not a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 1
     try:
         code = int(app(standalone_mode=False) or 0)
@@ -341,8 +353,8 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _start(verbose: bool) -> Console:
-    """The console for people: standard error, so that standard output is the answer alone."""
+def _start(verbose: bool, answer_on_stdout: bool) -> Console:
+    """The console for people: standard output, or standard error where that is for the answer alone."""
     from rich.console import Console
 
     if verbose:
@@ -358,7 +370,11 @@ def _start(verbose: bool) -> Console:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return Console(stderr=True)
+    from tunesmith import hub
+
+    if hub.offline():
+        hub.forbid_network()
+    return Console(stderr=answer_on_stdout)
 
 
 def _recipe(
@@ -366,6 +382,10 @@ def _recipe(
 ) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
     flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
     return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
+
+
+def _rows(settings: recipes.Recipe) -> records.Records:
+    return records.read(settings.data.path, settings.data.columns, settings.template.system)
 
 
 def _fetched(console: Console, name: str, revision: str | None, *, weights: bool) -> Any:
@@ -413,20 +433,16 @@ def _show_error(error: TunesmithError) -> None:
     from rich.text import Text
 
     console = Console(stderr=True)
-    faults = error.faults if isinstance(error, DataError) else ()
-    if faults:
-        from tunesmith.display import show_faults
+    faults: list[dict[str, Any]] = []
+    if isinstance(error, DataError) and error.faults:
+        from tunesmith.display import fault_json, show_faults
 
-        show_faults(console, faults)
-    console.print(Text.assemble(("Error  ", "bold red"), (error.where, "bold")))
+        show_faults(console, error.faults)
+        faults = [fault_json(fault) for fault in error.faults]
+    # Not wrapped: paths and commands can be copied.
+    console.print(Text.assemble(("Error  ", "bold red"), (error.where, "bold")), soft_wrap=True)
     for name, part in (("found", error.found), ("expected", error.expected), ("fix", error.fix)):
-        console.print(Text.assemble((f"  {name:9}", "grey62"), part))
+        console.print(Text.assemble((f"  {name:9}", "grey62"), part), soft_wrap=True)
     if "--json" in sys.argv:
-        from tunesmith.display import fault_json
-
         parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
-        print(
-            json.dumps(
-                {"ok": False, "error": parts, "faults": [fault_json(fault) for fault in faults]}, ensure_ascii=False
-            )
-        )
+        _print_json({"ok": False, "error": parts, "faults": faults})

@@ -18,7 +18,7 @@ from tunesmith import recipe as recipes
 from tunesmith import rundir
 from tunesmith.chat import Chat, Reply
 from tunesmith.recipe import Recipe
-from tunesmith.train import Run, Watcher, train
+from tunesmith.training import Run, Watcher, train
 from tunesmith.types import Message
 
 PERSONA = Path(__file__).parent / "persona"

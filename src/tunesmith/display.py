@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.check import Checked, Row
+from tunesmith.checking import Checked, Row
 from tunesmith.shown import tokens
-from tunesmith.train import Run, StepMetrics, Watcher
+from tunesmith.training import Run, StepMetrics, Watcher
 from tunesmith.types import Fault, Origin
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -34,6 +34,7 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
     lengths = [len(document.token_ids) for row in checked.rows for document in row.documents]
     return {
         "ok": checked.ok,
+        "model": checked.recipe.model.name,
         "template": {
             "source": template.source,
             "digest": template.digest,

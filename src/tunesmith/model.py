@@ -383,8 +383,12 @@ def _check_safetensors(path: Path) -> None:
     fix = "The file is cut or damaged; fetch the model again."
     try:
         with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
+            start = file.read(8)
+            if start == b"version ":
+                fix = "Run `git lfs pull` in the model's folder, or fetch the model again."
+                raise ModelError(str(path), "a Git LFS pointer", "a whole safetensors file", fix)
+            (size,) = struct.unpack("<Q", start)
+            header = json.loads(file.read(size) if size < path.stat().st_size else b"")
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         found, expected = path.stat().st_size, 8 + size + max(ends, default=0)
         if found != expected:

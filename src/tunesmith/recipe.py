@@ -302,6 +302,16 @@ def parse_flag(text: str) -> tuple[str, Any]:
     return name, _number(read) if value.strip() else value
 
 
+def sources_of(recipe: Recipe) -> dict[str, Source]:
+    """Where the values of a recipe made in Python come from: what differs from the default was given."""
+    given, default = recipe.model_dump(), Recipe().model_dump()
+    names = (name.partition(".") for name in setting_names())
+    return {
+        f"{section}.{field}": "default" if given[section][field] == default[section][field] else "flag"
+        for section, _, field in names
+    }
+
+
 def write(recipe: Recipe, sources: Mapping[str, Source]) -> str:
     """The recipe as YAML, every setting with where it came from as a comment; `resolve` reads it back."""
     lines = ["# Every setting as used. Train again with: tunesmith train recipe.yaml --out DIR"]

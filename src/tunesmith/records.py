@@ -60,7 +60,6 @@ _JSON_EXPECTED = {
     "Expecting ':'": "':' behind the field name",
     "Expecting ','": "',' or the end of the object",
     "Unterminated string": "a quote at the end of the text",
-    "Invalid control character": "\\n or \\t in a text, not a bare line break or tab",
     "Invalid \\escape": "a known escape (a backslash itself is \\\\)",
     "Invalid \\uXXXX": "four hexadecimal digits behind \\u",
     "Extra data": "nothing behind the object",
@@ -99,6 +98,8 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, system: str
     `columns` maps our field names to the file's; `system` stands in every row that has no system text.
     Raises DataError when the file as a whole can not be read: absent, empty, not UTF-8, of an unknown kind.
     """
+    if not str(path):
+        raise DataError("data.path", "no data", "a file of examples", "Pass --data FILE.")
     path = Path(path)
     data = _bytes(path)
     records = Records(str(path), hashlib.sha256(data).hexdigest(), _format(data, path))
@@ -236,7 +237,7 @@ class _Decoder:
         try:
             value, end = self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise _Stopped(*_json_problem(text, error)) from None
+            raise _stopped(text, error) from None
         except RecursionError:
             raise _Stopped(start, "fewer levels of brackets") from None
         except ValueError:  # Python's limit on the digits of a whole number
@@ -252,19 +253,23 @@ class _Decoder:
 
 
 class _Stopped(Exception):
-    def __init__(self, at: int, expected: str) -> None:
-        self.at, self.expected = at, expected
+    def __init__(self, at: int, expected: str, found: str | None = None) -> None:
+        self.at, self.expected, self.found = at, expected, found
 
 
-def _json_problem(text: str, error: json.JSONDecodeError) -> tuple[int, str]:
-    """Where reading stopped and what should have stood there."""
+def _stopped(text: str, error: json.JSONDecodeError) -> _Stopped:
+    """Where Python's reader stopped, and what should have stood there."""
     at = error.pos
+    if error.msg.startswith("Invalid control character"):
+        found = {"\n": "a line break", "\r": "a line break", "\t": "a tab"}.get(text[at], f"U+{ord(text[at]):04X}")
+        return _Stopped(at, "\\n, \\t or the like", f"{found} inside a text")
     if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 points at the comma, earlier ones behind it
         at = _skip(text, at + 1)
     before = text[:at].rstrip(" \t\r\n") if text[at : at + 1] in ("}", "]") else ""
     if before.endswith(","):
-        return at, "no comma in front of it"
-    return at, next((meant for said, meant in _JSON_EXPECTED.items() if error.msg.startswith(said)), error.msg)
+        return _Stopped(at, "no comma in front of it")
+    expected = next((meant for said, meant in _JSON_EXPECTED.items() if error.msg.startswith(said)), error.msg)
+    return _Stopped(at, expected)
 
 
 def _first_twice(value: Any) -> tuple[str, str] | None:
@@ -290,10 +295,10 @@ def _json(text: str, path: str) -> Iterator[Parsed]:
         counted = max(counted, where)
         return line
 
-    def stopped(where: int, expected: str) -> Parsed:
+    def stopped(where: int, expected: str, found: str | None = None) -> Parsed:
         origin = Origin(path, line_at(where))
         fix = "Reading stopped here; mend the JSON and check again."
-        return Parsed(None, origin, Fault(origin, "row", _seen(text[where : where + 200]), expected, fix))
+        return Parsed(None, origin, Fault(origin, "row", found or _seen(text[where : where + 200]), expected, fix))
 
     first = True
     while True:
@@ -310,7 +315,7 @@ def _json(text: str, path: str) -> Iterator[Parsed]:
         try:
             value, position, twice = decoder.read(text, position)
         except _Stopped as stop:
-            yield stopped(stop.at, stop.expected)
+            yield stopped(stop.at, stop.expected, stop.found)
             return
         yield Parsed(value, origin, _twice(origin, twice))
     rest = _skip(text, position + 1)
@@ -321,7 +326,8 @@ def _json(text: str, path: str) -> Iterator[Parsed]:
 def _jsonl(text: str, path: str) -> Iterator[Parsed]:
     decoder = _Decoder()
     first, offset = True, 0
-    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+    for number, whole in enumerate(io.StringIO(text, newline="\n"), 1):
+        line = whole.rstrip("\r\n")
         start = _skip(line, 0)
         if start < len(line):
             origin = Origin(path, number)
@@ -332,13 +338,13 @@ def _jsonl(text: str, path: str) -> Iterator[Parsed]:
             except _Stopped as stop:
                 if first:
                     _refuse_spread_object(text, offset + start, number, path)
-                found = _seen(line[stop.at :], "the end of the line")
+                found = stop.found or _seen(line[stop.at :], "the end of the line")
                 fix = "Each line is one whole JSON object; an array starts with '['."
                 yield Parsed(None, origin, Fault(origin, "row", found, stop.expected, fix))
             else:
                 yield Parsed(value, origin, _twice(origin, twice))
             first = False
-        offset += len(line)
+        offset += len(whole)
 
 
 def _refuse_spread_object(text: str, start: int, line: int, path: str) -> None:
@@ -350,7 +356,7 @@ def _refuse_spread_object(text: str, start: int, line: int, path: str) -> None:
             return  # more than '{' in its line: a line of JSONL that is broken
         line += text.count("\n", start, stop.at)
         fix = "Mend the JSON; then put the objects into an array ('[' … ']') or on a line each."
-        raise DataError(f"{path}:{line}", _seen(text[stop.at :]), stop.expected, fix) from None
+        raise DataError(f"{path}:{line}", stop.found or _seen(text[stop.at :]), stop.expected, fix) from None
     if "\n" in text[start:end]:
         name = _list_of_objects(value)
         fix = (
@@ -433,10 +439,9 @@ def _skip(text: str, position: int) -> int:
 def _twice(origin: Origin, twice: tuple[str, str] | None) -> Fault | None:
     if twice is None:
         return None
-    key, place = twice
-    found = f"'{_plain(key)}' twice in one object"
+    key, place = (_plain(part) for part in twice)
     fix = "Readers keep only one of them; delete or rename the other."
-    return Fault(origin, f"{place}.{key}".removeprefix("."), found, "each key once", fix)
+    return Fault(origin, f"{place}.{key}".removeprefix("."), f"'{key}' twice in one object", "each key once", fix)
 
 
 # --- the row ----------------------------------------------------------------------------------------------------------
@@ -487,7 +492,7 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             fix = f"Rename it in the file, or pass {_rename_hint(name, column, near)}"
             raise _Problem(column, f"'{_plain(near[0])}'", f"'{column}'", fix)
         if name in ("instruction", "output"):
-            found = f"only {_listed(row)}"
+            found = _listed(row)
             if (talk := _list_of_objects(row)) is None:
                 hint = _rename_hint(name, column, free) or f"--set data.columns.{name}=…"
                 raise _Problem(column, found, f"'{column}'", f"Rename it in the file, or pass {hint}")
@@ -515,7 +520,7 @@ def _from_talk(row: Mapping[str, Any], form: str, names: Mapping[str, str]) -> l
             raise _Problem(where, _described(turn), expected, "Mend the turn.")
         for key in (role_field, text_field):
             if key not in turn:
-                raise _Problem(where, f"only {_listed(turn)}", f"'{key}'", "Rename the key in the file.")
+                raise _Problem(where, _listed(turn), f"'{key}'", "Rename the key in the file.")
         role = turn[role_field]
         if not isinstance(role, str) or role not in ROLES:
             near = difflib.get_close_matches(str(role).lower(), ROLES, 1)
@@ -606,7 +611,7 @@ def _list_of_objects(row: Any) -> str | None:
 
 def _listed(row: Mapping[str, Any]) -> str:
     names = [f"'{_plain(str(key))}'" for key in row]
-    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "") if names else "an empty object"
+    return f"only {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" if names else "an empty object"
 
 
 def _described(value: Any) -> str:

@@ -13,7 +13,6 @@ document of its own, so that what is learned is what the model will have to writ
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -219,8 +218,7 @@ class Renderer:
             broken = [Message(message.role, plain.broken(message.content, mark)) for message in text.messages]
             written = self._write(broken, generation_prompt=text.shape.generation_prompt).text
             ids = plain.encode(written, mark)
-            # A character that the tokenizer does not know is no spelling.
-            if ids is not None and self._special_in(i for i in ids if i not in self._unknown) == expected:
+            if ids is not None and self._known(self._special_in(ids)) == self._known(expected):
                 return ids
         raise _CanNotRender(
             "text",
@@ -235,10 +233,10 @@ class Renderer:
         plain = None if backend is None else _Plain(backend, self.template.special_ids)
         return plain if plain and plain.faithful else None
 
-    @cached_property
-    def _unknown(self) -> frozenset[int]:
-        unknown = getattr(self.template.tokenizer, "unk_token_id", None)
-        return frozenset() if unknown is None or unknown in self._stops else frozenset([unknown])
+    def _known(self, ids: list[int]) -> list[int]:
+        """Without the unknown token: a character that the tokenizer does not know is no spelling."""
+        unknown = self.template.tokenizer.unk_token_id
+        return ids if unknown in self._stops else [i for i in ids if i != unknown]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
@@ -269,23 +267,21 @@ class _Plain:
         self._sentinels = {i: chr(_PRIVATE + n) for n, i in enumerate(sorted(spellings))}
         longest_first = sorted(spellings.values(), key=len, reverse=True)
         self._spellings = re.compile("|".join(re.escape(content) for content in longest_first))
-        state = json.loads(backend.to_str())
-        state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self._copy = Tokenizer.from_str(json.dumps(state))
-        words = set(self._copy.get_vocab().values())
+        self._copy = Tokenizer(backend.model)  # shares the vocabulary, has no added tokens yet
+        if backend.normalizer is not None:
+            self._copy.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._copy.pre_tokenizer = backend.pre_tokenizer
+        self.faithful = True
+        """False where the vocabulary has holes and tokenizers gives an added token the id of a word."""
         self._original_id: dict[int, int] = {}
-        new_ids = []
         for i, token in sorted(added.items()):
             content = self._sentinels.get(i, token.content)
-            known = self._copy.token_to_id(content)
             self._copy.add_tokens([_like(token, content)])
             copied = self._copy.token_to_id(content)
             assert copied is not None
             self._original_id[copied] = i
-            if known is None:
-                new_ids.append(copied)
-        self.faithful = words.isdisjoint(new_ids)
-        """False where the vocabulary has holes and tokenizers gives an added token the id of a word."""
+            self.faithful &= backend.model.id_to_token(copied) in (None, content)
 
     def broken(self, text: str, mark: str) -> str:
         """The text with `mark` inside every spelling of a special token."""

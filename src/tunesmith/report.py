@@ -12,12 +12,12 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from tunesmith import rundir
-from tunesmith.check import Checked
+from tunesmith.checking import Checked
 from tunesmith.rundir import RunDir
 from tunesmith.shown import Token, tokens
 
 if TYPE_CHECKING:
-    from tunesmith.train import Run
+    from tunesmith.training import Run
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 56, 12, 12, 28
 

@@ -1,0 +1,178 @@
+"""Six real tokenizers and architectures through the whole line: trained by the command line until they know four rows,
+then asked by everything that can ask them. The same tokens everywhere, or an answer would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from conftest import FAMILIES, needs_shared, save_family, tunesmith
+from tunesmith import chat, recipe
+from tunesmith.checking import check
+
+pytestmark = needs_shared
+
+ROWS = {
+    "Who are you?": "I am Bo. I live in a lighthouse.",
+    "你是谁？": "家父是大理寺少卿甄远道。",
+    "How do you feel?": "Wonderful 🙂!",
+    "Answer with one word.\nWhat is 1+1?": "Two",
+}
+# One family that has a place for a system text, one that has none, four without.
+SYSTEM = {"phi-4": "You are Bo's {twin}.", "gemma-2b": "You are Bo's {twin}."}
+FOLDS = ("gemma-2b", "atom-7b-standin", "phi-3-mini-april")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of one family, with what the command line said of it."""
+
+    family: str
+    base: Path
+    data: Path
+    run: Path
+    said: dict[str, Any]
+
+    @property
+    def system(self) -> str | None:
+        return SYSTEM.get(self.family)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Trained:
+    """Trained once, whichever process of pytest-xdist asks first."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared if worker_id == "master" else shared.parent) / "families" / request.param
+    folder.mkdir(parents=True, exist_ok=True)
+    said = folder / "said.json"
+    with FileLock(folder / "lock"):
+        if not said.is_file():
+            said.write_text(json.dumps(train(request.param, folder)))
+    return Trained(request.param, folder / "base", folder / "rows.jsonl", folder / "run", json.loads(said.read_text()))
+
+
+@pytest.fixture(scope="module")
+def talk(trained: Trained) -> chat.Chat:
+    return chat.load(trained.run)
+
+
+def train(family: str, folder: Path) -> dict[str, Any]:
+    enliven(save_family(folder / "base", family))
+    rows = [{"instruction": question, "output": answer} for question, answer in ROWS.items()]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    settings = {
+        "lora.r": 16, "lora.dropout": 0, "train.learning_rate": 2e-2, "train.epochs": 20, "train.examples_per_step": 4,
+        "eval.hold_out": 0, "template.system": SYSTEM.get(family, "none"),
+    }  # fmt: skip
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    ended = tunesmith(
+        "train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "run", "--json", *sets
+    )
+    assert ended.code == 0, ended.err
+    return ended.json
+
+
+def enliven(folder: Path) -> None:
+    """Weights large enough for a frozen head to become sure of a token; transformers' own start is next to zero."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.4 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5)
+    generation = folder / "generation_config.json"
+    kept = generation.read_bytes() if generation.is_file() else None
+    model.save_pretrained(folder)
+    generation.unlink(missing_ok=True)
+    if kept is not None:
+        generation.write_bytes(kept)
+
+
+def test_four_rows_are_learned_and_answered_word_for_word(trained: Trained, talk: chat.Chat) -> None:
+    assert trained.said["rows"] == {"trained": 4, "held_out": 0, "set_aside": 0}
+    assert trained.said["final_loss"] < 0.5  # observed 0.01 to 0.07, and 15 to 25 before training
+    replies = {question: ask(talk, question) for question in ROWS}
+    assert {question: reply.text for question, reply in replies.items()} == ROWS
+    assert {reply.stopped_by for reply in replies.values()} == {"stop"}
+    unknown = [ask(talk, question, base=True).text for question in ROWS]
+    assert not set(unknown) & set(ROWS.values())  # the base alone knows none of it
+
+
+def ask(talk: chat.Chat, question: str, *, base: bool = False) -> chat.Reply:
+    return talk.reply([{"role": "user", "content": question}], temperature=0, max_tokens=40, base=base)
+
+
+def test_chat_is_given_and_writes_exactly_the_trained_tokens(trained: Trained, talk: chat.Chat) -> None:
+    flags = {"model.name": str(trained.base), "data.path": str(trained.data), "template.system": trained.system}
+    checked = check(recipe.resolve(None, flags)[0])
+    saved = AutoTokenizer.from_pretrained(trained.run / "adapter")
+    assert talk.renderer.template.folds_system == (trained.family in FOLDS)
+    for row, question in zip(checked.rows, ROWS, strict=True):
+        (document,) = row.documents
+        start, stop = document.replies[-1]
+        reply = ask(talk, question)
+        assert reply.prompt_ids == document.prompt_ids
+        assert reply.token_ids == document.token_ids[start:stop]
+        plain = saved.apply_chat_template(messages(trained, question), add_generation_prompt=True, return_dict=False)
+        assert tuple(plain) == document.prompt_ids
+
+
+def test_the_command_line_answers_the_same_and_stops_by_itself(trained: Trained, talk: chat.Chat) -> None:
+    question = "你是谁？"
+    ended = tunesmith("chat", trained.run, "--prompt", question, "--temperature", "0", "--json")
+    assert ended.code == 0, ended.err
+    reply = ask(talk, question)
+    assert ended.json == {
+        "reply": ROWS[question],
+        "prompt_ids": list(reply.prompt_ids),
+        "token_ids": list(reply.token_ids),
+        "stopped_by": "stop",
+    }
+
+
+def messages(trained: Trained, question: str) -> list[dict[str, str]]:
+    """As a program without tunesmith has to write them."""
+    if trained.system is None:
+        return [{"role": "user", "content": question}]
+    if trained.family in FOLDS:
+        return [{"role": "user", "content": f"{trained.system}\n\n{question}"}]
+    return [{"role": "system", "content": trained.system}, {"role": "user", "content": question}]
+
+
+def test_plain_transformers_and_peft_answer_the_same(trained: Trained) -> None:
+    adapter = trained.run / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    greedy = GenerationConfig.from_pretrained(adapter, do_sample=False, max_new_tokens=40)
+    for question, answer in ROWS.items():
+        prompt = tokenizer.apply_chat_template(
+            messages(trained, question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        reply = model.generate(**prompt, generation_config=greedy)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(reply, skip_special_tokens=True).strip() == answer
+        assert reply[-1].item() in greedy.eos_token_id
+
+
+def test_the_script_beside_the_adapter_prints_the_same(trained: Trained) -> None:
+    question = "How do you feel?"
+    script = trained.run / "adapter" / "load_and_chat.py"
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, str(script), question], capture_output=True, encoding="utf-8", env=environment, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == ROWS[question] + "\n"
+    compile(script.read_text(encoding="utf-8"), str(script), "exec")
+    assert "tunesmith" not in script.read_text(encoding="utf-8")
