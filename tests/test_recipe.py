@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tunesmith import recipe
@@ -107,6 +107,9 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
 words = st.text(st.characters(codec="utf-8", categories=("L", "N", "Zs", "P", "S")), min_size=1, max_size=12)
 
 
+@example(system="\xa0", name="1.10", columns={}, targets="all-linear", rate=1e-4, max_length=2, alpha=1)
+@example(system="\x85", name="\u2028", columns={}, targets=["\u2029"], rate=1e-4, max_length=2, alpha=1)
+@example(system=" a #b\n\nc: d", name="~", columns={}, targets=["no"], rate=1e-5, max_length=2, alpha=0.5)
 @settings(max_examples=200, deadline=None)
 @given(
     system=texts | st.none(),

@@ -327,10 +327,11 @@ def _yaml(value: object) -> str:
     for style in (None, '"'):
         text = yaml.safe_dump(
             value, default_flow_style=True, default_style=style, allow_unicode=True, width=float("inf")
-        ).strip()
-        if "\n" not in text.removesuffix("...").strip():
+        )
+        text = text.removesuffix("\n").removesuffix("\n...")
+        if not re.search("[\n\x85\u2028\u2029]", text):
             break
-    return text.removesuffix("...").strip()
+    return text
 
 
 @cache

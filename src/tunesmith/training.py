@@ -270,7 +270,8 @@ class _StepTrainer(Trainer):
             per_device_train_batch_size=1,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.scheduler,
-            warmup_steps=math.ceil(self.n_steps * settings.warmup_ratio),
+            # The first step of a warm-up has the rate 0, so a run of one step would learn nothing.
+            warmup_steps=min(math.ceil(self.n_steps * settings.warmup_ratio), self.n_steps - 1),
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,

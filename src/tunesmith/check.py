@@ -1,2 +1,0 @@
-"""Moved to checking.py; removed with the next commit."""
-from tunesmith.checking import *  # noqa

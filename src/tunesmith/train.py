@@ -1,2 +1,0 @@
-"""Moved to training.py; removed with the next commit."""
-from tunesmith.training import *  # noqa
