@@ -158,15 +158,13 @@ HARD = [
 def test_a_saved_tokenizer_gives_the_same_ids_and_the_same_template(family: str, tmp_path: Path) -> None:
     renderer = open_renderer(located(SHARED / "models" / family, weights=False), TemplateSettings())
     model.save_tokenizer(renderer, tmp_path, HARD[:1])
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer = renderer.template.tokenizer
+    again = open_renderer(hub.LocalModel(tmp_path, "folder", None, None), TemplateSettings()).template
     for text in [*HARD, "Answer: the 2nd\tCafé", renderer.template.text]:
         for special in (True, False):
-            assert again(text, add_special_tokens=special) == tokenizer(text, add_special_tokens=special), text
-    assert again.chat_template == renderer.template.text
-    reopened = open_renderer(hub.LocalModel(tmp_path, "folder", None, None), TemplateSettings())
-    assert reopened.template.digest == renderer.template.digest
-    assert reopened.template.folds_system == renderer.template.folds_system
+            before, after = (t.tokenizer(text, add_special_tokens=special) for t in (renderer.template, again))
+            assert after == before, text
+    assert again.digest == renderer.template.digest
+    assert again.folds_system == renderer.template.folds_system
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == renderer.template.text
 
 
@@ -345,7 +343,7 @@ def strange_header(path: Path) -> None:
         (cut_short, "bytes"),
         (cut_to_nothing, "no safetensors"),
         (grow, "bytes"),
-        (fill_with_text, "bytes"),
+        (fill_with_text, "no safetensors"),
         (strange_header, "no safetensors"),
         (Path.unlink, "no weights (*.safetensors)"),
     ],

@@ -165,7 +165,7 @@ def _disk_problem(error: Exception) -> str | None:
     """What is wrong with the disk, in words; None when the error is about something else."""
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
-    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers, from Rust
+    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors, from Rust
         number = int(match[1])
     if number in _DISK_ERRORS:
         return os.strerror(number).lower()
