@@ -15,7 +15,10 @@ LAYERS = [
     {"display", "talk", "doctor"},
     {"demo"},
     {"training", "chat", "checking", "report", "adapter_files", "shown"},
-    {"engine.batch", "engine.loss", "engine", "model"},
+    {"engine.step", "model"},
+    {"engine.decoder"},
+    {"engine.attention", "engine.batch"},
+    {"engine.loss", "engine.memory", "engine.trie", "engine"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},
 ]

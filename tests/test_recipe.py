@@ -49,7 +49,6 @@ CONTRACT = {
     "eval.hold_out": 0.05,
     "eval.every": "1 epoch",
 }
-NOT_YET = {"engine.share_prefix", "engine.attention", "engine.self_check"}
 WITHOUT_DEFAULT = {"model.name", "data.path"}
 
 
@@ -78,8 +77,7 @@ def flat(values: Recipe) -> dict[str, Any]:
 
 def test_defaults_are_those_of_the_contract() -> None:
     ours = flat(resolve()[0])
-    expected = {name: value for name, value in CONTRACT.items() if name not in NOT_YET}
-    assert {name: value for name, value in ours.items() if name not in WITHOUT_DEFAULT} == expected
+    assert {name: value for name, value in ours.items() if name not in WITHOUT_DEFAULT} == CONTRACT
 
 
 def test_every_setting_has_a_description_that_reads_as_sentences() -> None:

@@ -21,10 +21,11 @@ from conftest import tunesmith
 from plain import train_plainly
 from tunesmith import chat, recipe, rundir
 from tunesmith.checking import check, hold_out
-from tunesmith.engine.batch import cut, pad
-from tunesmith.engine.loss import summed_loss
+from tunesmith.engine.batch import pad
+from tunesmith.engine.step import summed_loss
 from tunesmith.training import Run, Steps, train
-from tunesmith.types import Origin, Rendered
+
+CPU = torch.device("cpu")
 
 
 def settings(model: Path, data: Path, **flags: Any) -> recipe.Recipe:
@@ -91,24 +92,10 @@ def test_a_wrong_denominator_would_be_seen(tiny_model: Path, talk: Path) -> None
     documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:4]]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
-        sums = [(summed_loss(model, pad([d])).item(), d.n_supervised) for d in documents]
+        sums = [(summed_loss(model, pad([d], CPU)).item(), d.n_supervised) for d in documents]
     step = sum(s for s, _ in sums) / sum(n for _, n in sums)
     mean_of_means = sum(s / n for s, n in sums) / len(sums)
     assert abs(step - mean_of_means) > 1e-3  # observed 0.024
-
-
-def test_cut_keeps_every_document_and_the_budget() -> None:
-    documents = [Rendered(tuple(range(n + 2)), ((1, n + 2),), Origin("x", n)) for n in (5, 90, 3, 17, 17, 40, 8)]
-    groups = cut(documents, 60)
-    assert sorted(d.origin.line for group in groups for d in group) == sorted(d.origin.line for d in documents)
-    assert all(len(group) == 1 or len(group) * max(len(d.token_ids) for d in group) <= 60 for group in groups)
-
-
-def test_nothing_behind_the_last_learned_token_is_computed() -> None:
-    batch = pad([Rendered((1, 2, 3, 4, 5), ((1, 3),), Origin("x", 1))])
-    assert batch.input_ids.tolist() == [[1, 2, 3]]
-    assert batch.predict_from.tolist() == [[True, True, False]]
-    assert batch.targets.tolist() == [2, 3]
 
 
 def test_data_order_is_a_pure_function_of_seed_epoch_and_digest() -> None:
@@ -207,9 +194,9 @@ def test_every_variant_saves_an_adapter_for_the_unchanged_base(
     documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:8]]
     count = sum(document.n_supervised for document in documents)
     with torch.no_grad():
-        before = summed_loss(base, pad(documents)).item() / count
+        before = summed_loss(base, pad(documents, CPU)).item() / count
         tuned = PeftModel.from_pretrained(base, result.adapter)
-        after = summed_loss(tuned, pad(documents)).item() / count
+        after = summed_loss(tuned, pad(documents, CPU)).item() / count
     assert after < before - 0.3  # observed 5.55 -> 4.82 to 4.85
     assert abs(after - result.final_loss) < 0.3  # observed 0.04: other rows than those of the live model's last step
 

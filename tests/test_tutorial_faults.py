@@ -27,7 +27,8 @@ from conftest import CHATML, FAMILIES, ROOT, SHARED, byte_tokenizer, needs_share
 from tunesmith import chat, hub, model, recipe, rundir, training
 from tunesmith.checking import check
 from tunesmith.engine.batch import pad
-from tunesmith.engine.loss import summed_loss
+from tunesmith.engine.step import summed_loss
+from tunesmith.engine.trie import lay_out
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.model import open_renderer
 from tunesmith.recipe import ModelSettings, TemplateSettings
@@ -35,6 +36,8 @@ from tunesmith.render import Renderer
 from tunesmith.template import probe
 from tunesmith.training import Run, train
 from tunesmith.types import Conversation, Message, Origin, Rendered
+
+CPU = torch.device("cpu")
 
 END_OF_TEXT, START, END = 256, 257, 258
 QUICK = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.examples_per_step": 4, "train.learning_rate": 1e-2}
@@ -180,11 +183,15 @@ def test_the_default_precision_is_never_half(tiny_model: Path) -> None:
 def test_the_prompts_last_token_is_never_learned() -> None:
     """Fault 35: labels one position too early taught the model to write the colon of its own prompt."""
     one, two = document([10, 11, 12, 13, 14, 15], (3, 5)), document([20, 21, 22, 23, 24, 25, 26], (1, 3), (5, 7))
-    batch = pad([one, two])
+    batch = pad([one, two], CPU)
     # The longer row first or not, targets stand in the order of the positions that predict them.
     positions = batch.predict_from.nonzero().tolist()
     assert [batch.input_ids[row, at].item() for row, at in positions] == [12, 13, 20, 21, 24, 25]
-    assert batch.targets.tolist() == [13, 14, 21, 22, 25, 26]
+    assert batch.labels.target.tolist() == [13, 14, 21, 22, 25, 26]
+    tree = lay_out([one, two])
+    assert [(tree.token_ids[at], target) for at, target, _ in tree.pairs] == [
+        (12, 13), (13, 14), (20, 21), (21, 22), (24, 25), (25, 26)
+    ]  # fmt: skip
     assert one.supervised == (False, False, False, True, True, False)
 
 
@@ -192,9 +199,9 @@ def test_a_document_has_one_flag_per_token_and_a_batch_one_mask_per_id() -> None
     """Fault 28: an attention mask one longer than its ids went through collator and model unseen."""
     rendered = document([1, 2, 3, 4], (2, 4))
     assert len(rendered.supervised) == len(rendered.token_ids)
-    batch = pad([rendered, document([5, 6], (1, 2))])
-    assert batch.input_ids.shape == batch.attention_mask.shape == batch.predict_from.shape == (2, 4)
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    batch = pad([rendered, document([5, 6], (1, 2))], CPU)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.predict_from.shape == (2, 3)
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     for wrong in ((0, 2), (2, 5), (3, 3)):  # nothing predicts token 0; behind the end; empty
         with pytest.raises(ValueError, match="reply span"):
             document([1, 2, 3, 4], wrong)
@@ -210,7 +217,7 @@ def test_a_pad_token_that_ends_replies_does_not_blank_the_end_marker(pad_token: 
     here = Renderer(probe(tokenizer, CHATML, "test"))
     rows = [talk("Hi", "Yes."), talk("Hi there, who are you?", "I am Bo.")]
     documents = [row for conversation in rows for row in here.render(conversation)]
-    targets = pad(documents).targets.tolist()
+    targets = pad(documents, CPU).labels.target.tolist()
     assert targets.count(END) == 2
     assert END_OF_TEXT not in targets
     assert len(targets) == len(b"Yes." + b"I am Bo.") + 2
@@ -231,8 +238,8 @@ def test_padding_changes_no_loss(tiny_model: Path) -> None:
     base = model.load_base(hub.locate(str(tiny_model)), ModelSettings())
     short, long = document([5, 6, 7, 8], (2, 4)), document(list(range(30, 60)), (3, 9), (20, 30))
     with torch.no_grad():
-        alone = [summed_loss(base, pad([one])).item() for one in (short, long)]
-        together = summed_loss(base, pad([short, long])).item()
+        alone = [summed_loss(base, pad([one], CPU)).item() for one in (short, long)]
+        together = summed_loss(base, pad([short, long], CPU)).item()
     assert together == pytest.approx(sum(alone), rel=1e-6)  # observed 0 to 1e-7
     assert abs(alone[0] - alone[1]) > 1
 

@@ -208,10 +208,23 @@ class EngineSettings(Section):
     """How a step is computed; nothing here changes its result."""
 
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Tokens, padding included, that go through the model at once."
+        default="auto", description="Tokens that go through the model at once; a longer row goes alone."
     )
-    recompute_layers: Literal["auto", "none", "all"] = Field(
-        default="auto", description="Recompute activations in the backward pass to save memory; auto is none."
+    share_prefix: bool = Field(
+        default=True,
+        description="What rows of a step have in common from their first token on is computed once; with dropout such "
+        "tokens share one mask.",
+    )
+    attention: Literal["auto", "reference", "gather", "flex"] = Field(
+        default="auto", description="How attention is computed; auto is flex on a GPU and gather on a CPU."
+    )
+    recompute_layers: Annotated[int, Field(ge=0)] | Literal["auto", "none", "all"] = Field(
+        default="auto",
+        description="How many layers recompute their activations in the backward pass to save memory; auto is none.",
+    )
+    self_check: bool = Field(
+        default=True,
+        description="Before the first step of a new model, compare a few tokens with plain transformers and peft.",
     )
 
 

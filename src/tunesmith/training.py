@@ -33,8 +33,7 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import Checked, Row, check, hold_out, ledger, locate
-from tunesmith.engine.batch import cut, pad
-from tunesmith.engine.loss import summed_loss
+from tunesmith.engine.step import Engine
 from tunesmith.errors import ProofError, RecipeError
 from tunesmith.recipe import Recipe
 from tunesmith.report import write_report
@@ -43,7 +42,6 @@ from tunesmith.types import Rendered
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 96
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # larger CPU micro-batches spend their gain on page faults
 
 
 @dataclass(frozen=True)
@@ -259,6 +257,7 @@ class _StepTrainer(Trainer):
             watcher,
             pissa_start,
         )
+        self.engine = Engine(model, recipe.engine, watcher.noted)
         self._held_out = [document for row in held_out for document in row.documents]
         self.n_steps = len(steps) * settings.epochs
         self.lines: list[StepMetrics] = []
@@ -281,7 +280,6 @@ class _StepTrainer(Trainer):
             save_strategy="no",
             eval_strategy="no",
             disable_tqdm=True,
-            activation_checkpointing=recipe.engine.recompute_layers == "all",
             use_cpu=models.device().type == "cpu",
             remove_unused_columns=False,
             dataloader_pin_memory=False,
@@ -303,13 +301,8 @@ class _StepTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         step = cast("Step", inputs)
         model.train()
-        total = torch.zeros((), device=self.args.device)
-        for documents in cut(step.documents, self._micro_batch_tokens()):
-            loss = summed_loss(model, pad(documents).to(self.args.device)) / step.n_supervised
-            self.accelerator.backward(loss)
-            total += loss.detach()
         self._step_counts = (step.n_supervised, step.n_tokens)
-        return total
+        return self.engine.gradient(step.documents, step.n_supervised)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -328,12 +321,8 @@ class _StepTrainer(Trainer):
 
     def measure(self) -> float:
         """The held-out loss per supervised token, written down."""
-        self._tuned.eval()
-        total, count = 0.0, sum(document.n_supervised for document in self._held_out)
-        with torch.no_grad():
-            for documents in cut(self._held_out, self._micro_batch_tokens()):
-                total += summed_loss(self._tuned, pad(documents).to(self.args.device)).item()
-        loss = total / count
+        count = sum(document.n_supervised for document in self._held_out)
+        loss = self.engine.loss(self._held_out) / count
         step = self.state.global_step
         self._run.append(
             self._run.held_out,
@@ -355,10 +344,6 @@ class _StepTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
             rundir.thin_out(self._run, self._recipe.train.keep_checkpoints)
         return final
-
-    def _micro_batch_tokens(self) -> int:
-        asked = self._recipe.engine.tokens_per_micro_batch
-        return _MICRO_BATCH_TOKENS[self.args.device.type] if asked == "auto" else asked
 
 
 class _Recorder(TrainerCallback):

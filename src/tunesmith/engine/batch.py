@@ -1,6 +1,6 @@
-"""The rows of a step become padded micro-batches.
+"""The rows of a step become tensors: a tree, or, for models that can not be packed, rows padded side by side.
 
-Legend: B rows, T tokens of the longest row, N supervised tokens.
+Legend: T tokens, B rows, U predicting positions.
 """
 
 from __future__ import annotations
@@ -11,58 +11,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.engine.loss import Labels
+from tunesmith.engine.trie import Tree, input_length
 from tunesmith.types import Rendered
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as the model takes it."""
+    """A tree as the model takes it."""
 
     input_ids: Tensor
-    """(B, T) int64, padded on the right."""
+    """(T,) int64"""
+    position_ids: Tensor
+    """(T,) int64"""
+    predict_from: Tensor
+    """(U,) int64, ascending: the tokens that predict something learned."""
+    labels: Labels
+
+
+def of_tree(tree: Tree, device: torch.device) -> Batch:
+    """The tensors of a tree on a device."""
+    where, target, count = (torch.tensor(column) for column in zip(*tree.pairs, strict=True))
+    predict_from, row = torch.unique_consecutive(where, return_inverse=True)
+    row_count = torch.zeros(len(predict_from)).index_add_(0, row, count.float())
+    labels = Labels(*(tensor.to(device) for tensor in (row, target, count.float(), row_count)))
+    ids, positions = torch.tensor(tree.token_ids), torch.tensor(tree.position)
+    return Batch(ids.to(device), positions.to(device), predict_from.to(device), labels)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Rows side by side, padded on the right."""
+
+    input_ids: Tensor
+    """(B, T) int64; what stands in the padding is masked, so its id is 0 and no pad token is needed."""
     attention_mask: Tensor
     """(B, T) int64, 1 where a token stands."""
     predict_from: Tensor
-    """(B, T) bool, N times True: the positions whose next token is learned."""
-    targets: Tensor
-    """(N,) int64, the learned tokens in the order of `predict_from`."""
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+    """(B, T) bool, U times True."""
+    labels: Labels
 
 
-def pad(documents: Sequence[Rendered]) -> Batch:
-    """The documents side by side. Behind the last learned token nothing changes the loss, so it is left out.
-
-    What stands in the padding has no effect (it is masked), so its id is 0 and no pad token is needed.
-    """
-    lengths = [_useful(document) for document in documents]
-    size = (len(documents), max(lengths))
+def pad(documents: Sequence[Rendered], device: torch.device) -> Padded:
+    """The documents side by side. What stands from the last learned token on changes nothing, so it is left out."""
+    size = (len(documents), max(map(input_length, documents)))
     input_ids, attention_mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
     predict_from = torch.zeros(size, dtype=torch.bool)
     targets: list[int] = []
-    for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
+    for row, document in enumerate(documents):
+        length = input_length(document)
         input_ids[row, :length] = torch.tensor(document.token_ids[:length])
         attention_mask[row, :length] = 1
         for start, stop in document.replies:
             predict_from[row, start - 1 : stop - 1] = True
             targets += document.token_ids[start:stop]
-    return Batch(input_ids, attention_mask, predict_from, torch.tensor(targets))
-
-
-def cut(documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
-    """The documents in groups of at most `max_tokens` tokens with padding, longest with longest.
-
-    A document longer than that goes alone.
-    """
-    groups: list[list[Rendered]] = []
-    for document in sorted(documents, key=_useful, reverse=True):
-        if groups and _useful(groups[-1][0]) * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(document)
-        else:
-            groups.append([document])
-    return groups
-
-
-def _useful(document: Rendered) -> int:
-    return document.replies[-1][1]
+    ones = torch.ones(len(targets))
+    labels = Labels(torch.arange(len(targets)), torch.tensor(targets), ones, ones)
+    labels = Labels(*(tensor.to(device) for tensor in vars(labels).values()))
+    return Padded(input_ids.to(device), attention_mask.to(device), predict_from.to(device), labels)

@@ -1,30 +1,113 @@
-"""The loss of a micro-batch: summed, so that a step's sum can be divided once by the step's count."""
+"""The loss of a micro-batch, summed, so that a step's sum can be divided once by the step's count.
+
+Only positions that predict a supervised token meet the output layer, in chunks of rows, and the gradient with respect
+to them is formed in the same pass: 4·U·H·V operations instead of 6, and one chunk of logits in memory instead of all.
+
+Legend: U predicting positions, N pairs of a position and its target, H width, V vocabulary.
+"""
 
 from __future__ import annotations
 
-import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.engine.batch import Batch
+_CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
+_LEAST_ROWS = 64  # thinner products leave the processor idle
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy in fp32, summed over the supervised tokens of the batch; a scalar with a graph.
+@dataclass(frozen=True)
+class Labels:
+    """What is learned in a micro-batch. A position may have several targets: a shared prompt has several replies."""
 
-    Only positions that predict a supervised token go through the output layer where the model can select them
-    (`logits_to_keep`): 600 of 4,096 positions with 151,936 words are 0.85 instead of 5.8 GiB.
+    row: Tensor
+    """(N,) int64, which of the U positions predicts the target."""
+    target: Tensor
+    """(N,) int64 token id."""
+    count: Tensor
+    """(N,) float32, in how many documents."""
+    row_count: Tensor
+    """(U,) float32, the counts of a position's targets added up."""
+
+    def part(self, start: int, stop: int) -> Labels:
+        """Of the positions from `start` to `stop`; `row` is sorted."""
+        first, last = torch.searchsorted(self.row, torch.tensor([start, stop], device=self.row.device)).tolist()
+        return Labels(
+            self.row[first:last] - start, self.target[first:last], self.count[first:last], self.row_count[start:stop]
+        )
+
+
+def summed_cross_entropy(logits_UV: Tensor, labels: Labels) -> Tensor:
+    """Cross entropy in fp32 (fp64 for such logits) over all targets; a scalar with a graph."""
+    log_probabilities = F.log_softmax(_exact(logits_UV), dim=-1)
+    return -(log_probabilities[labels.row, labels.target] * labels.count).sum()
+
+
+class HeadLoss(torch.autograd.Function):
+    """Summed cross entropy of `hidden_UH @ weight_VHᵀ` (soft-capped if asked) with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_UH: Tensor, weight_VH: Tensor, labels: Labels, softcap: float | None) -> Tensor:
+        loss, gradient = loss_and_gradient(hidden_UH, weight_VH, labels, softcap)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss.to(gradient.dtype), None, None, None
+
+
+def loss_and_gradient(
+    hidden_UH: Tensor,
+    weight_VH: Tensor,
+    labels: Labels,
+    softcap: float | None = None,
+    *,
+    with_gradient: bool = True,
+    space: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, a scalar in fp32 or fp64, and its gradient with respect to `hidden_UH` (empty if not asked).
+
+    `space` is memory for a chunk of logits, `chunk_rows` times V of the type of `hidden_UH`, for who calls this often.
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if _selects(model):
-        logits_NV = model(**inputs, logits_to_keep=batch.predict_from).logits
-    else:
-        logits_NV = model(**inputs).logits[batch.predict_from]
-    return F.cross_entropy(logits_NV.reshape(-1, logits_NV.shape[-1]).float(), batch.targets, reduction="sum")
+    loss = torch.zeros((), dtype=torch.promote_types(hidden_UH.dtype, torch.float32), device=hidden_UH.device)
+    gradient = torch.empty_like(hidden_UH) if with_gradient else hidden_UH.new_empty(0)
+    rows = chunk_rows(len(hidden_UH), len(weight_VH), hidden_UH.device)
+    for start in range(0, len(hidden_UH), rows):
+        hidden = hidden_UH[start : start + rows]
+        part = labels.part(start, start + len(hidden))
+        out = None if space is None else space[: len(hidden) * len(weight_VH)].view(len(hidden), -1)
+        logits = _exact(torch.mm(hidden, weight_VH.T, out=out))
+        slope = None
+        if softcap is not None:
+            slope = logits.div_(softcap).tanh_()
+            logits = slope * softcap
+        probabilities = torch.log_softmax(logits, dim=-1, out=logits) if softcap is None else logits.log_softmax(-1)
+        loss -= (probabilities[part.row, part.target] * part.count).sum()
+        if not with_gradient:
+            continue
+        # d loss / d logits = row_count · softmax - counts at the targets; row_count is taken out of the product.
+        probabilities.exp_()
+        shares = (part.count / part.row_count[part.row]).to(probabilities.dtype)
+        probabilities.index_put_((part.row, part.target), -shares, accumulate=True)
+        if slope is not None:
+            probabilities.mul_(slope.square_().neg_().add_(1))
+        torch.mm(probabilities.to(weight_VH.dtype), weight_VH, out=gradient[start : start + rows])
+    if with_gradient:
+        gradient.mul_(labels.row_count[:, None].to(gradient.dtype))
+    return loss, gradient
 
 
-def _selects(model: nn.Module) -> bool:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+def chunk_rows(n_rows: int, vocabulary: int, device: torch.device) -> int:
+    """How many positions meet the output layer at once; chunks are of about equal size."""
+    most = max(_LEAST_ROWS, _CHUNK_BYTES[device.type] // (4 * vocabulary))
+    return math.ceil(n_rows / math.ceil(n_rows / most))
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

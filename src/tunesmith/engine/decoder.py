@@ -1,0 +1,556 @@
+"""The dense decoder with its backward pass written by hand: the layers of Llama and its relatives.
+
+One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
+(x̃ is x after dropout), so the adapter costs no pass of its own, and the product for dX gives `dh` as well. Weights lie
+in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are kept from step to step. What is
+cheap to compute is not stored but computed again: norms' outputs, the activation. Nothing is computed below the lowest
+adapted layer in the backward pass, nor behind the last layer's attention for tokens that predict nothing.
+
+Legend: T tokens, U predicting positions, H width, I width of the MLP, R sum of the group's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from tunesmith.engine.attention import Sight, Style
+from tunesmith.engine.batch import Batch
+from tunesmith.engine.loss import chunk_rows, loss_and_gradient
+from tunesmith.engine.memory import Buffers, empty
+
+# Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
+LAYERS = frozenset(
+    f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma")
+)  # fmt: skip
+GROUPS = ("qkv", "o", "gate_up", "down")
+_ROWS_AT_ONCE = 64  # of the MLP's activation; what they need stays in the cache
+
+
+class NotCovered(Exception):
+    """The model has something that is not written here; the message says what."""
+
+
+# --- linear layers with one input -------------------------------------------------------------------------------------
+
+
+class _Adapter(NamedTuple):
+    """One adapter's place in its group."""
+
+    a: nn.Parameter
+    """(r, in)"""
+    b: nn.Parameter
+    """(out, r)"""
+    scaling: float
+    out: slice
+    ranks: slice
+
+
+class Linears:
+    """Linear layers with the same input as one product."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        bases = [_base(module) for module in modules]
+        self.inputs = bases[0].in_features
+        self.outputs = sum(base.out_features for base in bases)
+        self.adapters: list[_Adapter] = []
+        self.dropout = 0.0
+        row = ranks = 0
+        for module, base in zip(modules, bases, strict=True):
+            if isinstance(module, LoraLinear):
+                a, b = (cast("nn.Parameter", part["default"].weight) for part in (module.lora_A, module.lora_B))
+                self.adapters.append(
+                    _Adapter(
+                        a,
+                        b,
+                        module.scaling["default"],
+                        slice(row, row + base.out_features),
+                        slice(ranks, ranks + len(a)),
+                    )
+                )
+                self.dropout = _dropout(module)
+                ranks += len(a)
+            row += base.out_features
+        self.ranks = ranks
+        first = bases[0].weight
+        self.weight = empty(self.outputs, self.inputs + ranks, dtype=first.dtype, device=first.device).zero_()
+        self.a = first.new_zeros(ranks, self.inputs)
+        row = 0
+        for base in bases:
+            place = self.weight[row : row + base.out_features, : self.inputs]
+            place.copy_(base.weight.data)
+            base.weight.data = place
+            row += base.out_features
+        self.bias = None
+        if any(base.bias is not None for base in bases):
+            self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases])
+
+    def refresh(self) -> None:
+        """Takes over the adapters' numbers; to be called when they have changed."""
+        for adapter in self.adapters:
+            self.a[adapter.ranks].copy_(adapter.a.detach())
+            place = self.weight[adapter.out, self.inputs + adapter.ranks.start : self.inputs + adapter.ranks.stop]
+            torch.mul(
+                adapter.b.detach(), adapter.scaling, out=place
+            ) if place.dtype == adapter.b.dtype else place.copy_(adapter.b.detach() * adapter.scaling)
+
+    def forward(self, extended: Tensor, dropped: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
+        if self.ranks:
+            torch.mm(dropped, self.a.T, out=extended[:, self.inputs :])
+        if residual is not None:
+            torch.addmm(residual, extended, self.weight.T, out=out)
+        elif self.bias is not None:
+            torch.addmm(self.bias, extended, self.weight.T, out=out)
+        else:
+            torch.mm(extended, self.weight.T, out=out)
+        if residual is not None and self.bias is not None:
+            out.add_(self.bias)
+
+    def backward(self, d_out: Tensor, d_extended: Tensor, keep: Tensor | None, space: Tensor) -> Tensor:
+        """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it.
+
+        `space` is (T, H).
+        """
+        torch.mm(d_out, self.weight, out=d_extended)
+        d_x, d_h = d_extended[:, : self.inputs], d_extended[:, self.inputs :]
+        if self.ranks:
+            through = torch.mm(d_h, self.a, out=space)
+            d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
+        return d_x
+
+    def adapter_backward(self, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None) -> None:
+        """Adds to the gradients of the adapters. `d_h` is known where `backward` was called."""
+        if not self.ranks:
+            return
+        if d_h is None:
+            d_h = d_out @ self.weight[:, self.inputs :]
+        d_a = d_h.T @ dropped
+        for adapter in self.adapters:
+            _add_gradient(adapter.a, d_a[adapter.ranks])
+            # The other order, d_outᵀ · h, takes six times as long.
+            _add_gradient(adapter.b, (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T, adapter.scaling)
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor, scale: float = 1.0) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.add_(gradient, alpha=scale)
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    if isinstance(module, LoraLinear):
+        variant = module.lora_variant or module.merged or list(module.lora_A) != ["default"]
+        if variant or module.fan_in_fan_out or any(module.lora_bias.values()):
+            raise NotCovered("an adapter that is not plain LoRA")
+        module = cast("nn.Module", module.get_base_layer())
+    if type(module) is not nn.Linear:
+        raise NotCovered(f"{type(module).__name__} where a linear layer is expected")
+    return module
+
+
+def _dropout(module: LoraLinear) -> float:
+    dropout = module.lora_dropout["default"]
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+# --- element-wise parts -----------------------------------------------------------------------------------------------
+
+
+class Norm:
+    """x · rsqrt(mean(x²) + eps) · weight over the last dimension."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kind = type(module).__name__
+        if not kind.endswith("RMSNorm"):
+            raise NotCovered(f"{kind} where an RMS norm is expected")
+        self.eps = float(getattr(module, "variance_epsilon", None) or cast("Any", module).eps)
+        weight = cast("Tensor", module.weight).detach()
+        self.weight = 1 + weight if kind.startswith("Gemma") else weight
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Writes the result; returns rsqrt(mean(x²) + eps), (…, 1)."""
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        self.again(x, rstd, out)
+        return rstd
+
+    def again(self, x: Tensor, rstd: Tensor, out: Tensor) -> None:
+        torch.mul(x, rstd, out=out).mul_(self.weight)
+
+    def backward(self, d_out: Tensor, x: Tensor, rstd: Tensor, d_x: Tensor) -> None:
+        """Adds to `d_x`; destroys `d_out`."""
+        d_out.mul_(self.weight)
+        along = torch.linalg.vecdot(d_out, x)[..., None].mul_(rstd.pow(3)).div_(-x.shape[-1])
+        d_x.addcmul_(d_out, rstd).addcmul_(x, along)
+
+
+def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place; cos and sin are (T, 1, rotary / 2). With -sin it is undone."""
+    half = cos.shape[-1]
+    first, second = x_THD[..., :half], x_THD[..., half : 2 * half]
+    rotated = (first * cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(rotated)
+
+
+class Activation:
+    """act(gate) · up, in blocks of rows that stay in the processor's cache."""
+
+    def __init__(self, module: nn.Module) -> None:
+        probe = torch.linspace(-4, 4, 65)
+        known: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+            "silu": (F.silu, torch.ops.aten.silu_backward),
+            "gelu": (
+                lambda x: F.gelu(x, approximate="tanh"),
+                lambda d, x: torch.ops.aten.gelu_backward(d, x, approximate="tanh"),
+            ),
+        }
+        match = [pair for pair in known.values() if torch.equal(pair[0](probe), module(probe))]
+        if not match:
+            raise NotCovered(f"the activation {type(module).__name__}")
+        ((self._act, self._act_backward),) = match
+
+    def forward(self, gate_up: Tensor, out: Tensor) -> None:
+        half = out.shape[1]
+        for block, result in zip(gate_up.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
+            torch.mul(self._act(block[:, :half]), block[:, half:], out=result)
+
+    def backward(self, d_out: Tensor, gate_up: Tensor, out: Tensor) -> None:
+        """Replaces `gate_up` by its gradient and gives the result once more, in `out`."""
+        half = out.shape[1]
+        for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, out)), strict=True):
+            gate, up = block[:, :half], block[:, half:]
+            active = self._act(gate)
+            torch.mul(active, up, out=result)
+            d_gate = self._act_backward(d * up, gate)
+            torch.mul(d, active, out=up)
+            gate.copy_(d_gate)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class _Saved(NamedTuple):
+    """What a layer's backward pass needs of its forward pass."""
+
+    x: Tensor
+    rstd: Tensor
+    h_qkv: Tensor
+    qkv: Tensor
+    attended: tuple[tuple[Tensor, Tensor, Tensor], Tensor]
+    extended: Tensor
+    x_middle: Tensor
+    rstd_middle: Tensor
+    h_gate_up: Tensor
+    gate_up: Tensor
+    h_down: Tensor
+    head_rstds: tuple[Tensor, ...]
+
+
+class _Micro(NamedTuple):
+    """What all layers of a micro-batch share."""
+
+    cos: Tensor
+    """(T, 1, rotary / 2)"""
+    sin: Tensor
+    sight: Sight
+    masks: Masks | None
+    predict_from: Tensor
+
+
+class _Layer:
+    def __init__(self, number: int, layer: nn.Module) -> None:
+        self.number = number
+        module = cast("Any", layer)
+        attention, mlp = module.self_attn, module.mlp
+        fused = hasattr(attention, "qkv_proj")
+        self.qkv = Linears([attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = Linears([attention.o_proj])
+        self.gate_up = Linears([mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj])
+        self.down = Linears([mlp.down_proj])
+        self.norm, self.norm_middle = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
+        self.head_norms = (Norm(attention.q_norm), Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        self.activation = Activation(mlp.activation_fn if fused else mlp.act_fn)
+        config = attention.config
+        self.head_size = int(attention.head_dim)
+        self.query_width = self.o.inputs
+        self.key_width = (self.qkv.outputs - self.query_width) // 2
+        window = getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else None
+        if fused or type(module).__name__.startswith("Mistral"):
+            window = getattr(config, "sliding_window", None)
+        self.style = Style(float(attention.scaling), window)
+        self.linears = (self.qkv, self.o, self.gate_up, self.down)
+        self.adapted = any(linears.ranks for linears in self.linears)
+
+
+class Decoder:
+    """A causal language model with LoRA, ready to give the gradient of a micro-batch.
+
+    The lowest `recomputed` layers keep nothing but their input. Raises NotCovered when a part of the model is not
+    exactly what is written here.
+    """
+
+    def __init__(self, model: PeftModel, recomputed: int = 0) -> None:
+        self._recomputed = recomputed
+        causal = cast("Any", model.get_base_model())
+        body = getattr(causal, "model", None)
+        layers = getattr(body, "layers", None)
+        if body is None or layers is None:
+            raise NotCovered(f"{type(causal).__name__}, a model without decoder layers")
+        config = causal.config
+        for layer in layers:
+            if type(layer).__name__ not in LAYERS or not type(layer).__module__.startswith("transformers."):
+                raise NotCovered(f"the layers of {type(causal).__name__}")
+        if (
+            getattr(config, "attention_dropout", 0)
+            or getattr(config, "resid_pdrop", 0)
+            or getattr(config, "embd_pdrop", 0)
+        ):
+            raise NotCovered("dropout inside the base model")
+        head = causal.lm_head
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise NotCovered("an output layer that is not one plain matrix")
+        if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+            raise NotCovered(f"weights in {next(model.parameters()).dtype}")
+        self._embed, self._rotary, self._head = body.embed_tokens, body.rotary_emb, head
+        self._norm = Norm(body.norm)
+        self._layers = [_Layer(number, layer) for number, layer in enumerate(layers)]
+        covered = {
+            id(p) for layer in self._layers for group in layer.linears for a in group.adapters for p in (a.a, a.b)
+        }
+        if any(p.requires_grad and id(p) not in covered for p in model.parameters()):
+            raise NotCovered("trained parameters outside the decoder layers")
+        adapted = [number for number, layer in enumerate(self._layers) if layer.adapted]
+        if not adapted:
+            raise NotCovered("no adapter at all")
+        self._lowest = adapted[0]
+        dropouts = {linears.dropout for layer in self._layers for linears in layer.linears if linears.ranks}
+        if len(dropouts) > 1:
+            raise NotCovered("adapters with different dropout")
+        (self._dropout,) = dropouts
+        self._buffers = Buffers(head.weight.dtype, head.weight.device)
+
+    def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
+        """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
+        with torch.no_grad():
+            return self._run(batch, sight, n_supervised, dropout)
+
+    def loss(self, batch: Batch, sight: Sight) -> Tensor:
+        """The summed loss, without dropout and gradients."""
+        with torch.no_grad():
+            return self._run(batch, sight, None, False)
+
+    # --- one micro-batch ---------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch, sight: Sight, n_supervised: int | None, dropout: bool) -> Tensor:
+        for layer in self._layers:
+            for linears in layer.linears:
+                linears.refresh()
+        x = self._embed(batch.input_ids)
+        cos, sin = self._rotary(x[None], batch.position_ids[None])
+        half = cos.shape[-1] // 2
+        cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+        last = len(self._layers) - 1
+        masks = None
+        if dropout and self._dropout:
+            widest = max(linears.inputs for linears in self._layers[0].linears)
+            masks = Masks(self._dropout, len(x) * widest, len(self._layers), self._buffers)
+        micro = _Micro(cos, sin, sight, masks, batch.predict_from)
+        inputs, saved = [x], dict[int, _Saved]()
+        for number, layer in enumerate(self._layers):
+            differentiated = n_supervised is not None and number >= self._lowest
+            keep = differentiated and number >= self._recomputed
+            out = self._buffers.take(f"x {number if differentiated else number % 2}", len(x), x.shape[1])
+            tag = str(number) if keep else "passing"
+            x, state = self._forward(layer, x, out, micro, tag, keep=keep, is_last=number == last)
+            inputs.append(x)
+            if state is not None:
+                saved[number] = state
+        normed = torch.empty_like(x)
+        rstd = self._norm.forward(x, normed)
+        vocabulary = len(self._head.weight)
+        space = self._buffers.take("logits", chunk_rows(len(x), vocabulary, x.device) * vocabulary)
+        differentiate = n_supervised is not None
+        loss, d_normed = loss_and_gradient(
+            normed, self._head.weight, batch.labels, with_gradient=differentiate, space=space
+        )
+        if n_supervised is None:
+            return loss
+        d_x = torch.zeros_like(x)
+        self._norm.backward(d_normed.div_(n_supervised), x, rstd, d_x)
+        for number in range(last, self._lowest - 1, -1):
+            layer = self._layers[number]
+            state = saved.pop(number, None)
+            if state is None:
+                x, is_last = inputs[number], number == last
+                out = self._buffers.take("x again", len(x), x.shape[1])
+                _, state = self._forward(layer, x, out, micro, "again", keep=True, is_last=is_last)
+            assert state is not None
+            d_x = self._backward(layer, state, d_x, micro, is_last=number == last, d_input=number > self._lowest)
+        return loss / n_supervised
+
+    def _keeps(self, layer: _Layer, masks: Masks | None, n_tokens: int, n_rows: int) -> list[Tensor | None]:
+        """Dropout's mask for each of the layer's groups; None where nothing is dropped."""
+        sizes = (n_tokens, n_rows, n_rows, n_rows)
+        return [
+            None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)
+            for i, (linears, n) in enumerate(zip(layer.linears, sizes, strict=True))
+        ]
+
+    def _dropped(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """x̃; `x` itself where nothing is dropped."""
+        return x if keep is None else torch.mul(x, keep, out=self._buffers.take("dropped", *x.shape))
+
+    def _forward(
+        self, layer: _Layer, x: Tensor, out: Tensor, micro: _Micro, tag: str, *, keep: bool, is_last: bool
+    ) -> tuple[Tensor, _Saved | None]:
+        """The layer's output, in `out`, and with `keep` what its backward pass needs, in buffers named by `tag`."""
+        n_rows = len(micro.predict_from) if is_last else len(x)
+        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer, micro.masks, len(x), n_rows)
+        cos, sin = micro.cos, micro.sin
+        extended = self._buffers.take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
+        normed = extended[:, : layer.qkv.inputs]
+        rstd = layer.norm.forward(x, normed)
+        qkv = self._buffers.take(f"qkv {tag}", len(x), layer.qkv.outputs)
+        layer.qkv.forward(extended, self._dropped(normed, keep_qkv), qkv)
+        h_qkv = extended[:, layer.qkv.inputs :].clone()
+        query, key, value = qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
+        query, key, value = (part.unflatten(1, (-1, layer.head_size)) for part in (query, key, value))
+        head_rstds = []
+        if layer.head_norms is not None:
+            normed_heads = []
+            for norm, part, name in zip(layer.head_norms, (query, key), ("query", "key"), strict=True):
+                normed_part = self._buffers.take(f"{name} {tag}", len(x), part.shape[1] * part.shape[2]).view(
+                    part.shape
+                )
+                head_rstds.append(norm.forward(part, normed_part))
+                normed_heads.append(normed_part)
+            query, key = normed_heads
+        _rotate(query, cos, sin)
+        _rotate(key, cos, sin)
+        with torch.set_grad_enabled(keep):
+            leaves = (
+                query.detach().requires_grad_(keep),
+                key.detach().requires_grad_(keep),
+                value.detach().requires_grad_(keep),
+            )
+            attended = micro.sight.attend(*leaves, layer.style)
+        result = attended.detach().flatten(1)
+        x_rows = x
+        if is_last:
+            result, x_rows, out = (
+                *(t.index_select(0, micro.predict_from) for t in (result, x)),
+                out[: len(micro.predict_from)],
+            )
+        extended_o = self._buffers.take(f"o {tag}", len(x_rows), layer.o.inputs + layer.o.ranks)
+        extended_o[:, : layer.o.inputs] = result
+        x_middle = self._buffers.take(f"x middle {tag}", len(x_rows), layer.o.outputs)
+        given = extended_o[:, : layer.o.inputs]
+        layer.o.forward(extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
+
+        extended = self._buffers.take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
+        normed = extended[:, : layer.gate_up.inputs]
+        rstd_middle = layer.norm_middle.forward(x_middle, normed)
+        gate_up = self._buffers.take(f"gate up {tag}", len(x_rows), layer.gate_up.outputs)
+        layer.gate_up.forward(extended, self._dropped(normed, keep_gate_up), gate_up)
+        h_gate_up = extended[:, layer.gate_up.inputs :].clone()
+        extended = self._buffers.take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
+        active = extended[:, : layer.down.inputs]
+        layer.activation.forward(gate_up, active)
+        layer.down.forward(extended, self._dropped(active, keep_down), out, residual=x_middle)
+        h_down = extended[:, layer.down.inputs :].clone()
+        if not keep:
+            return out, None
+        state = _Saved(
+            x, rstd, h_qkv, qkv, (leaves, attended), extended_o, x_middle, rstd_middle, h_gate_up, gate_up, h_down,
+            tuple(head_rstds),
+        )  # fmt: skip
+        return out, state
+
+    def _backward(
+        self, layer: _Layer, saved: _Saved, d_out: Tensor, micro: _Micro, *, is_last: bool, d_input: bool
+    ) -> Tensor:
+        """Gradient with respect to the layer's input; `d_out` is used up."""
+        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer, micro.masks, len(saved.x), len(d_out))
+
+        # MLP
+        n_rows, take = len(d_out), self._buffers.take
+        extended = take("extended down", n_rows, layer.down.inputs + layer.down.ranks)
+        d_extended = take("d extended down", n_rows, layer.down.inputs + layer.down.ranks)
+        active = extended[:, : layer.down.inputs]
+        d_active = layer.down.backward(d_out, d_extended, keep_down, take("dropped", n_rows, layer.down.inputs))
+        d_gate_up = saved.gate_up  # its numbers are needed no more
+        layer.activation.backward(d_active, d_gate_up, active)
+        dropped = self._dropped(active, keep_down)
+        layer.down.adapter_backward(d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
+        extended = take("extended", n_rows, layer.gate_up.inputs)
+        layer.norm_middle.again(saved.x_middle, saved.rstd_middle, extended)
+        d_extended = take("d extended", n_rows, layer.gate_up.inputs + layer.gate_up.ranks)
+        d_normed = layer.gate_up.backward(
+            d_gate_up, d_extended, keep_gate_up, take("dropped", n_rows, layer.gate_up.inputs)
+        )
+        dropped = self._dropped(extended, keep_gate_up)
+        layer.gate_up.adapter_backward(d_gate_up, saved.h_gate_up, dropped, d_extended[:, layer.gate_up.inputs :])
+        layer.norm_middle.backward(d_normed, saved.x_middle, saved.rstd_middle, d_out)
+
+        # attention
+        d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
+        d_attended = layer.o.backward(d_out, d_extended, keep_o, take("dropped", n_rows, layer.o.inputs))
+        dropped = self._dropped(saved.extended[:, : layer.o.inputs], keep_o)
+        layer.o.adapter_backward(d_out, saved.extended[:, layer.o.inputs :], dropped, d_extended[:, layer.o.inputs :])
+        leaves, attended = saved.attended
+        if is_last:
+            d_attended, d_out = (
+                t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, micro.predict_from, t) for t in (d_attended, d_out)
+            )
+        gradients = torch.autograd.grad(attended, leaves, d_attended.unflatten(1, (-1, layer.head_size)))
+        d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
+        parts = d_qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
+        for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+            if i < 2:
+                _rotate(gradient, micro.cos, -micro.sin)
+                if layer.head_norms is not None:
+                    raw = part.unflatten(1, (-1, layer.head_size))
+                    d_normed_head, gradient = gradient, torch.zeros_like(gradient)
+                    layer.head_norms[i].backward(d_normed_head, raw, saved.head_rstds[i], gradient)
+            part.copy_(gradient.flatten(1))
+        extended = take("extended", len(saved.x), layer.qkv.inputs)
+        layer.norm.again(saved.x, saved.rstd, extended)
+        if not d_input:
+            layer.qkv.adapter_backward(d_qkv, saved.h_qkv, self._dropped(extended, keep_qkv))
+            return d_out
+        d_extended = take("d extended", len(saved.x), layer.qkv.inputs + layer.qkv.ranks)
+        d_normed = layer.qkv.backward(d_qkv, d_extended, keep_qkv, take("dropped", len(saved.x), layer.qkv.inputs))
+        dropped = self._dropped(extended, keep_qkv)
+        layer.qkv.adapter_backward(d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
+        layer.norm.backward(d_normed, saved.x, saved.rstd, d_out)
+        return d_out
+
+
+class Masks:
+    """Dropout's masks of a micro-batch: slices, at places drawn anew for each, of one pool of independent numbers.
+
+    Every number is 0 with probability `dropout` (to 16 bits), else 1 / (1 - dropout), and the numbers of one mask are
+    independent; two masks may have a stretch of the pool in common. Drawing each afresh takes a tenth of a step.
+    """
+
+    def __init__(self, dropout: float, largest: int, n_layers: int, buffers: Buffers) -> None:
+        draw = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+        lanes = draw.integers(0, 2**64, largest // 2 + 1, np.uint64).view(np.int16)[: 2 * largest]
+        self._pool = buffers.take("dropout", 2 * largest)
+        torch.ge(torch.from_numpy(lanes), round(dropout * 2**16) - 2**15, out=self._pool)
+        self._pool.mul_(1 / (1 - dropout))
+        self._starts = draw.integers(0, largest + 1, (n_layers, len(GROUPS))).tolist()
+
+    def take(self, layer: int, group: int, rows: int, columns: int) -> Tensor:
+        """The mask of a group's input."""
+        start = self._starts[layer][group]
+        return self._pool[start : start + rows * columns].view(rows, columns)

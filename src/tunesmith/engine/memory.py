@@ -1,0 +1,48 @@
+"""Memory that is kept from step to step, in large pages where the system has them.
+
+Fresh memory costs a page fault per 4 KiB when it is first touched, and a matrix spread over small pages costs the
+processor a lookup per page: 6 to 8 % of a step's matrix products (2 AVX2 cores, 2026-11).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+_PAGE = 2 << 20
+_SMALL = 1 << 20  # bytes below which a page of its own is waste
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor with arbitrary content; on Linux in 2 MiB pages if it is large."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or n_bytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, n_bytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return torch.empty(*shape, dtype=dtype, device=device)
+    flat = torch.frombuffer(pages, dtype=dtype)  # keeps the mapping alive
+    first = -flat.data_ptr() % _PAGE // dtype.itemsize
+    return flat[first : first + math.prod(shape)].view(shape)
+
+
+class Buffers:
+    """Tensors by name. Asking again for a name gives the same memory, whatever the shape."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A contiguous tensor; its content is that of the name's last use."""
+        n = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < n:
+            self._flat.pop(name, None)  # before the new one is made
+            flat = self._flat[name] = empty(n, dtype=self._dtype, device=self._device)
+        return flat[:n].view(shape)

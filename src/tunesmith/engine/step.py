@@ -1,0 +1,325 @@
+"""The gradient of a step, by the cheapest way that is exact for the model at hand.
+
+`decoder`: layers written by hand, over trees. `tree`: transformers' own layers, over trees. `padded`: transformers' own
+layers, rows side by side; works for every model. Before the first step of a model, what is chosen is compared with
+`padded` on a few tokens, and left if it differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunesmith import hub
+from tunesmith.engine import attention, batch, trie
+from tunesmith.engine.decoder import Decoder, NotCovered
+from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
+from tunesmith.recipe import EngineSettings
+from tunesmith.types import Origin, Rendered
+
+Way = Literal["decoder", "tree", "padded"]
+_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
+_BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
+_BOUND_COARSE = 0.2  # 16 bits
+_RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "ssm", "xlstm")
+# Settings of a config that change what the output layer gives; for those the model is asked for the logits itself.
+_HEAD_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "mup_width_scale")
+
+
+class Engine:
+    """Computes steps of one model."""
+
+    def __init__(
+        self, model: PeftModel, settings: EngineSettings, note: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._model, self._settings, self._note = model, settings, note
+        self._device = next(model.parameters()).device
+        self._decoder: Decoder | None = None
+        self._checked = False
+        self.way: Way = "padded"
+        """How steps are computed."""
+        n_layers = int(cast("Any", model.get_base_model()).config.get_text_config().num_hidden_layers)
+        asked = settings.recompute_layers
+        self._recomputed = asked if isinstance(asked, int) else n_layers if asked == "all" else 0
+        if reason := _not_packable(model):
+            _recompute(model, self._recomputed)
+            note(f"Rows are trained side by side with padding: {reason}.")
+            return
+        attention.register()
+        model.set_attn_implementation(attention.INTERFACE)
+        self.way = "tree"
+        if self._device.type == "cpu":
+            try:
+                self._decoder = Decoder(model, recomputed=self._recomputed)
+                self.way = "decoder"
+            except NotCovered as reason:
+                note(f"transformers' own layers are used: {reason} is not written by hand.")
+        _recompute(model, self._recomputed)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def gradient(self, documents: Sequence[Rendered], n_supervised: int) -> Tensor:
+        """The documents' loss, summed over supervised tokens and divided by `n_supervised`; a scalar.
+
+        Adds its gradient to the `.grad` of what is trained. `n_supervised` counts the whole step, so steps can be dealt
+        out to several calls or devices.
+        """
+        self._check_once(documents)
+        total = torch.zeros((), device=self._device)
+        for part in self._parts(documents):
+            total += self._part_gradient(part, n_supervised, self.way)
+        return total
+
+    def loss(self, documents: Sequence[Rendered]) -> float:
+        """The documents' summed loss without dropout."""
+        self._check_once(documents)
+        with torch.no_grad(), _mode(self._model, training=False):
+            return sum(self._part_loss(part, self.way).item() for part in self._parts(documents))
+
+    def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
+        asked = self._settings.tokens_per_micro_batch
+        n_tokens = _TOKENS[self._device.type] if asked == "auto" else asked
+        if self.way == "padded":
+            return _cut_padded(documents, n_tokens if asked != "auto" else n_tokens // 4)
+        # Some rotary embeddings depend on the longest row beside them; such rows go alone.
+        alone = [d for d in documents if trie.input_length(d) > _rope_limit(self._model)]
+        together = [d for d in documents if trie.input_length(d) <= _rope_limit(self._model)]
+        parts = trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) if together else []
+        return parts + [[document] for document in alone]
+
+    def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way) -> Tensor:
+        if way == "decoder":
+            tree_batch, sight = self._tree(documents)
+            assert self._decoder is not None
+            return self._decoder.gradient(tree_batch, sight, n_supervised, dropout=self._model.training)
+        with self._seen(documents, way) as inputs:
+            loss = summed_loss(self._model, inputs) / n_supervised
+            loss.backward()
+        return loss.detach()
+
+    def _part_loss(self, documents: Sequence[Rendered], way: Way) -> Tensor:
+        if way == "decoder":
+            assert self._decoder is not None
+            return self._decoder.loss(*self._tree(documents))
+        with self._seen(documents, way) as inputs:
+            return summed_loss(self._model, inputs)
+
+    def _tree(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, attention.Sight]:
+        tree = trie.lay_out(documents, share_prefix=self._settings.share_prefix)
+        return batch.of_tree(tree, self._device), attention.sight(tree, self._backend, self._device)
+
+    @contextmanager
+    def _seen(self, documents: Sequence[Rendered], way: Way) -> Iterator[batch.Batch | batch.Padded]:
+        if way == "padded":
+            yield batch.pad(documents, self._device)
+            return
+        tree_batch, sight = self._tree(documents)
+        with attention.looking_through(sight):
+            yield tree_batch
+
+    @property
+    def _backend(self) -> attention.Backend:
+        asked = self._settings.attention
+        return ("flex" if self._device.type == "cuda" else "gather") if asked == "auto" else asked
+
+    # --- is it right? ------------------------------------------------------------------------------------------------
+
+    def _check_once(self, documents: Sequence[Rendered]) -> None:
+        """Compares the way chosen with `padded` on a few of these documents' tokens; takes the next one if it differs.
+
+        What was found right is remembered for the same model, settings and versions of the libraries.
+        """
+        if self._checked or not self._settings.self_check or self.way == "padded":
+            return
+        self._checked = True
+        mark = hub.cache_dir() / "self_checks" / self._key()
+        if mark.exists():
+            self.way = cast("Way", mark.read_text(encoding="utf-8"))
+            return
+        few = _few_tokens(documents)
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        with _mode(self._model, training=False), _not_the_identity(self._model):
+            expected = self._gradient_of(few, "padded", trained)
+            while self.way != "padded":
+                difference = float((self._gradient_of(few, self.way, trained) - expected).norm() / expected.norm())
+                if difference < _BOUND.get(self._compute_dtype, _BOUND_COARSE):
+                    break
+                self._note(
+                    f"The {self.way} way gives another gradient than plain transformers and peft for this model "
+                    f"(relative difference {difference:.1e}); a slower one is taken. Please report the model's name."
+                )
+                self.way = "tree" if self.way == "decoder" else "padded"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(self.way, encoding="utf-8")
+
+    def _gradient_of(self, documents: Sequence[Rendered], way: Way, trained: Sequence[nn.Parameter]) -> Tensor:
+        before = [parameter.grad for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        try:
+            self._part_gradient(documents, sum(document.n_supervised for document in documents), way)
+            return torch.cat([_filled(p).flatten().double() for p in trained])
+        finally:
+            for parameter, gradient in zip(trained, before, strict=True):
+                parameter.grad = gradient
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self._model.parameters() if not p.requires_grad)
+
+    def _key(self) -> str:
+        packages = ("tunesmith", "torch", "transformers", "peft")
+        seen = {
+            "config": self._model.get_base_model().config.to_json_string(use_diff=False),  # type: ignore[operator]
+            "adapter": str(self._model.peft_config["default"]),
+            "settings": self._settings.model_dump(),
+            "versions": [importlib.metadata.version(name) for name in packages],
+            "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
+        }
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _filled(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _recompute(model: PeftModel, n_layers: int) -> None:
+    """The lowest `n_layers` of transformers' layers keep nothing but their input."""
+    if not n_layers:
+        return
+    cast("Any", model.get_base_model()).activation_checkpointing_enable()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[n_layers:]:
+        layer.gradient_checkpointing = False
+
+
+# --- transformers' own layers -----------------------------------------------------------------------------------------
+
+
+def summed_loss(model: nn.Module, inputs: batch.Batch | batch.Padded) -> Tensor:
+    """The micro-batch's loss, a scalar with a graph; only predicting positions meet the output layer where the model
+    lets us select them."""
+    causal = cast("Any", model.get_base_model() if isinstance(model, PeftModel) else model)
+    if isinstance(inputs, batch.Padded):
+        arguments: dict[str, Any] = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    else:
+        arguments = {"input_ids": inputs.input_ids[None], "position_ids": inputs.position_ids[None]}
+    arguments["use_cache"] = False
+    body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    if body is not None and _plain_head(causal.config, head):
+        hidden = body(**arguments).last_hidden_state
+        chosen = (
+            hidden[inputs.predict_from]
+            if isinstance(inputs, batch.Padded)
+            else hidden[0].index_select(0, inputs.predict_from)
+        )
+        softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+        return cast("Tensor", HeadLoss.apply(chosen, head.weight, inputs.labels, softcap))
+    if "logits_to_keep" in inspect.signature(causal.forward).parameters:
+        logits = model(**arguments, logits_to_keep=inputs.predict_from).logits
+        return summed_cross_entropy(logits.flatten(0, -2), inputs.labels)
+    logits = model(**arguments).logits
+    chosen = (
+        logits[inputs.predict_from]
+        if isinstance(inputs, batch.Padded)
+        else logits[0].index_select(0, inputs.predict_from)
+    )
+    return summed_cross_entropy(chosen, inputs.labels)
+
+
+def _plain_head(config: Any, head: nn.Module | None) -> bool:
+    config = config.get_text_config()
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and not any(getattr(config, name, None) not in (None, 1, 1.0) for name in _HEAD_SETTINGS)
+    )
+
+
+def _not_packable(model: PeftModel) -> str | None:
+    """Why documents in one row would see each other; None where they would not."""
+    causal = cast("Any", model.get_base_model())
+    config = causal.config.get_text_config()
+    if causal.config.is_encoder_decoder:
+        return "the model has an encoder"
+    kinds = [*(getattr(config, "layer_types", None) or ()), *(type(module).__name__ for module in causal.modules())]
+    if recurrent := [kind for kind in kinds if any(word in kind.lower().replace("_", "") for word in _RECURRENT)]:
+        return f"the model has layers that are not attention ({recurrent[0]})"
+    if not causal._supports_attention_backend:
+        return f"{type(causal).__name__} does not use transformers' attention interface"
+    if getattr(config, "attention_dropout", 0):
+        return "the model drops attention"
+    return None
+
+
+def _rope_limit(model: PeftModel) -> int:
+    """The longest row whose rotary embedding does not depend on the rows beside it."""
+    config = cast("Any", model.get_base_model()).config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if any(isinstance(v, dict) for v in parameters.values()) else [parameters]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=2**62)
+
+
+def _cut_padded(documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
+    """Groups of at most `max_tokens` tokens with padding, longest with longest; a longer document goes alone."""
+    groups: list[list[Rendered]] = []
+    for document in sorted(documents, key=trie.input_length, reverse=True):
+        if groups and trie.input_length(groups[-1][0]) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    return groups
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def _few_tokens(documents: Sequence[Rendered]) -> list[Rendered]:
+    """Three short documents out of these ones' tokens: two that share a beginning, one that does not."""
+    first, other = documents[0].token_ids, documents[-1].token_ids
+    made = (first[:24], first[: len(first[:24]) // 2] + other[-10:], other[-16:])
+    return [Rendered(ids, ((max(1, len(ids) // 2), len(ids)),), Origin("self check", n)) for n, ids in enumerate(made)]
+
+
+@contextmanager
+def _mode(model: PeftModel, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextmanager
+def _not_the_identity(model: PeftModel) -> Iterator[None]:
+    """A new adapter's B is zero, so nothing of A's gradient would be seen; random numbers stand in meanwhile."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    try:
+        with torch.no_grad():
+            for parameter, before in kept:
+                if not before.any():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)

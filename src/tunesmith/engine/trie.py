@@ -1,0 +1,147 @@
+"""The documents of a micro-batch as prefix trees: what they have in common from their first token on stands once.
+
+A tree is laid out depth first, so one integer per token says who sees whom: `end`, the index behind the last token of
+its subtree. Query q sees key k exactly when `k <= q < end[k]`.
+
+    documents  [S u a x]  [S u b y z]  [T v c]        S u stand once; x, y z and c are learned
+    index       0 1 2  3 4  5 6
+    token       S u a  b y  T v                       the last token of a document predicts nothing, so it is left out
+    position    0 1 2  2 3  0 1
+    end         5 5 3  5 5  7 7
+    pairs       2→x  3→y  4→z  6→c
+
+Packing without sharing is the case of no common tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.types import Rendered
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the layout without a fork."""
+
+    start: int
+    stop: int
+    parent: int | None
+    """Number of the segment it continues; None at the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The layout of one micro-batch."""
+
+    token_ids: tuple[int, ...]
+    position: tuple[int, ...]
+    """How many tokens stand before it in its documents."""
+    end: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    """In the order of the layout; together they are all of it."""
+    pairs: tuple[tuple[int, int, int], ...]
+    """(predict_from, target, count), sorted: the token at that index predicts the target in so many documents."""
+
+    @property
+    def n_supervised(self) -> int:
+        return sum(count for _, _, count in self.pairs)
+
+
+def input_length(document: Rendered) -> int:
+    """How many of its tokens go through the model: those in front of the last one that is learned."""
+    return document.replies[-1][1] - 1
+
+
+def lay_out(documents: Sequence[Rendered], *, share_prefix: bool = True) -> Tree:
+    """The documents as trees, every document once; `share_prefix` False gives each one a tree of its own."""
+    token_ids: list[int] = []
+    position: list[int] = []
+    parent: list[int] = []
+    end: list[int] = []
+    pairs: Counter[tuple[int, int]] = Counter()
+    path: list[int] = []  # indices of the current document's tokens
+    before: tuple[int, ...] = ()
+    for document in sorted(documents, key=_inputs) if share_prefix else documents:
+        inputs = _inputs(document)
+        depth = _common(before, inputs) if share_prefix else 0
+        for index in path[depth:]:
+            end[index] = len(token_ids)
+        del path[depth:]
+        for i in range(depth, len(inputs)):
+            parent.append(path[-1] if path else -1)
+            path.append(len(token_ids))
+            token_ids.append(inputs[i])
+            position.append(i)
+            end.append(-1)
+        for start, stop in document.replies:
+            pairs.update((path[i - 1], document.token_ids[i]) for i in range(start, stop))
+        before = inputs
+    for index in path:
+        end[index] = len(token_ids)
+    return Tree(
+        tuple(token_ids),
+        tuple(position),
+        tuple(end),
+        _segments(parent),
+        tuple((*pair, count) for pair, count in sorted(pairs.items())),
+    )
+
+
+def cut(documents: Sequence[Rendered], max_tokens: int, *, share_prefix: bool = True) -> list[list[Rendered]]:
+    """The documents in groups whose trees have about the same size, at most `max_tokens` tokens.
+
+    Documents that share most come together. One that is longer than that goes alone.
+    """
+    documents = sorted(documents, key=_inputs)
+    depths = [0, *(_common(_inputs(a), _inputs(b)) if share_prefix else 0 for a, b in itertools.pairwise(documents))]
+    fewest = _grouped(documents, depths, max_tokens)
+    if len(fewest) == 1:
+        return fewest
+    # The same number of groups with the least budget that allows it: none of them is a small rest.
+    low, high = math.ceil(sum(map(input_length, documents)) / len(fewest) / 4), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_grouped(documents, depths, middle)) <= len(fewest):
+            high = middle
+        else:
+            low = middle + 1
+    return _grouped(documents, depths, high)
+
+
+def _grouped(documents: Sequence[Rendered], depths: Sequence[int], max_tokens: int) -> list[list[Rendered]]:
+    groups: list[list[Rendered]] = []
+    size = 0
+    for document, depth in zip(documents, depths, strict=True):
+        if groups and size + input_length(document) - depth <= max_tokens:
+            groups[-1].append(document)
+            size += input_length(document) - depth
+        else:
+            groups.append([document])
+            size = input_length(document)
+    return groups
+
+
+def _inputs(document: Rendered) -> tuple[int, ...]:
+    return document.token_ids[: input_length(document)]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _segments(parent: Sequence[int]) -> tuple[Segment, ...]:
+    children = Counter(parent)
+    starts = [i for i, p in enumerate(parent) if p == -1 or p != i - 1 or children[p] > 1]
+    number_at: list[int] = []
+    segments: list[Segment] = []
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(parent)], strict=True)):
+        above = parent[start]
+        segments.append(Segment(start, stop, None if above == -1 else number_at[above]))
+        number_at += [number] * (stop - start)
+    return tuple(segments)
