@@ -44,5 +44,7 @@ class Buffers:
         flat = self._flat.get(name)
         if flat is None or flat.numel() < n:
             self._flat.pop(name, None)  # before the new one is made
-            flat = self._flat[name] = empty(n, dtype=self._dtype, device=self._device)
+            # On a CPU what is not touched is not there, so room to grow is free.
+            room = 2 * n if self._device.type == "cpu" else n
+            flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
         return flat[:n].view(shape)
