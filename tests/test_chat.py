@@ -23,6 +23,7 @@ from tunesmith import chat, records
 from tunesmith.chat import Chat
 from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
 from tunesmith.training import Run
+from tunesmith.types import Message
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,14 @@ def test_the_library_answers_what_was_learned_and_stops(talk: Chat) -> None:
         reply = talk.reply([{"role": "user", "content": question}], temperature=0)
         assert (reply.text, reply.stopped_by) == (answer, "stop")
         assert reply.token_ids[-1] in talk.renderer.template.stop_ids
+
+
+def test_side_by_side_gives_the_replies_of_one_by_one(talk: Chat) -> None:
+    talks = [[Message("user", text)] for text in ("Who are you?", "Say hi.", "A much longer question than the others?")]
+    alone = [talk.reply(messages, temperature=0, max_tokens=24) for messages in talks]
+    assert talk.replies(talks, temperature=0, max_tokens=24) == alone
+    assert len({reply.prompt_ids for reply in alone}) == 3
+    assert talk.replies([]) == []
 
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_reply(talk: Chat) -> None:

@@ -24,6 +24,7 @@ from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
 from tunesmith.training import Run, Steps, train
+from tunesmith.types import Message
 
 CPU = torch.device("cpu")
 
@@ -176,11 +177,11 @@ def test_recipe_of_a_run_trains_it_again(run: Run, tiny_model: Path, talk: Path)
 
 def test_saved_adapter_answers_like_the_live_one(run: Run) -> None:
     loaded = chat.load(run.path)
-    for sample in run.samples:
-        reply = loaded.reply([{"role": "user", "content": sample.question}], temperature=0, max_tokens=96)
-        assert reply.text == sample.after
-        base = loaded.reply([{"role": "user", "content": sample.question}], temperature=0, max_tokens=96, base=True)
-        assert base.text == sample.before
+    talks: list[list[Message]] = [[Message("user", sample.question)] for sample in run.samples]
+    replies = loaded.replies(talks, temperature=0, max_tokens=96)
+    assert [reply.text for reply in replies] == [sample.after for sample in run.samples]
+    base = loaded.replies(talks, temperature=0, max_tokens=96, base=True)
+    assert [reply.text for reply in base] == [sample.before for sample in run.samples]
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])

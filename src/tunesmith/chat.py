@@ -26,6 +26,7 @@ from tunesmith.render import Renderer
 from tunesmith.types import ChatMessage, Message
 
 MAX_TOKENS = 512
+_SIDE_BY_SIDE = 32  # conversations
 
 
 @dataclass(frozen=True)
@@ -72,39 +73,80 @@ class Chat:
         `on_text` is given the reply piece by piece as it is written. Raises TemplateError where the template refuses
         the conversation, DataError when it is not one, or longer than the model can read.
         """
-        talk = _conversation(messages, self.system)
-        prompt_ids = self.renderer.prompt_ids(talk)
-        room = models.context_length(self.model.config) - len(prompt_ids)
-        if room < 1:
+        prompt = self._prompt(messages)
+        streamer = _Pieces(self, len(prompt), on_text) if on_text else None
+        stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
+        (reply,) = self._generate(
+            [prompt], temperature, max_tokens, base, {"streamer": streamer, "stopping_criteria": stopping}
+        )
+        return reply
+
+    def replies(
+        self,
+        conversations: Sequence[Sequence[Message | ChatMessage]],
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        base: bool = False,
+    ) -> list[Reply]:
+        """The next reply to each of several conversations, as by `reply`, side by side.
+
+        Several times as fast as one by one, because each weight is read once for all of them; where two words are
+        equally likely, rounding may decide otherwise.
+        """
+        prompts = [self._prompt(messages) for messages in conversations]
+        groups = (prompts[i : i + _SIDE_BY_SIDE] for i in range(0, len(prompts), _SIDE_BY_SIDE))
+        return [reply for group in groups for reply in self._generate(group, temperature, max_tokens, base, {})]
+
+    def _prompt(self, messages: Sequence[Message | ChatMessage]) -> tuple[int, ...]:
+        prompt_ids = self.renderer.prompt_ids(_conversation(messages, self.system))
+        readable = models.context_length(self.model.config)
+        if len(prompt_ids) >= readable:
             raise DataError(
                 "conversation",
                 f"{len(prompt_ids)} tokens",
-                f"fewer than {room + len(prompt_ids)}",
+                f"fewer than {readable}",
                 "Start a new conversation, or shorten it.",
             )
+        return prompt_ids
+
+    def _generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        temperature: float | None,
+        max_tokens: int | None,
+        base: bool,
+        extras: dict[str, Any],
+    ) -> list[Reply]:
+        longest = max(map(len, prompts))
         config = copy.deepcopy(self.generation)
-        config.max_new_tokens = min(max_tokens or MAX_TOKENS, room)
+        config.max_new_tokens = min(max_tokens or MAX_TOKENS, models.context_length(self.model.config) - longest)
         if temperature is not None:
             config.do_sample = temperature > 0
             config.temperature = temperature if temperature > 0 else 1.0
         if not config.do_sample:  # transformers warns about sampling settings that greedy search does not read
             config.temperature, config.top_p, config.top_k = None, None, None
-        prompt = torch.tensor([prompt_ids], device=self.model.device)
-        streamer = _Pieces(self, len(prompt_ids), on_text) if on_text else None
-        stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
+        # Padding stands in front, where it is masked, so its id has no effect.
+        input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         off = self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
         with torch.inference_mode(), off:
             generate: Any = self.model.generate
             output = generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
                 generation_config=config,
-                streamer=streamer,
-                stopping_criteria=stopping,
+                **extras,
             )
-        token_ids = tuple(output[0, len(prompt_ids) :].tolist())
-        stopped = bool(token_ids) and token_ids[-1] in self.renderer.template.stop_ids
-        return Reply(self.text(token_ids), prompt_ids, token_ids, "stop" if stopped else "length")
+        return [
+            self._reply(prompt, written) for prompt, written in zip(prompts, output[:, longest:].tolist(), strict=True)
+        ]
+
+    def _reply(self, prompt_ids: tuple[int, ...], written: Sequence[int]) -> Reply:
+        stops = self.renderer.template.stop_ids
+        end = next((i + 1 for i, token in enumerate(written) if token in stops), None)
+        token_ids = tuple(written[:end])
+        return Reply(self.text(token_ids), prompt_ids, token_ids, "length" if end is None else "stop")
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Reply ids as text, without stop tokens and without white space around."""

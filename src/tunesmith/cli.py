@@ -374,7 +374,7 @@ def _start(verbose: bool, answer_on_stdout: bool) -> Console:
 
     if hub.offline():
         hub.forbid_network()
-    return Console(stderr=answer_on_stdout)
+    return Console(stderr=answer_on_stdout, quiet=not _speaks())
 
 
 def _recipe(
@@ -419,8 +419,14 @@ def _fetched(console: Console, name: str, revision: str | None, *, weights: bool
     return models.prepared(found)
 
 
+def _speaks() -> bool:
+    """Of several processes that train together the first one speaks; errors are shown by each."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    if _speaks():
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _end_of_run(interrupted: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,11 +87,10 @@ def demo(out: Path | None = None, watcher: Watcher | None = None, say: Callable[
         return Demo(run, asked, (), ())
     say("Asking twenty questions that were not in the data, before and after …")
     chat = chats.load(run.path)
-    before = tuple(_ask(chat, question, base=True) for question in asked)
-    after = tuple(_ask(chat, question, base=False) for question in asked)
-    return Demo(run, asked, before, after)
+    return Demo(run, asked, _answers(chat, asked, base=True), _answers(chat, asked, base=False))
 
 
-def _ask(chat: Chat, question: Question, *, base: bool) -> Judged:
-    messages = [Message("user", question.question)]
-    return judge(question, chat.reply(messages, temperature=0, max_tokens=ANSWER_TOKENS, base=base))
+def _answers(chat: Chat, asked: Sequence[Question], *, base: bool) -> tuple[Judged, ...]:
+    talks = [[Message("user", question.question)] for question in asked]
+    replies = chat.replies(talks, temperature=0, max_tokens=ANSWER_TOKENS, base=base)
+    return tuple(map(judge, asked, replies))

@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith import hub
@@ -286,6 +287,11 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     if settings.quantize == "none":
         model.to(device())
     return model.eval()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that are stacked, from the input up."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def needs_preparing(found: hub.LocalModel) -> bool:

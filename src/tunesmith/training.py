@@ -15,6 +15,7 @@ import platform
 import random
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import Checked, Row, check, hold_out, ledger, locate
+from tunesmith.engine import ranks as processes
+from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.step import Engine
 from tunesmith.errors import ProofError, RecipeError
 from tunesmith.recipe import Recipe
@@ -126,7 +129,20 @@ def train(
     checkpoint and `Run.interrupted`; a second one at once. Raises DataError for faulty rows, RecipeError, ModelError,
     TemplateError and RunError before anything is written, ProofError when a result can not be right.
     """
-    watcher = watcher or Watcher()
+    with processes.joined() as ranks, tempfile.TemporaryDirectory() as nowhere:
+        if not ranks.is_main:  # it computes its share; what it writes down nobody needs
+            out, watcher = Path(nowhere) / "run", None
+        return _train(recipe, out, sources, watcher or Watcher(), checked, ranks)
+
+
+def _train(
+    recipe: Recipe,
+    out: str | Path | None,
+    sources: dict[str, recipes.Source] | None,
+    watcher: Watcher,
+    checked: Checked | None,
+    ranks: Ranks,
+) -> Run:
     path = Path(out) if out is not None else rundir.free_name(Path("runs"), _run_name(recipe))
     _check_settings(recipe)
     rundir.check_target(path)
@@ -135,6 +151,15 @@ def train(
     training, held_out = hold_out(checked)
     found = locate(recipe, weights=True)
     adapter_bytes = sum(target.parameters for target in checked.targets) * 4
+    ranks.require_same(
+        {
+            "data": checked.data.digest,
+            "recipe": json.dumps(recipe.model_dump(exclude={"data": {"path"}, "model": {"name"}})),
+            "template": checked.renderer.template.digest,
+            "version of tunesmith": importlib.metadata.version("tunesmith"),
+            "version of torch": importlib.metadata.version("torch"),
+        }
+    )
     base = models.load_base(found, recipe.model)
     run = rundir.create(path, needed_bytes=adapter_bytes * (1 + 3 * (recipe.train.keep_checkpoints + 1)))
     rundir.write_text(run.recipe, recipes.write(recipe, sources or recipes.sources_of(recipe)))
@@ -143,12 +168,17 @@ def train(
 
     chat = Chat(base, checked.renderer, models.generation_config(found.folder, checked.renderer.template))
     asked = [row for row in (held_out or training) if _askable(row)][:_SAMPLES]
-    before = [_ask(chat, row) for row in asked]
+    before = _ask(chat, asked)
     model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
+    sharded = ranks.size > 1 and processes.wants_sharding()
+    if sharded:
+        processes.shard(model, models.decoder_layers(base))
     pissa_start = _save_pissa_start(model, run) if recipe.lora.variant == "pissa" else None
 
     steps = Steps(training, recipe.train.examples_per_step, recipe.train.seed, checked.data.digest)
-    trainer = _StepTrainer(model, steps, held_out, recipe, run, watcher, pissa_start)
+    engine = Engine(model, recipe.engine, watcher.noted, ranks, sharded=sharded)
+    with processes.unseen():
+        trainer = _StepTrainer(model, engine, ranks, steps, held_out, recipe, run, watcher, pissa_start)
     watcher.began(checked, trainer.n_steps, path)
     began = time.monotonic()
     if held_out:
@@ -161,7 +191,7 @@ def train(
     else:
         adapter_files.write(run, model, checked, recipe, pissa_start)
     chat.model = model.eval()
-    after = [] if trainer.interrupted else [_ask(chat, row) for row in asked]
+    after = [] if trainer.interrupted else _ask(chat, asked)
     losses = [line["loss"] for line in rundir.read_lines(run.held_out)]
     lines = trainer.lines
     result = Run(
@@ -241,6 +271,8 @@ class _StepTrainer(Trainer):
     def __init__(
         self,
         model: PeftModel,
+        engine: Engine,
+        ranks: Ranks,
         steps: Steps,
         held_out: Sequence[Row],
         recipe: Recipe,
@@ -257,7 +289,7 @@ class _StepTrainer(Trainer):
             watcher,
             pissa_start,
         )
-        self.engine = Engine(model, recipe.engine, watcher.noted)
+        self.engine, self.ranks = engine, ranks
         self._held_out = [document for row in held_out for document in row.documents]
         self.n_steps = len(steps) * settings.epochs
         self.lines: list[StepMetrics] = []
@@ -389,6 +421,7 @@ class _Recorder(TrainerCallback):
         if not last and self._due(trainer._recipe.train.save_every, self._saved):
             self._saved = time.monotonic()
             trainer.save_point()
+        trainer.interrupted = trainer.ranks.any(trainer.interrupted, args.device)
         if trainer.interrupted:
             control.should_training_stop = True
 
@@ -512,5 +545,6 @@ def _question(row: Row) -> str:
     return row.conversation.messages[-2].content
 
 
-def _ask(chat: Chat, row: Row) -> Reply:
-    return chat.reply(row.conversation.messages[:-1], temperature=0, max_tokens=_SAMPLE_TOKENS)
+def _ask(chat: Chat, rows: Sequence[Row]) -> list[Reply]:
+    talks = [row.conversation.messages[:-1] for row in rows]
+    return chat.replies(talks, temperature=0, max_tokens=_SAMPLE_TOKENS) if rows else []

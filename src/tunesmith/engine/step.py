@@ -24,6 +24,7 @@ from tunesmith import hub
 from tunesmith.engine import attention, batch, trie
 from tunesmith.engine.decoder import Decoder, NotCovered
 from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
+from tunesmith.engine.ranks import Ranks
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
 
@@ -41,8 +42,16 @@ class Engine:
     """Computes steps of one model."""
 
     def __init__(
-        self, model: PeftModel, settings: EngineSettings, note: Callable[[str], None] = lambda text: None
+        self,
+        model: PeftModel,
+        settings: EngineSettings,
+        note: Callable[[str], None] = lambda text: None,
+        ranks: Ranks | None = None,
+        *,
+        sharded: bool = False,
     ) -> None:
+        self._ranks, self._sharded = ranks or Ranks(), sharded
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._model, self._settings, self._note = model, settings, note
         self._device = next(model.parameters()).device
         self._decoder: Decoder | None = None
@@ -59,7 +68,7 @@ class Engine:
         attention.register()
         model.set_attn_implementation(attention.INTERFACE)
         self.way = "tree"
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and not sharded:
             try:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
                 self.way = "decoder"
@@ -72,20 +81,35 @@ class Engine:
     def gradient(self, documents: Sequence[Rendered], n_supervised: int) -> Tensor:
         """The documents' loss, summed over supervised tokens and divided by `n_supervised`; a scalar.
 
-        Adds its gradient to the `.grad` of what is trained. `n_supervised` counts the whole step, so steps can be dealt
-        out to several calls or devices.
+        Adds its gradient to the `.grad` of what is trained. With several processes each computes its share, and all
+        have the sum.
         """
         self._check_once(documents)
         total = torch.zeros((), device=self._device)
-        for part in self._parts(documents):
-            total += self._part_gradient(part, n_supervised, self.way)
-        return total
+        for part, weight in self._share(documents):
+            total += self._part_gradient(part, n_supervised, self.way, weight)
+        return self._ranks.add_up(self._trained, total)[0]
 
     def loss(self, documents: Sequence[Rendered]) -> float:
         """The documents' summed loss without dropout."""
         self._check_once(documents)
         with torch.no_grad(), _mode(self._model, training=False):
-            return sum(self._part_loss(part, self.way).item() for part in self._parts(documents))
+            total = torch.zeros((), device=self._device)
+            for part, weight in self._share(documents):
+                total += self._part_loss(part, self.way) * weight
+        return self._ranks.add_up([], total)[0].item()
+
+    def _share(self, documents: Sequence[Rendered]) -> list[tuple[list[Rendered], int]]:
+        """This process's micro-batches, each with its weight: 1, or 0 where it only keeps step with the others."""
+        if self._ranks.size == 1:
+            return [(part, 1) for part in self._parts(documents)]
+        shares = trie.deal(documents, self._ranks.size, share_prefix=self._settings.share_prefix)
+        parts = [self._parts(share) for share in shares]
+        mine = [(part, 1) for part in parts[self._ranks.rank]]
+        if not self._sharded:
+            return mine
+        # Sharded weights are collected by all processes together, so all pass through the model equally often.
+        return mine + [(list(documents[:1]), 0)] * (max(map(len, parts)) - len(mine))
 
     def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
         asked = self._settings.tokens_per_micro_batch
@@ -98,13 +122,13 @@ class Engine:
         parts = trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) if together else []
         return parts + [[document] for document in alone]
 
-    def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way) -> Tensor:
+    def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way, weight: int = 1) -> Tensor:
         if way == "decoder":
             tree_batch, sight = self._tree(documents)
             assert self._decoder is not None
             return self._decoder.gradient(tree_batch, sight, n_supervised, dropout=self._model.training)
         with self._seen(documents, way) as inputs:
-            loss = summed_loss(self._model, inputs) / n_supervised
+            loss = summed_loss(self._model, inputs) * weight / n_supervised
             loss.backward()
         return loss.detach()
 

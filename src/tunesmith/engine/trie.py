@@ -16,7 +16,6 @@ Packing without sharing is the case of no common tokens.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,33 +96,46 @@ def cut(documents: Sequence[Rendered], max_tokens: int, *, share_prefix: bool = 
 
     Documents that share most come together. One that is longer than that goes alone.
     """
-    documents = sorted(documents, key=_inputs)
-    depths = [0, *(_common(_inputs(a), _inputs(b)) if share_prefix else 0 for a, b in itertools.pairwise(documents))]
-    fewest = _grouped(documents, depths, max_tokens)
-    if len(fewest) == 1:
-        return fewest
-    # The same number of groups with the least budget that allows it: none of them is a small rest.
-    low, high = math.ceil(sum(map(input_length, documents)) / len(fewest) / 4), max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(_grouped(documents, depths, middle)) <= len(fewest):
-            high = middle
-        else:
-            low = middle + 1
-    return _grouped(documents, depths, high)
+    line = _Line(documents, share_prefix)
+    fewest = line.groups(max_tokens)
+    return fewest if len(fewest) == 1 else line.evened(len(fewest), max_tokens)
 
 
-def _grouped(documents: Sequence[Rendered], depths: Sequence[int], max_tokens: int) -> list[list[Rendered]]:
-    groups: list[list[Rendered]] = []
-    size = 0
-    for document, depth in zip(documents, depths, strict=True):
-        if groups and size + input_length(document) - depth <= max_tokens:
-            groups[-1].append(document)
-            size += input_length(document) - depth
-        else:
-            groups.append([document])
-            size = input_length(document)
-    return groups
+def deal(documents: Sequence[Rendered], n: int, *, share_prefix: bool = True) -> list[list[Rendered]]:
+    """The documents in `n` groups whose trees have about the same size; some are empty where there are too few."""
+    line = _Line(documents, share_prefix)
+    groups = line.evened(n, sum(map(input_length, documents)))
+    return groups + [[] for _ in range(n - len(groups))]
+
+
+class _Line:
+    """Documents in an order in which neighbours share most."""
+
+    def __init__(self, documents: Sequence[Rendered], share_prefix: bool) -> None:
+        self._documents = sorted(documents, key=_inputs)
+        shared = (_common(_inputs(a), _inputs(b)) for a, b in itertools.pairwise(self._documents))
+        self._depths = [0, *(shared if share_prefix else itertools.repeat(0, len(documents) - 1))]
+
+    def groups(self, max_tokens: int) -> list[list[Rendered]]:
+        """From one end to the other, a group ends where the next document would make it too large."""
+        groups: list[list[Rendered]] = []
+        size = 0
+        for document, depth in zip(self._documents, self._depths, strict=False):
+            if groups and size + input_length(document) - depth <= max_tokens:
+                groups[-1].append(document)
+                size += input_length(document) - depth
+            else:
+                groups.append([document])
+                size = input_length(document)
+        return groups
+
+    def evened(self, n: int, max_tokens: int) -> list[list[Rendered]]:
+        """At most `n` groups, none of them a small rest: those of the least budget that allows so few."""
+        low, high = 1, max_tokens
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(self.groups(middle)) <= n else (middle + 1, high)
+        return self.groups(high)
 
 
 def _inputs(document: Rendered) -> tuple[int, ...]:

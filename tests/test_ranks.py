@@ -1,0 +1,171 @@
+"""Several processes train like one, and none is left behind when one ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tunesmith
+from tunesmith import rundir
+
+SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 rows of different lengths; the last step of an epoch is whole."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"instruction": f"What is {i}?", "input": "", "output": f"{i % 11}" + "!" * (i % 5)} for i in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
+    flags = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    return ["train", "--model", str(model), "--data", str(data), "--out", str(out), *flags]
+
+
+def processes(commands: Sequence[Sequence[str]], logs: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
+    """One process per command line, joined as a launcher would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, command in enumerate(commands):
+        env = {
+            **os.environ, "TUNESMITH_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "WORLD_SIZE": str(len(commands)), "RANK": str(rank), "LOCAL_RANK": str(rank),
+            **environment,
+        }  # fmt: skip
+        with (logs / f"{rank}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen([sys.executable, "-m", "tunesmith", *command], env=env, stdout=log, stderr=log)
+            )
+    return started
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in rundir.read_lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert tunesmith(*arguments(tiny_model, sums, out)).code == 0
+    return out
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["adapters added up", "base sharded with FSDP2"])
+def test_two_processes_train_like_one(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path, sharded: bool) -> None:
+    out = tmp_path / "run"
+    command = arguments(tiny_model, sums, out, "engine.tokens_per_micro_batch=100")
+    for process in processes([command] * 2, tmp_path, ACCELERATE_USE_FSDP=str(sharded)):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    assert len(losses(out)) == 20
+    worst = max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))
+    assert worst < 1e-5  # observed 4.8e-7, of losses around 4
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, alone))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+    assert max(tensor.abs().max().item() for tensor in theirs.values()) > 0.01
+
+
+def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    env = {**os.environ, "TUNESMITH_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "-m", "tunesmith", *arguments(tiny_model, sums, out), "--json",
+    ]  # fmt: skip
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == 20  # one object, of the first process
+    assert max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+
+
+def test_processes_with_different_data_all_end_with_one_message(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(sums.read_text().replace("What is 7?", "What is 8?"))
+    commands = [arguments(tiny_model, data, tmp_path / "run") for data in (sums, other)]
+    for rank, process in enumerate(processes(commands, tmp_path)):
+        assert process.wait(60) == 3
+        text = (tmp_path / f"{rank}.log").read_text()
+        assert "another data than process 0" in " ".join(text.split())
+        assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_process_ends_the_others_within_a_minute(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = processes([arguments(tiny_model, sums, out, "train.epochs=4000")] * 2, tmp_path)
+    for _ in range(600):
+        if (out / "metrics.jsonl").is_file() and len(losses(out)) > 3:
+            break
+        time.sleep(0.2)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    began = time.monotonic()
+    assert first.wait(60) == 2
+    assert time.monotonic() - began < 60  # observed 0.6 s
+    text = (tmp_path / "0.log").read_text()
+    assert "no answer from another process" in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_sharding_spreads_the_base_and_not_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "shard.py"
+    script.write_text(
+        """
+import sys
+from torch.distributed.tensor import DTensor
+from tunesmith import hub, model
+from tunesmith.engine import ranks
+from tunesmith.recipe import LoraSettings, ModelSettings
+base = model.load_base(hub.locate(sys.argv[1]), ModelSettings())
+tuned = model.attach(base, LoraSettings(), 0, "x")
+with ranks.joined():
+    ranks.shard(tuned, model.decoder_layers(base))
+    for name, parameter in tuned.named_parameters():
+        if ".layers." in name:
+            assert isinstance(parameter, DTensor) != ("lora_" in name), name
+            if isinstance(parameter, DTensor):
+                assert parameter.to_local().numel() < parameter.numel(), name
+print("ok")
+"""
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen([sys.executable, str(script), str(tiny_model)], env={**env, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in started] == [0, 0]
+
+
+def test_dealing_gives_every_row_to_one_process() -> None:
+    from tunesmith.engine.trie import deal, input_length, lay_out
+    from tunesmith.types import Origin, Rendered
+
+    documents = [
+        Rendered((1, 2, 3, *range(10 + n, 10 + n + n % 17 + 2)), ((3, n % 17 + 5),), Origin("x", n)) for n in range(40)
+    ]
+    for n in (1, 2, 3, 7):
+        groups = deal(documents, n)
+        assert len(groups) == n
+        assert sorted(d.origin.line for group in groups for d in group) == list(range(40))
+        sizes = [len(lay_out(group).token_ids) for group in groups]
+        assert max(sizes) - min(sizes) <= max(map(input_length, documents))
+    assert [len(group) for group in deal(documents[:2], 4)].count(0) == 2
+    assert torch.distributed.is_available()
