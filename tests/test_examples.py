@@ -18,7 +18,7 @@ def test_the_quickstart_notebook_runs_and_the_model_learns_its_name(smollm2: Pat
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     os.environ["TUNESMITH_OFFLINE"] = "1"
     try:
-        NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env={**os.environ, "OMP_NUM_THREADS": "2"})
+        NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
     finally:
         del os.environ["TUNESMITH_OFFLINE"]
     printed = [
