@@ -17,6 +17,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -487,7 +488,7 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
         column = names[name]
         if column in row:
             continue
-        near = difflib.get_close_matches(column, free, n=1, cutoff=0.84)
+        near = _misspelt(column, tuple(free))
         if near:
             fix = f"Rename it in the file, or pass {_rename_hint(name, column, near)}"
             raise _Problem(column, f"'{_plain(near[0])}'", f"'{column}'", fix)
@@ -503,6 +504,12 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             raise _Problem(
                 column, f"a list under '{talk}'", "the rows themselves", f"Write the list of '{talk}' alone."
             )
+
+
+@cache
+def _misspelt(column: str, free: tuple[str, ...]) -> list[str]:
+    """The one of the `free` names that was meant; cached, since the rows of a file have the same names."""
+    return difflib.get_close_matches(column, free, n=1, cutoff=0.84)
 
 
 def _from_talk(row: Mapping[str, Any], form: str, names: Mapping[str, str]) -> list[Message]:
