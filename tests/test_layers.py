@@ -18,7 +18,7 @@ LAYERS = [
     {"engine.step", "model"},
     {"engine.decoder"},
     {"engine.attention", "engine.batch"},
-    {"engine.loss", "engine.memory", "engine.ranks", "engine.trie", "engine"},
+    {"engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},
 ]

@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, trie
+from tunesmith.engine import attention, batch, lora, trie
 from tunesmith.engine.decoder import Decoder, NotCovered
 from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
@@ -67,7 +67,6 @@ class Engine:
             return
         attention.register()
         model.set_attn_implementation(attention.INTERFACE)
-        self.way = "tree"
         if self._device.type == "cpu" and not sharded:
             try:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
@@ -75,6 +74,17 @@ class Engine:
             except NotCovered as reason:
                 note(f"transformers' own layers are used: {reason} is not written by hand.")
         _recompute(model, self._recomputed)
+        if self._decoder is None:
+            self._take_tree()
+
+    def _take_tree(self) -> None:
+        self.way = "tree"
+        if others := lora.install(self._model):
+            self._note(f"{others} adapters are not plain LoRA on a linear layer; peft applies them.")
+
+    def _take_padded(self) -> None:
+        self.way = "padded"
+        lora.remove(self._model)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +179,11 @@ class Engine:
         self._checked = True
         mark = hub.cache_dir() / "self_checks" / self._key()
         if mark.exists():
-            self.way = cast("Way", mark.read_text(encoding="utf-8"))
+            found = mark.read_text(encoding="utf-8")
+            if found == "tree" and self.way == "decoder":
+                self._take_tree()
+            elif found == "padded":
+                self._take_padded()
             return
         few = _few_tokens(documents)
         trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -183,7 +197,10 @@ class Engine:
                     f"The {self.way} way gives another gradient than plain transformers and peft for this model "
                     f"(relative difference {difference:.1e}); a slower one is taken. Please report the model's name."
                 )
-                self.way = "tree" if self.way == "decoder" else "padded"
+                if self.way == "decoder":
+                    self._take_tree()
+                else:
+                    self._take_padded()
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(self.way, encoding="utf-8")
 
@@ -191,8 +208,10 @@ class Engine:
         before = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
+        plain = lora.removed(self._model) if way == "padded" else nullcontext()
         try:
-            self._part_gradient(documents, sum(document.n_supervised for document in documents), way)
+            with plain:
+                self._part_gradient(documents, sum(document.n_supervised for document in documents), way)
             return torch.cat([_filled(p).flatten().double() for p in trained])
         finally:
             for parameter, gradient in zip(trained, before, strict=True):
