@@ -21,9 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 
 from tunesmith.engine.trie import Tree
 
@@ -418,20 +416,27 @@ _current: Sight | None = None  # not a context variable: CUDA's backward pass, w
 
 
 @contextmanager
-def looking_through(sight: Sight) -> Iterator[None]:
-    """Inside, models whose attention is `INTERFACE` see along this tree, in forward and backward passes alike."""
+def looking_through(sight: Sight, model: nn.Module) -> Iterator[None]:
+    """Inside, the model sees along this tree, in forward and backward passes alike; outside, as it always did."""
     global _current
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [
+        (config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")
+    ]
+    for config, _ in before:
+        config._attn_implementation = INTERFACE
     _current = sight
     try:
         yield
     finally:
         _current = None
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 def register() -> None:
-    """Makes `INTERFACE` known to transformers. Without a tree it is sdpa, so such a model can still chat."""
+    """Makes `INTERFACE` known to transformers, which then makes no mask of its own for it."""
     AttentionInterface.register(INTERFACE, _attention)
-    AttentionMaskInterface.register(INTERFACE, _mask)
 
 
 def _attention(
@@ -445,16 +450,9 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    if _current is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
-        )  # type: ignore[return-value]
+    assert _current is not None, "only inside looking_through"
     style = Style(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     out = _current.attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), style)
     return out[None], None
-
-
-def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
-    return None if _current is not None else sdpa_mask(*arguments, **settings)

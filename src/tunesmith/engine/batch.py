@@ -52,14 +52,15 @@ class Padded:
     labels: Labels
 
 
-def pad(documents: Sequence[Rendered], device: torch.device) -> Padded:
-    """The documents side by side. What stands from the last learned token on changes nothing, so it is left out."""
-    size = (len(documents), max(map(input_length, documents)))
+def pad(documents: Sequence[Rendered], device: torch.device, *, whole: bool = False) -> Padded:
+    """The documents side by side. What stands from the last learned token on changes nothing and is left out, unless
+    `whole` is asked for: a rotary embedding may count it."""
+    lengths = [len(document.token_ids) if whole else input_length(document) for document in documents]
+    size = (len(documents), max(lengths))
     input_ids, attention_mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
     predict_from = torch.zeros(size, dtype=torch.bool)
     targets: list[int] = []
-    for row, document in enumerate(documents):
-        length = input_length(document)
+    for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
         input_ids[row, :length] = torch.tensor(document.token_ids[:length])
         attention_mask[row, :length] = 1
         for start, stop in document.replies:

@@ -93,7 +93,7 @@ def loss_and_gradient(
             continue
         # d loss / d logits = row_count · softmax - counts at the targets; row_count is taken out of the product.
         probabilities.exp_()
-        shares = (part.count / part.row_count[part.row]).to(probabilities.dtype)
+        shares = part.count.to(probabilities.dtype) / part.row_count[part.row]
         probabilities.index_put_((part.row, part.target), -shares, accumulate=True)
         if slope is not None:
             probabilities.mul_(slope.square_().neg_().add_(1))

@@ -52,7 +52,8 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([tensor.flatten().float() for tensor in (*gradients, *numbers)])
+        kind = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float64
+        flat = torch.cat([tensor.flatten().to(kind) for tensor in (*gradients, *numbers)])
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:

@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
 from tunesmith.engine import attention, batch, lora, trie
@@ -33,7 +34,7 @@ _TOKENS = {"cpu": 2048, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _BOUND_COARSE = 0.2  # 16 bits
-_RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "ssm", "xlstm")
+_RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
 # Settings of a config that change what the output layer gives; for those the model is asked for the logits itself.
 _HEAD_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "mup_width_scale")
 
@@ -58,6 +59,10 @@ class Engine:
         self._checked = False
         self.way: Way = "padded"
         """How steps are computed."""
+        self._rotary_limit = _rotary_limit(model)
+        self._dynamic_rotaries: list[Any] = [
+            module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"
+        ]
         n_layers = int(cast("Any", model.get_base_model()).config.get_text_config().num_hidden_layers)
         asked = settings.recompute_layers
         self._recomputed = asked if isinstance(asked, int) else n_layers if asked == "all" else 0
@@ -66,7 +71,6 @@ class Engine:
             note(f"Rows are trained side by side with padding: {reason}.")
             return
         attention.register()
-        model.set_attn_implementation(attention.INTERFACE)
         if self._device.type == "cpu" and not sharded:
             try:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
@@ -95,7 +99,7 @@ class Engine:
         have the sum.
         """
         self._check_once(documents)
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for part, weight in self._share(documents):
             total += self._part_gradient(part, n_supervised, self.way, weight)
         return self._ranks.add_up(self._trained, total)[0]
@@ -104,7 +108,7 @@ class Engine:
         """The documents' summed loss without dropout."""
         self._check_once(documents)
         with torch.no_grad(), _mode(self._model, training=False):
-            total = torch.zeros((), device=self._device)
+            total = torch.zeros((), dtype=torch.float64, device=self._device)
             for part, weight in self._share(documents):
                 total += self._part_loss(part, self.way) * weight
         return self._ranks.add_up([], total)[0].item()
@@ -124,15 +128,20 @@ class Engine:
     def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
         asked = self._settings.tokens_per_micro_batch
         n_tokens = _TOKENS[self._device.type] if asked == "auto" else asked
-        if self.way == "padded":
-            return _cut_padded(documents, n_tokens if asked != "auto" else n_tokens // 4)
         # Some rotary embeddings depend on the longest row beside them; such rows go alone.
-        alone = [d for d in documents if trie.input_length(d) > _rope_limit(self._model)]
-        together = [d for d in documents if trie.input_length(d) <= _rope_limit(self._model)]
-        parts = trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) if together else []
-        return parts + [[document] for document in alone]
+        alone = [[document] for document in documents if self._counts_for_rotary(document)]
+        together = [document for document in documents if not self._counts_for_rotary(document)]
+        if not together:
+            return alone
+        if self.way == "padded":
+            return _cut_padded(together, n_tokens if asked != "auto" else n_tokens // 4) + alone
+        return trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) + alone
+
+    def _counts_for_rotary(self, document: Rendered) -> bool:
+        return len(document.token_ids) > self._rotary_limit
 
     def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way, weight: int = 1) -> Tensor:
+        self._forget_lengths()
         if way == "decoder":
             tree_batch, sight = self._tree(documents)
             assert self._decoder is not None
@@ -143,6 +152,7 @@ class Engine:
         return loss.detach()
 
     def _part_loss(self, documents: Sequence[Rendered], way: Way) -> Tensor:
+        self._forget_lengths()
         if way == "decoder":
             assert self._decoder is not None
             return self._decoder.loss(*self._tree(documents))
@@ -150,17 +160,24 @@ class Engine:
             return summed_loss(self._model, inputs)
 
     def _tree(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, attention.Sight]:
-        tree = trie.lay_out(documents, share_prefix=self._settings.share_prefix)
+        whole = self._counts_for_rotary(documents[0])
+        tree = trie.lay_out(documents, share_prefix=self._settings.share_prefix, whole=whole)
         return batch.of_tree(tree, self._device), attention.sight(tree, self._backend, self._device)
 
     @contextmanager
     def _seen(self, documents: Sequence[Rendered], way: Way) -> Iterator[batch.Batch | batch.Padded]:
         if way == "padded":
-            yield batch.pad(documents, self._device)
+            yield batch.pad(documents, self._device, whole=self._counts_for_rotary(documents[0]))
             return
         tree_batch, sight = self._tree(documents)
-        with attention.looking_through(sight):
+        with attention.looking_through(sight, self._model):
             yield tree_batch
+
+    def _forget_lengths(self) -> None:
+        """transformers' dynamic rotary embedding keeps the frequencies of the longest row so far."""
+        for module in self._dynamic_rotaries:
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq)
 
     @property
     def _backend(self) -> attention.Backend:
@@ -297,8 +314,9 @@ def _not_packable(model: PeftModel) -> str | None:
     config = causal.config.get_text_config()
     if causal.config.is_encoder_decoder:
         return "the model has an encoder"
-    kinds = [*(getattr(config, "layer_types", None) or ()), *(type(module).__name__ for module in causal.modules())]
-    if recurrent := [kind for kind in kinds if any(word in kind.lower().replace("_", "") for word in _RECURRENT)]:
+    modules = {type(module).__name__ for module in causal.modules() if not isinstance(module, Conv1D)}
+    kinds = [*(getattr(config, "layer_types", None) or ()), *sorted(modules)]
+    if recurrent := [kind for kind in kinds if any(word in kind.lower() for word in _RECURRENT)]:
         return f"the model has layers that are not attention ({recurrent[0]})"
     if not causal._supports_attention_backend:
         return f"{type(causal).__name__} does not use transformers' attention interface"
@@ -307,17 +325,18 @@ def _not_packable(model: PeftModel) -> str | None:
     return None
 
 
-def _rope_limit(model: PeftModel) -> int:
-    """The longest row whose rotary embedding does not depend on the rows beside it."""
+def _rotary_limit(model: PeftModel) -> int:
+    """The longest row whose rotary embedding does not depend on its length."""
     config = cast("Any", model.get_base_model()).config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = parameters.values() if any(isinstance(v, dict) for v in parameters.values()) else [parameters]
-    limits = [
-        kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        for kind in kinds
-        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=2**62)
+    kinds = list(parameters.values()) if any(isinstance(v, dict) for v in parameters.values()) else [parameters]
+    limits = [2**62]
+    for kind in kinds:
+        if isinstance(kind, dict) and kind.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            limits.append(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(limits)
 
 
 def _cut_padded(documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:

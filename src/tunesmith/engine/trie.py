@@ -56,8 +56,11 @@ def input_length(document: Rendered) -> int:
     return document.replies[-1][1] - 1
 
 
-def lay_out(documents: Sequence[Rendered], *, share_prefix: bool = True) -> Tree:
-    """The documents as trees, every document once; `share_prefix` False gives each one a tree of its own."""
+def lay_out(documents: Sequence[Rendered], *, share_prefix: bool = True, whole: bool = False) -> Tree:
+    """The documents as trees, every document once; `share_prefix` False gives each one a tree of its own.
+
+    With `whole` tokens that predict nothing learned stay in: a rotary embedding may count them.
+    """
     token_ids: list[int] = []
     position: list[int] = []
     parent: list[int] = []
@@ -66,7 +69,7 @@ def lay_out(documents: Sequence[Rendered], *, share_prefix: bool = True) -> Tree
     path: list[int] = []  # indices of the current document's tokens
     before: tuple[int, ...] = ()
     for document in sorted(documents, key=_inputs) if share_prefix else documents:
-        inputs = _inputs(document)
+        inputs = document.token_ids if whole else _inputs(document)
         depth = _common(before, inputs) if share_prefix else 0
         for index in path[depth:]:
             end[index] = len(token_ids)
