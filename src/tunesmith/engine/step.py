@@ -268,34 +268,28 @@ def _recompute(model: PeftModel, n_layers: int) -> None:
 
 
 def summed_loss(model: nn.Module, inputs: batch.Batch | batch.Padded) -> Tensor:
-    """The micro-batch's loss, a scalar with a graph; only predicting positions meet the output layer where the model
-    lets us select them."""
+    """The micro-batch's loss, a scalar with a graph.
+
+    Padded rows take the logits that the model itself gives, whatever it does to them, at predicting positions only
+    where it lets us select them; they are the truth that other ways are compared with. A tree goes through the output
+    layer in chunks where that is one plain matrix.
+    """
     causal = cast("Any", model.get_base_model() if isinstance(model, PeftModel) else model)
-    if isinstance(inputs, batch.Padded):
-        arguments: dict[str, Any] = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    if isinstance(inputs, batch.Batch):
+        arguments: dict[str, Any] = {"input_ids": inputs.input_ids[None], "position_ids": inputs.position_ids[None]}
+        body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+        if body is not None and _plain_head(causal.config, head):
+            hidden = body(**arguments, use_cache=False).last_hidden_state[0].index_select(0, inputs.predict_from)
+            softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+            return cast("Tensor", HeadLoss.apply(hidden, head.weight, inputs.labels, softcap))
     else:
-        arguments = {"input_ids": inputs.input_ids[None], "position_ids": inputs.position_ids[None]}
-    arguments["use_cache"] = False
-    body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
-    if body is not None and _plain_head(causal.config, head):
-        hidden = body(**arguments).last_hidden_state
-        chosen = (
-            hidden[inputs.predict_from]
-            if isinstance(inputs, batch.Padded)
-            else hidden[0].index_select(0, inputs.predict_from)
-        )
-        softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-        return cast("Tensor", HeadLoss.apply(chosen, head.weight, inputs.labels, softcap))
+        arguments = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     if "logits_to_keep" in inspect.signature(causal.forward).parameters:
-        logits = model(**arguments, logits_to_keep=inputs.predict_from).logits
+        logits = model(**arguments, use_cache=False, logits_to_keep=inputs.predict_from).logits
         return summed_cross_entropy(logits.flatten(0, -2), inputs.labels)
-    logits = model(**arguments).logits
-    chosen = (
-        logits[inputs.predict_from]
-        if isinstance(inputs, batch.Padded)
-        else logits[0].index_select(0, inputs.predict_from)
-    )
-    return summed_cross_entropy(chosen, inputs.labels)
+    logits = model(**arguments, use_cache=False).logits
+    at = inputs.predict_from if isinstance(inputs, batch.Padded) else (0, inputs.predict_from)
+    return summed_cross_entropy(logits[at], inputs.labels)
 
 
 def _plain_head(config: Any, head: nn.Module | None) -> bool:
@@ -318,6 +312,8 @@ def _not_packable(model: PeftModel) -> str | None:
     kinds = [*(getattr(config, "layer_types", None) or ()), *sorted(modules)]
     if recurrent := [kind for kind in kinds if any(word in kind.lower() for word in _RECURRENT)]:
         return f"the model has layers that are not attention ({recurrent[0]})"
+    if "chunked_attention" in kinds or getattr(config, "index_topk", None):
+        return "the model chooses the tokens it attends to by their place in the row"
     if not causal._supports_attention_backend:
         return f"{type(causal).__name__} does not use transformers' attention interface"
     if getattr(config, "attention_dropout", 0):

@@ -1,0 +1,329 @@
+"""Attention over trees: every backend gives what each document gives on its own, output and gradients.
+
+Legend: T tokens, H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from test_trie import batches, seen
+from tunesmith.engine import attention
+from tunesmith.engine.attention import Backend, Gather, Style
+from tunesmith.engine.trie import Tree, lay_out
+from tunesmith.types import Origin, Rendered
+
+CPU = torch.device("cpu")
+HEADS = [(4, 2), (8, 1), (3, 3)]
+WINDOWS = [None, 1, 3, 7]
+BACKENDS: tuple[Backend, ...] = ("gather", "reference")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+STYLES: dict[str, dict[str, Any]] = {"plain": {}, "soft-capped": {"softcap": 1.5}, "sinks": {"sinks": True}}
+
+
+def grow(seed: int, *lengths: tuple[int, int]) -> Tree:
+    """A tree of documents, each (what it shares with the one before, its length), besides a repeated one."""
+    draw = random.Random(seed)
+    made: list[tuple[int, ...]] = [()]
+    for shared, length in lengths:
+        made.append(made[-1][:shared] + tuple(draw.randrange(1000) for _ in range(length - shared)))
+    rows = [*made[1:], made[1]]
+    return lay_out([Rendered((*ids, 0), ((len(ids), len(ids) + 1),), Origin("x", n)) for n, ids in enumerate(rows)])
+
+
+SMALL = grow(0, (0, 20), (11, 17), (11, 30), (0, 1), (0, 9), (8, 40), (3, 12), (40, 41))
+# Trunks and branches beyond the longest keys that are written out, one of them longer than a masked piece.
+LONG = grow(1, (0, 330), (325, 345), (100, 400), (0, 340), (0, 5))
+
+
+def tensors(tree: Tree, heads: tuple[int, int], size: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value, and a gradient of the result."""
+    made, n = torch.Generator().manual_seed(size), len(tree.token_ids)
+    shapes = [(n, heads[0], size), (n, heads[1], size), (n, heads[1], size), (n, heads[0], size)]
+    return [torch.randn(shape, generator=made, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def style(heads: tuple[int, int], size: int, *, window: int | None = None, sinks: bool = False, **others: Any) -> Style:
+    weights = torch.linspace(-1, 1, heads[0], dtype=torch.float64) if sinks else None
+    return Style(1.3 * size**-0.5, window, sinks=weights, **others)
+
+
+def results(tree: Tree, backend: Backend, given: Sequence[Tensor], style: Style) -> list[Tensor]:
+    """Output and gradients with respect to query, key and value."""
+    *leaves, d_out = (tensor.clone() for tensor in given)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = attention.sight(tree, backend, CPU).attend(*leaves, style)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference; the numbers are about one."""
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def alone(tree: Tree, given: Sequence[Tensor], style: Style) -> Tensor:
+    """Attention row by row, head by head, over nothing but the keys on the way to the query."""
+    query, key, value = given[:3]
+    out = torch.empty_like(query)
+    for q in range(len(query)):
+        path = seen(tree, q)
+        path = path if style.window is None else path[-style.window :]
+        for head in range(query.shape[1]):
+            shared = head * key.shape[1] // query.shape[1]
+            scores = key[path, shared] @ query[q, head] * style.scale
+            if style.softcap is not None:
+                scores = style.softcap * torch.tanh(scores / style.softcap)
+            weights = scores.exp()
+            rest = 0.0 if style.sinks is None else style.sinks[head].exp()
+            out[q, head] = weights @ value[path, shared] / (weights.sum() + rest)
+    return out
+
+
+@pytest.mark.parametrize("kind", STYLES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_reference_is_each_document_on_its_own(window: int | None, kind: str) -> None:
+    heads, size = (4, 2), 8
+    given, asked = tensors(SMALL, heads, size), style(heads, size, window=window, **STYLES[kind])
+    out = attention.sight(SMALL, "reference", CPU).attend(*given[:3], asked)
+    assert worst([out], [alone(SMALL, given, asked)]) < 1e-13  # observed 1.3e-15
+
+
+def test_a_document_gets_what_it_gets_without_the_others() -> None:
+    """torch's causal attention over one row is the truth that models were trained with."""
+    given, asked = tensors(SMALL, (4, 2), 8), style((4, 2), 8)
+    out = attention.sight(SMALL, "gather", CPU).attend(*given[:3], asked)
+    for last in range(len(SMALL.token_ids)):
+        path = seen(SMALL, last)
+        query, key, value = (tensor[path].transpose(0, 1)[None] for tensor in given[:3])
+        row = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=asked.scale, enable_gqa=True
+        )
+        assert worst([out[path]], [row[0].transpose(0, 1)]) < 1e-13  # observed 1.3e-15
+
+
+# --- gather -----------------------------------------------------------------------------------------------------------
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool]]:
+    """Fills with which of the two computed a group, and whether causality alone hid its keys."""
+    met: set[tuple[str, bool]] = set()
+    for core in (attention._Written, attention._Fused):
+
+        def made(group: Any, style: Style, core: Any = core) -> Any:
+            met.add((core.__name__, group.visible is None))
+            return core(group, style)
+
+        monkeypatch.setattr(attention, core.__name__, made)
+    return met
+
+
+@pytest.mark.parametrize("core", ["_Written", "_Fused"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("size", [8, 64, 256])
+@pytest.mark.parametrize("heads", HEADS)
+def test_gather_is_the_reference(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], size: int, window: int | None, core: str
+) -> None:
+    monkeypatch.setattr(attention, "_LONGEST_WRITTEN", 0 if core == "_Fused" else 10**9)
+    met = recorded(monkeypatch)
+    given = tensors(SMALL, heads, size)
+    for kind in ["plain"] if core == "_Fused" else STYLES:
+        asked = style(heads, size, window=window, **STYLES[kind])
+        difference = worst(results(SMALL, "gather", given, asked), results(SMALL, "reference", given, asked))
+        assert difference < 1e-12, kind  # observed 2.5e-14
+    assert met == ({(core, True), (core, False)} if window is None else {(core, False)})
+
+
+@pytest.mark.parametrize("window", [None, 7, 300])
+def test_gather_is_the_reference_on_rows_too_long_to_be_written_out(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    met = recorded(monkeypatch)
+    heads, size = (4, 2), 8
+    given, asked = tensors(LONG, heads, size), style(heads, size, window=window)
+    assert (
+        worst(results(LONG, "gather", given, asked), results(LONG, "reference", given, asked)) < 1e-12
+    )  # observed 1.2e-14
+    written, fused = {("_Written", False)}, {("_Fused", False)}
+    assert met == {None: fused | {("_Fused", True), ("_Written", True)}, 7: written, 300: written | fused}[window]
+    pieces = list(attention._pieces(LONG, window))
+    assert max(piece.stop - piece.start for piece in pieces if not piece.causal) == attention._LONGEST_MASKED
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(LONG.token_ids)))
+
+
+@pytest.mark.parametrize("kind", ["soft-capped", "sinks"])
+def test_gather_is_the_reference_on_long_rows_of_a_style_that_only_we_know(kind: str) -> None:
+    heads, size = (2, 1), 8
+    given, asked = tensors(LONG, heads, size), style(heads, size, **STYLES[kind])
+    assert (
+        worst(results(LONG, "gather", given, asked), results(LONG, "reference", given, asked)) < 1e-12
+    )  # observed 7.1e-15
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batches(letters=2),
+    st.sampled_from(WINDOWS),
+    st.sampled_from(sorted(STYLES)),
+    st.integers(1, 6),
+    st.sampled_from([0, 4, 10**9]),
+    st.sampled_from([0, 30, 10**9]),
+    st.booleans(),
+)
+def test_however_gather_cuts_and_groups_it_is_the_reference(
+    documents: list[Rendered],
+    window: int | None,
+    kind: str,
+    longest_masked: int,
+    longest_written: int,
+    waste: int,
+    share: bool,
+) -> None:
+    heads, size = (2, 1), 2
+    tree, asked = lay_out(documents, share_prefix=share), style(heads, size, window=window, **STYLES[kind])
+    given = tensors(tree, heads, size)
+    expected = results(tree, "reference", given, asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_LONGEST_MASKED", longest_masked)
+        patch.setattr(attention, "_LONGEST_WRITTEN", longest_written)
+        patch.setattr(attention, "_WASTE_FLOOR", waste)
+        assert worst(results(tree, "gather", given, asked), expected) < 1e-12  # observed 1.1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", STYLES)
+def test_gather_rounds_no_more_than_the_reference(kind: str, dtype: torch.dtype) -> None:
+    heads, size = (4, 2), 64
+    given, asked = tensors(SMALL, heads, size, dtype), style(heads, size, **STYLES[kind])
+    exact = results(SMALL, "reference", [tensor.double() for tensor in given], asked)
+    gather, reference = (worst(results(SMALL, backend, given, asked), exact) for backend in BACKENDS)
+    assert gather < 2 * reference  # observed 0.6 to 1.2 times
+
+
+def test_gather_computes_few_scores_that_nobody_needs() -> None:
+    """What it is for: with 300 documents behind one prompt, a dense mask is many times as much."""
+    tree = grow(2, (0, 64), *[(60, 60 + 4 + n % 9) for n in range(300)])
+    needed = sum(position + 1 for position in tree.position)
+    gathered = Gather(tree, CPU)
+    computed = sum(
+        len(group.query) * (len(group.query) // group.n if group.key is None else len(group.key) // group.n)
+        for group in gathered.groups(None)
+    )
+    assert computed < 2 * needed  # observed 1.4
+    assert len(gathered.groups(None)) < 10  # observed 4
+    assert len(tree.token_ids) ** 2 > 20 * needed  # observed 38
+
+
+# --- flex -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", STYLES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_flex_is_the_reference(heads: tuple[int, int], window: int | None, kind: str) -> None:
+    """Forward only: without a GPU it runs written out, and then knows no backward pass."""
+    given, asked = tensors(SMALL, heads, 64)[:3], style(heads, 64, window=window, **STYLES[kind])
+    try:
+        out = attention.sight(SMALL, "flex", CPU).attend(*given, asked)
+    except NotImplementedError as reason:
+        pytest.skip(f"this torch has no flex attention here: {reason}")
+    assert worst([out], [attention.sight(SMALL, "reference", CPU).attend(*given, asked)]) < 1e-12  # observed 1.3e-15
+
+
+# --- negative controls ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["reference", "flex"])
+def test_an_end_that_is_off_by_one_is_seen(backend: Backend) -> None:
+    """Negative control: one token sees, or does not see, one key, and the comparison is far beyond its tolerance."""
+    heads, size = (4, 2), 8
+    given, asked = tensors(SMALL, heads, size)[:3], style(heads, size)
+    right = attention.sight(SMALL, "gather", CPU).attend(*given, asked)
+    fork = next(SMALL.segments[segment.parent].stop - 1 for segment in SMALL.segments if segment.parent is not None)
+    for wrong in (SMALL.end[fork] - 1, SMALL.end[fork] + 1):
+        moved = replace(SMALL, end=(*SMALL.end[:fork], wrong, *SMALL.end[fork + 1 :]))
+        assert (
+            worst([attention.sight(moved, backend, CPU).attend(*given, asked)], [right]) > 1e-2
+        )  # observed 0.36 at least
+
+
+def test_a_segment_under_the_wrong_parent_is_seen() -> None:
+    heads, size = (4, 2), 8
+    given, asked = tensors(SMALL, heads, size), style(heads, size)
+    number = next(n for n, segment in enumerate(SMALL.segments) if segment.parent is not None)
+    adrift = replace(SMALL.segments[number], parent=None)
+    moved = replace(SMALL, segments=(*SMALL.segments[:number], adrift, *SMALL.segments[number + 1 :]))
+    assert (
+        worst(results(moved, "gather", given, asked), results(SMALL, "reference", given, asked)) > 1e-2
+    )  # observed 4.3
+
+
+def test_a_window_counted_along_the_layout_is_seen() -> None:
+    """A sibling's tokens stand between a branch and its trunk, but not in its document."""
+    heads, size = (4, 2), 8
+    given, asked = tensors(SMALL, heads, size), style(heads, size, window=3)
+    moved = replace(SMALL, position=tuple(range(len(SMALL.position))))
+    assert (
+        worst(results(moved, "reference", given, asked), results(SMALL, "gather", given, asked)) > 1e-2
+    )  # observed 3.1
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def tiny(kind: str, **config: Any) -> Any:
+    """A random model of a kind whose scores are soft-capped or have sinks, in transformers' own eager attention."""
+    common = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**common, **config}), attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("gemma2", {"attn_logit_softcapping": 2.0}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": ROPE}),
+    ],
+)
+def test_a_model_that_looks_through_a_tree_says_what_it_says_without(kind: str, config: dict[str, Any]) -> None:
+    """Afterwards it is as it was: it chats, and is what the self-check takes for the truth."""
+    model, ids = tiny(kind, **config), torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(0))
+    tree = lay_out([Rendered((*ids[0].tolist(), 0), ((24, 25),), Origin("x", 1))])
+    attention.register()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with attention.looking_through(attention.sight(tree, "gather", CPU), model):
+            found = model(ids, position_ids=torch.arange(24)[None]).logits
+        assert worst([found], [expected]) < 1e-4  # observed 6.5e-6, of logits up to ten
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_is_as_it_was_after_an_error() -> None:
+    model, ids = tiny("gemma2"), torch.arange(24)[None]
+    expected = model(ids).logits
+    attention.register()
+    with pytest.raises(ZeroDivisionError), attention.looking_through(attention.sight(SMALL, "gather", CPU), model):
+        raise ZeroDivisionError
+    assert torch.equal(model(ids).logits, expected)
+    assert attention._current is None
