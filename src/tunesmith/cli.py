@@ -357,6 +357,11 @@ def _start(verbose: bool, answer_on_stdout: bool) -> Console:
     """The console for people: standard output, or standard error where that is for the answer alone."""
     from rich.console import Console
 
+    # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
+    # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
     if verbose:
         os.environ["TUNESMITH_VERBOSE"] = "1"
     else:
