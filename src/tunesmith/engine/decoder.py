@@ -1,8 +1,8 @@
 """The dense decoder with its backward pass written by hand: the layers of Llama and its relatives.
 
 One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
-(x̃ is x after dropout), so the adapter costs no pass of its own, and the product for dX gives `dh` as well. Weights lie
-in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are kept from step to step. What is
+(x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
+gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are kept from step to step. What is
 cheap to compute is not stored but computed again: norms' outputs, the activation. Nothing is computed below the lowest
 adapted layer in the backward pass, nor behind the last layer's attention for tokens that predict nothing.
 
