@@ -2,9 +2,10 @@
 
 One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
 (x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
-gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are kept from step to step. What is
-cheap to compute is not stored but computed again: norms' outputs, the activation. Nothing is computed below the lowest
-adapted layer in the backward pass, nor behind the last layer's attention for tokens that predict nothing.
+gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are
+kept from step to step. What is cheap to compute is not stored but computed again: norms' outputs, the activation.
+Nothing is computed below the lowest adapted layer in the backward pass, nor behind the last layer's attention for
+tokens that predict nothing.
 
 Legend: T tokens, U predicting positions, H width, I width of the MLP, R sum of the group's ranks.
 """
