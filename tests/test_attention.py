@@ -233,7 +233,7 @@ def test_gather_computes_few_scores_that_nobody_needs() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", STYLES)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", HEADS[:2])
 def test_flex_is_the_reference(heads: tuple[int, int], window: int | None, kind: str) -> None:
     """Forward only: without a GPU it runs written out, and then knows no backward pass."""
     given, asked = tensors(SMALL, heads, 64)[:3], style(heads, 64, window=window, **STYLES[kind])
