@@ -40,8 +40,11 @@ def features(recipe: Recipe) -> list[dict[str, list[int]]]:
     ]
 
 
-def train_plainly(recipe: Recipe) -> tuple[list[float], PeftModel]:
-    """The loss of every step, and the trained model. Rows must fill whole steps (the epochs are laid end to end)."""
+def train_plainly(recipe: Recipe, rows_at_once: int | None = None) -> tuple[list[float], PeftModel]:
+    """The loss of every step, and the trained model. Rows must fill whole steps (the epochs are laid end to end).
+
+    A step's rows are computed `rows_at_once` (all of them by default) and accumulated.
+    """
     rows = features(recipe)
     folder, settings = locate(recipe, weights=True).folder, recipe.train
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -70,7 +73,8 @@ def train_plainly(recipe: Recipe) -> tuple[list[float], PeftModel]:
         arguments = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=1,
-            per_device_train_batch_size=settings.examples_per_step,
+            per_device_train_batch_size=rows_at_once or settings.examples_per_step,
+            gradient_accumulation_steps=settings.examples_per_step // (rows_at_once or settings.examples_per_step),
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.scheduler,
             warmup_steps=math.ceil(math.ceil(len(rows) / settings.examples_per_step) * settings.warmup_ratio),
