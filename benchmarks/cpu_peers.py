@@ -215,8 +215,8 @@ class Task:
         return {
             "name": self._arguments.data.name,
             "rows": len(self._checked.rows),
-            "tokens": sum(row.n_tokens for row in self._checked.rows),
-            "supervised_tokens": sum(row.n_supervised for row in self._checked.rows),
+            "tokens": int(self._checked.rows.n_tokens.sum()),
+            "supervised_tokens": int(self._checked.rows.n_supervised.sum()),
             "system": "long prompt" if self._arguments.long_prompt else PERSONA,
         }
 

@@ -21,7 +21,7 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.cli import app
 from tunesmith.errors import RecipeError
-from tunesmith.types import Conversation, Message, Origin
+from tunesmith.types import Conversation, Fault, Message, Origin
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GROUP: Any = typer.main.get_command(app)
@@ -169,8 +169,8 @@ def test_the_rows_recipes_and_python_of_the_readmes_are_right(page: str, tmp_pat
     text = (ROOT / page).read_text(encoding="utf-8")
     (rows,) = fenced(text, "json")
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    read = records.read(tmp_path / "rows.jsonl")
-    assert (read.n_rows, read.faults) == (3, [])
+    rows = list(records.open_file(tmp_path / "rows.jsonl").rows())
+    assert len(rows) == 3 and not any(isinstance(row, Fault) for row in rows)
     (recipe,) = fenced(text, "yaml")
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     assert recipes.resolve(tmp_path / "recipe.yaml")[0].train.learning_rate == 2e-4

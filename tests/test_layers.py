@@ -19,6 +19,7 @@ LAYERS = [
     {"engine.decoder"},
     {"engine.attention", "engine.batch"},
     {"engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
+    {"cache", "rows"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},
 ]

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from tunesmith import records
 from tunesmith.errors import DataError
-from tunesmith.records import Records
-from tunesmith.types import Fault
+from tunesmith.types import Conversation, Fault
 
 GOOD = {"instruction": "Who are you?", "output": "I am Bo."}
 ASK, REPLY = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Bo."}
@@ -35,13 +34,34 @@ def jsonl(*rows: Any) -> str:
     return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
 
 
-def said(found: Records) -> list[list[tuple[str, str]]]:
+class Read(NamedTuple):
+    """A file read to its end."""
+
+    path: str
+    format: str
+    digest: str
+    conversations: list[Conversation]
+    faults: list[Fault]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.conversations) + len(self.faults)
+
+
+def contents(path: Path | str, *arguments: Any, **named: Any) -> Read:
+    file = records.open_file(path, *arguments, **named)
+    rows = list(file.rows())
+    conversations = [row for row in rows if isinstance(row, Conversation)]
+    return Read(file.path, file.format, file.digest, conversations, [row for row in rows if isinstance(row, Fault)])
+
+
+def said(found: Read) -> list[list[tuple[str, str]]]:
     return [[(message.role, message.content) for message in talk.messages] for talk in found.conversations]
 
 
 def read_one(folder: Path, row: Any, **arguments: Any) -> list[tuple[str, str]]:
     """What the single good row of a file says."""
-    found = records.read(save(folder, jsonl(row)), **arguments)
+    found = contents(save(folder, jsonl(row)), **arguments)
     assert found.faults == []
     (messages,) = said(found)
     return messages
@@ -49,7 +69,7 @@ def read_one(folder: Path, row: Any, **arguments: Any) -> list[tuple[str, str]]:
 
 def fault_of(folder: Path, row: Any, **arguments: Any) -> Fault:
     """The fault of a row that stands in line 2, between two good ones."""
-    found = records.read(save(folder, jsonl(GOOD, row, GOOD)), **arguments)
+    found = contents(save(folder, jsonl(GOOD, row, GOOD)), **arguments)
     assert (found.n_rows, len(found.conversations)) == (3, 2)
     (fault,) = found.faults
     assert fault.origin.line == 2
@@ -58,7 +78,7 @@ def fault_of(folder: Path, row: Any, **arguments: Any) -> Fault:
 
 def refused(path: Path, **arguments: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        records.read(path, **arguments)
+        contents(path, **arguments)
     return caught.value
 
 
@@ -128,7 +148,7 @@ def test_sharegpt_may_keep_the_system_text_beside_the_talk(tmp_path: Path) -> No
 
 def test_a_system_text_for_all_stands_only_where_a_row_has_none(tmp_path: Path) -> None:
     path = save(tmp_path, jsonl(GOOD, {**GOOD, "system": "Own."}, {"messages": [ASK, REPLY]}))
-    found = records.read(path, system="For all.")
+    found = contents(path, system="For all.")
     assert [messages[0] for messages in said(found)] == [("system", text) for text in ("For all.", "Own.", "For all.")]
 
 
@@ -167,7 +187,7 @@ THREE = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(3)]
     ],
 )
 def test_a_row_of_an_array_stands_where_its_object_begins(tmp_path: Path, content: str, lines: list[int]) -> None:
-    found = records.read(save(tmp_path, content, "rows.json"))
+    found = contents(save(tmp_path, content, "rows.json"))
     assert found.format == "json"
     assert [talk.origin.line for talk in found.conversations] == lines
     assert [messages[0][1] for messages in said(found)] == ["q0", "q1", "q2"]
@@ -175,7 +195,7 @@ def test_a_row_of_an_array_stands_where_its_object_begins(tmp_path: Path, conten
 
 def test_blank_lines_of_jsonl_are_counted_but_are_no_rows(tmp_path: Path) -> None:
     path = save(tmp_path, "\n" + jsonl(THREE[0], "", "  \t", THREE[1]) + "\n" + json.dumps(THREE[2]))
-    found = records.read(path)
+    found = contents(path)
     assert found.n_rows == 3 and found.faults == []
     assert [talk.origin.line for talk in found.conversations] == [2, 5, 7]
 
@@ -184,16 +204,16 @@ def test_only_a_newline_ends_a_line_of_jsonl(tmp_path: Path) -> None:
     """Prevents lines that count differently from the editor's: U+2028 and form feeds stand inside texts."""
     text = "a\u2028b\u0085c\x0b"
     path = save(tmp_path, json.dumps({"instruction": text, "output": text}, ensure_ascii=False).replace("\\u000b", " "))
-    assert records.read(path).conversations[0].messages[0].content == text.replace("\x0b", " ")
+    assert contents(path).conversations[0].messages[0].content == text.replace("\x0b", " ")
     rows = [json.dumps({"instruction": "a\u2028b\u0085c", "output": "x"}, ensure_ascii=False)] * 2
-    found = records.read(save(tmp_path, "\r\n".join(rows)))
+    found = contents(save(tmp_path, "\r\n".join(rows)))
     assert [talk.origin.line for talk in found.conversations] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.txt", "rows"])
 def test_json_and_jsonl_are_told_apart_by_their_first_character(tmp_path: Path, name: str) -> None:
-    assert records.read(save(tmp_path, json.dumps(THREE), name)).format == "json"
-    assert records.read(save(tmp_path, jsonl(*THREE), name)).format == "jsonl"
+    assert contents(save(tmp_path, json.dumps(THREE), name)).format == "json"
+    assert contents(save(tmp_path, jsonl(*THREE), name)).format == "jsonl"
 
 
 @pytest.mark.parametrize(
@@ -206,13 +226,13 @@ def test_json_and_jsonl_are_told_apart_by_their_first_character(tmp_path: Path, 
 )
 def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path: Path, content: str, name: str) -> None:
     """Prevents 'no column instruction' for every file that Excel or Notepad has saved."""
-    found = records.read(save(tmp_path, b"\xef\xbb\xbf" + content.encode(), name))
+    found = contents(save(tmp_path, b"\xef\xbb\xbf" + content.encode(), name))
     assert [messages[0][1] for messages in said(found)] == ["q0", "q1", "q2"]
 
 
 def test_cells_of_csv_may_hold_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
     content = 'instruction,input,output\n"a, ""b""\n\nc",,d\ne,f,g\n\n"h","","i\nj"\nk,,l\n'
-    found = records.read(save(tmp_path, content, "rows.csv"))
+    found = contents(save(tmp_path, content, "rows.csv"))
     assert said(found) == [
         [("user", 'a, "b"\n\nc'), ("assistant", "d")],
         [("user", "e\nf"), ("assistant", "g")],
@@ -223,7 +243,7 @@ def test_cells_of_csv_may_hold_quotes_commas_and_line_breaks(tmp_path: Path) -> 
 
 
 def test_the_columns_of_csv_may_stand_in_any_order_with_others_between(tmp_path: Path) -> None:
-    found = records.read(save(tmp_path, "id, output ,instruction\r\n1,a,q\r\n", "rows.csv"))
+    found = contents(save(tmp_path, "id, output ,instruction\r\n1,a,q\r\n", "rows.csv"))
     assert said(found) == [[("user", "q"), ("assistant", "a")]]
 
 
@@ -255,7 +275,7 @@ def test_the_hint_for_another_header_works(tmp_path: Path) -> None:
     path = save(tmp_path, "question,answer\nWho?,Bo.\n", "rows.csv")
     flags = [part for part in refused(path).fix.split() if "=" in part]
     columns = resolve(None, dict(parse_flag(flag) for flag in flags))[0].data.columns
-    assert said(records.read(path, columns)) == [[("user", "Who?"), ("assistant", "Bo.")]]
+    assert said(contents(path, columns)) == [[("user", "Who?"), ("assistant", "Bo.")]]
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
@@ -264,7 +284,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_faults_of_csv_are_named_by_the_line_where_the_row_begins(tmp_path: Path) -> None:
     content = 'instruction,output\n"a\nb",c\nonly one\nd,\n"e\n\nf",g,h\ni,j\n"k\nl",  \nm,"n"o\np,q\n'
-    found = records.read(save(tmp_path, content, "rows.csv"))
+    found = contents(save(tmp_path, content, "rows.csv"))
     assert [talk.origin.line for talk in found.conversations] == [2, 9]
     assert [(fault.origin.line, fault.field) for fault in found.faults] == [
         (4, "row"),
@@ -279,7 +299,7 @@ def test_faults_of_csv_are_named_by_the_line_where_the_row_begins(tmp_path: Path
 
 
 def test_a_quote_that_never_closes_is_named_where_it_opens(tmp_path: Path) -> None:
-    found = records.read(save(tmp_path, 'instruction,output\na,b\nc,"d\ne,f\n', "rows.csv"))
+    found = contents(save(tmp_path, 'instruction,output\na,b\nc,"d\ne,f\n', "rows.csv"))
     (fault,) = found.faults
     assert fault.origin.line == 3 and len(found.conversations) == 1
 
@@ -292,7 +312,7 @@ def parquet(folder: Path, rows: list[dict[str, Any]], name: str = "rows.parquet"
 
 def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
     rows = [{"instruction": f"q{i}", "input": None, "output": None if i in (4, 8) else f"a{i}"} for i in range(9)]
-    found = records.read(parquet(tmp_path, rows, row_group_size=2))
+    found = contents(parquet(tmp_path, rows, row_group_size=2))
     assert (found.format, found.n_rows, len(found.conversations)) == ("parquet", 9, 7)
     assert [talk.origin.line for talk in found.conversations] == [1, 2, 3, 4, 6, 7, 8]
     assert [str(fault.origin) for fault in found.faults] == [f"{found.path}:row 5", f"{found.path}:row 9"]
@@ -302,13 +322,13 @@ def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
 def test_parquet_may_hold_talks(tmp_path: Path) -> None:
     talks = [[("human", "Hi"), ("gpt", "Yo")], [("human", "Who?"), ("gpt", "Bo."), ("human", "Bye"), ("gpt", "Bye.")]]
     rows = [{"conversations": [{"from": role, "value": text} for role, text in talk], "system": None} for talk in talks]
-    assert [len(messages) for messages in said(records.read(parquet(tmp_path, rows, "data.bin")))] == [2, 4]
+    assert [len(messages) for messages in said(contents(parquet(tmp_path, rows, "data.bin")))] == [2, 4]
 
 
 def test_a_null_in_a_mapped_column_of_parquet_is_a_null(tmp_path: Path) -> None:
     """Prevents 'no such field' for a field that is there: Parquet has every column in every row."""
     rows = [{"q": "Who?", "answer": "Bo."}, {"q": "Who?", "answer": None}]
-    found = records.read(parquet(tmp_path, rows), {"instruction": "q", "output": "answer"})
+    found = contents(parquet(tmp_path, rows), {"instruction": "q", "output": "answer"})
     (fault,) = found.faults
     assert (fault.origin.line, fault.field, fault.found) == (2, "answer", "null")
 
@@ -318,11 +338,11 @@ def test_forms_may_be_mixed_in_a_parquet_file(tmp_path: Path) -> None:
         {"instruction": "q", "output": "a", "messages": None},
         {"instruction": None, "output": None, "messages": [ASK, REPLY]},
     ]
-    assert [messages[1][1] for messages in said(records.read(parquet(tmp_path, rows)))] == ["a", "I am Bo."]
+    assert [messages[1][1] for messages in said(contents(parquet(tmp_path, rows)))] == ["a", "I am Bo."]
 
 
 def test_types_that_only_parquet_has_are_no_text(tmp_path: Path) -> None:
-    found = records.read(parquet(tmp_path, [{"instruction": "q", "output": b"a"}]))
+    found = contents(parquet(tmp_path, [{"instruction": "q", "output": b"a"}]))
     assert "bytes" in found.faults[0].found
 
 
@@ -412,12 +432,12 @@ def test_a_misspelt_field_is_a_fault_with_the_flag_that_maps_it(
 
 def test_a_misspelt_input_is_never_dropped_in_silence(tmp_path: Path) -> None:
     """Prevents training on questions without their context: the row would be complete without the misspelt field."""
-    assert records.read(save(tmp_path, jsonl({**GOOD, "inputs": "x"}))).conversations == []
+    assert contents(save(tmp_path, jsonl({**GOOD, "inputs": "x"}))).conversations == []
 
 
 def test_rows_inside_an_object_are_pointed_at(tmp_path: Path) -> None:
     path = save(tmp_path, json.dumps({"version": 1, "data": [GOOD, GOOD]}), "rows.json")
-    (fault,) = records.read(path).faults
+    (fault,) = contents(path).faults
     assert "'data'" in fault.found and "the rows themselves" in fault.expected
     pretty = save(tmp_path, json.dumps({"version": 1, "data": [GOOD, GOOD]}, indent=2), "pretty.json")
     error = refused(pretty)
@@ -435,7 +455,7 @@ def test_objects_over_several_lines_are_one_mistake_not_many(tmp_path: Path) -> 
 @pytest.mark.parametrize("row", ["a text", 5, None, True, [], ["a", "b"]])
 def test_a_row_that_is_no_object_is_a_fault(tmp_path: Path, row: object) -> None:
     assert fault_of(tmp_path, json.dumps(row)).field == "row"
-    found = records.read(save(tmp_path, json.dumps([GOOD, row, GOOD], indent=1), "rows.json"))
+    found = contents(save(tmp_path, json.dumps([GOOD, row, GOOD], indent=1), "rows.json"))
     assert [(fault.origin.line, fault.field) for fault in found.faults] == [(6, "row")]
     assert len(found.conversations) == 2
 
@@ -511,7 +531,7 @@ def test_a_key_that_stands_twice_in_one_object_is_a_fault(tmp_path: Path, row: s
     """Prevents training on whichever of two answers the JSON reader happens to keep."""
     fault = fault_of(tmp_path, row)
     assert (fault.field, fault.found) == (field, f"'{key}' twice in one object")
-    found = records.read(save(tmp_path, f"[\n{json.dumps(GOOD)},\n{row}\n]", "rows.json"))
+    found = contents(save(tmp_path, f"[\n{json.dumps(GOOD)},\n{row}\n]", "rows.json"))
     assert [(f.origin.line, f.field) for f in found.faults] == [(3, field)]
 
 
@@ -551,7 +571,7 @@ def test_brackets_nested_too_deep_are_a_fault(tmp_path: Path, depth: int) -> Non
     nest = "[" * depth + "]" * depth
     assert fault_of(tmp_path, f'{{"instruction": "q", "output": {nest}}}').field in ("row", "output")
     path = save(tmp_path, f'[\n{json.dumps(GOOD)},\n{{"instruction": "q", "output": {nest}}}]', "rows.json")
-    (fault,) = records.read(path).faults
+    (fault,) = contents(path).faults
     assert fault.origin.line == 3
 
 
@@ -585,17 +605,16 @@ ROW = '{"instruction": "q", "output": "a"}'
 def test_broken_json_is_named_by_the_line_where_reading_stopped(
     tmp_path: Path, content: str, line: int, found: str, expected: str
 ) -> None:
-    read = records.read(save(tmp_path, content, "rows.json"))
+    read = contents(save(tmp_path, content, "rows.json"))
     (fault,) = read.faults
     assert fault.origin.line == line
     assert fault.found.startswith(found)
     assert expected in fault.expected
     assert "Reading stopped here" in fault.fix
-    assert read.n_rows == len(read.conversations) + 1
 
 
 def test_rows_before_broken_json_are_read(tmp_path: Path) -> None:
-    found = records.read(save(tmp_path, f"[\n{ROW},\n{{}},\n{ROW},\n{ROW}}}\n{ROW}]", "rows.json"))
+    found = contents(save(tmp_path, f"[\n{ROW},\n{{}},\n{ROW},\n{ROW}}}\n{ROW}]", "rows.json"))
     assert [talk.origin.line for talk in found.conversations] == [2, 4, 5]
     assert [fault.origin.line for fault in found.faults] == [3, 5]
 
@@ -618,7 +637,7 @@ def test_a_broken_line_of_jsonl_is_a_fault_of_that_line_alone(tmp_path: Path, ro
     fault = fault_of(tmp_path, row)
     assert fault.field == "row" and fault.expected == expected
     if row.startswith("{"):
-        first = records.read(save(tmp_path, jsonl(row, GOOD)))
+        first = contents(save(tmp_path, jsonl(row, GOOD)))
         assert [fault.origin.line for fault in first.faults] == [1] and len(first.conversations) == 1
 
 
@@ -642,21 +661,21 @@ def test_all_faults_of_a_file_are_named_in_one_pass(tmp_path: Path) -> None:
         (GOOD, None),
     ]
     wanted = [(line, field) for line, (_, field) in enumerate(kinds, 1) if field]
-    found = records.read(save(tmp_path, jsonl(*(row for row, _ in kinds), "{broken", GOOD)))
+    found = contents(save(tmp_path, jsonl(*(row for row, _ in kinds), "{broken", GOOD)))
     assert [(fault.origin.line, fault.field) for fault in found.faults] == [*wanted, (16, "row")]
     assert (found.n_rows, len(found.conversations)) == (17, 4)
     for fault in found.faults:
         assert fault.origin.path == found.path
         assert fault.found and fault.expected and fault.fix
     array = "[\n" + ",\n".join(row if isinstance(row, str) else json.dumps(row) for row, _ in kinds) + "\n]"
-    found = records.read(save(tmp_path, array, "rows.json"))
+    found = contents(save(tmp_path, array, "rows.json"))
     assert [(fault.origin.line, fault.field) for fault in found.faults] == [(line + 1, field) for line, field in wanted]
 
 
 def test_one_bad_line_among_thousands_is_found(tmp_path: Path) -> None:
-    found = records.read(save(tmp_path, jsonl(*[GOOD] * 4711, "{", *[GOOD] * 3000)))
+    found = contents(save(tmp_path, jsonl(*[GOOD] * 4711, "{", *[GOOD] * 3000)))
     assert [fault.origin.line for fault in found.faults] == [4712]
-    assert found.n_rows == 7712 == len(found.conversations) + 1
+    assert (found.n_rows, len(found.faults)) == (7712, 1)
 
 
 # --- files that are no data -------------------------------------------------------------------------------------------
@@ -766,9 +785,9 @@ def written(rows: list[dict[str, Any]], form: str, folder: Path) -> Path:
 
 def check_read(rows: list[dict[str, Any]], form: str, folder: Path) -> None:
     good = [row for row in rows if row.get("output") != "" and row.get("instruction") != " "]
-    found = records.read(written(rows, form, folder))
+    found = contents(written(rows, form, folder))
     assert said(found) == [as_messages(row) for row in good]
-    assert found.n_rows == len(rows) == len(found.conversations) + len(found.faults)
+    assert found.n_rows == len(rows)
     lines = [talk.origin.line for talk in found.conversations]
     numbers = [number for number, row in enumerate(rows, 1) if row in good]
     assert lines == (numbers if form in ("jsonl", "parquet") else sorted(lines))

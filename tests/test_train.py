@@ -155,7 +155,7 @@ def test_held_out_rows_are_never_trained_on(run: Run, tiny_model: Path, talk: Pa
     checked = check(settings(tiny_model, talk, **{"eval.hold_out": 0.1}))
     training, held_out = hold_out(checked)
     assert len(held_out) == 4 and len(training) == 36
-    assert not {id(row) for row in training} & {id(row) for row in held_out}
+    assert not set(training.lines) & set(held_out.lines)
     trained = [line["line"] for line in rundir.read_lines(run.path / "ledger.jsonl") if line["state"] == "trained"]
     assert trained == [row.conversation.origin.line for row in training]
 

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from transformers import PreTrainedConfig
 
-from tunesmith import hub, records
+from tunesmith import cache, hub, records
 from tunesmith import model as models
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Recipe
 from tunesmith.render import Renderer
-from tunesmith.types import Conversation, Fault, Origin, Rendered
+from tunesmith.rows import Rows, faults_of
+from tunesmith.types import Fault, Origin
 
 HELD_OUT_AT_MOST = 200
 
 
 @dataclass(frozen=True)
-class Row:
-    """A trainable row: what it says and its documents (one, but for templates that rewrite history)."""
-
-    conversation: Conversation
-    documents: tuple[Rendered, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(document.token_ids) for document in self.documents)
-
-    @property
-    def n_supervised(self) -> int:
-        return sum(document.n_supervised for document in self.documents)
-
-
-@dataclass
 class Checked:
     """What was found about a recipe's model and data."""
 
@@ -45,10 +32,13 @@ class Checked:
     renderer: Renderer
     targets: list[models.Target]
     data: records.Records
-    rows: list[Row] = field(default_factory=list)
+    n_read: int
+    """Rows of the file, as far as it could be read."""
+    rows: Rows
     """Trainable rows in the order of the file."""
-    faults: list[Fault] = field(default_factory=list)
-    repeats: list[tuple[Origin, Origin]] = field(default_factory=list)
+    faults: list[Fault]
+    """At most one a row, in the order of the file."""
+    repeats: list[tuple[Origin, Origin]]
     """Rows that say the same as an earlier one, with that one."""
 
     @property
@@ -76,63 +66,54 @@ class Checked:
             )
         raise DataError(
             self.data.path,
-            f"{self.n_set_aside} of {self.data.n_rows} rows faulty",
+            f"{self.n_set_aside} of {self.n_read} rows faulty",
             "rows without faults",
             "Mend them, or go on without them: --set data.allow_set_aside=true.",
             self.faults,
         )
 
 
-def check(recipe: Recipe, found: hub.LocalModel | None = None, data: records.Records | None = None) -> Checked:
+def check(
+    recipe: Recipe,
+    found: hub.LocalModel | None = None,
+    data: records.Records | None = None,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> Checked:
     """Reads and renders every row of the recipe's data for its model; needs tokenizer and config, no weights.
 
-    `found` and `data` spare finding the model and reading the file again. Faulty rows are collected, not raised.
-    Raises what makes any answer impossible: ModelError, TemplateError,
-    DataError (the file as a whole), RecipeError (targets, columns).
+    `found` and `data` spare finding the model and opening the file again; `on_rows` is told how many rows of a large
+    file have been rendered. Faulty rows are collected, not raised. Raises what makes any answer impossible:
+    ModelError, TemplateError, DataError (the file as a whole), RecipeError (targets, columns).
     """
-    data = data or records.read(recipe.data.path, recipe.data.columns, recipe.template.system)
+    data = data or records.open_file(recipe.data.path, recipe.data.columns, recipe.template.system)
     found = found or locate(recipe, weights=False)
     config = models.load_config(found.folder)
     renderer = models.open_renderer(found, recipe.template)
-    checked = Checked(recipe, found, config, renderer, models.targets(models.skeleton(config), recipe.lora), data)
+    targets = models.targets(models.skeleton(config), recipe.lora)
     limit = _longest_allowed(recipe, config)
-    first_with: dict[tuple[tuple[int, ...], ...], Origin] = {}
-    for conversation, result in zip(data.conversations, renderer.render_all(data.conversations), strict=True):
-        if isinstance(result, Fault):
-            checked.faults.append(result)
-            continue
-        longest = max(len(document.token_ids) for document in result)
-        if longest > limit:
-            raised = "Shorten the row" if recipe.data.max_length == "auto" else "Raise data.max_length"
-            checked.faults.append(
-                Fault(
-                    conversation.origin,
-                    "row",
-                    f"{longest} tokens",
-                    f"at most {limit}",
-                    f"{raised}, or set it aside; nothing is ever cut.",
-                )
-            )
-            continue
-        key = tuple(document.token_ids for document in result)
-        if earlier := first_with.get(key):
-            checked.repeats.append((conversation.origin, earlier))
-            if recipe.data.on_repeats == "fault":
-                checked.faults.append(
-                    Fault(
-                        conversation.origin,
-                        "row",
-                        f"the same as {earlier}",
-                        "each example once",
-                        "Delete it, or leave data.on_repeats at note.",
-                    )
-                )
-                continue
-        else:
-            first_with[key] = conversation.origin
-        checked.rows.append(Row(conversation, result))
-    checked.faults = sorted([*data.faults, *checked.faults], key=lambda fault: fault.origin.line)
-    return checked
+    table = cache.rendered(data, renderer, on_rows)
+    rows, faults = Rows(table, data), faults_of(table, data)
+    faults += _too_long(recipe, rows, limit)
+    rows = rows.pick(rows.longest <= limit)
+    pairs = rows.repeats()
+    repeats = [(rows.origin(again), rows.origin(first)) for again, first in pairs]
+    if recipe.data.on_repeats == "fault" and pairs:
+        fix = "Delete it, or leave data.on_repeats at note."
+        faults += [Fault(at, "row", f"the same as {first}", "each example once", fix) for at, first in repeats]
+        kept = np.ones(len(rows), dtype=bool)
+        kept[[again for again, _ in pairs]] = False
+        rows = rows.pick(kept)
+    faults.sort(key=lambda fault: fault.origin.line)
+    return Checked(recipe, found, config, renderer, targets, data, table.num_rows, rows, faults, repeats)
+
+
+def _too_long(recipe: Recipe, rows: Rows, limit: int) -> list[Fault]:
+    raised = "Shorten the row" if recipe.data.max_length == "auto" else "Raise data.max_length"
+    fix = f"{raised}, or set it aside; nothing is ever cut."
+    return [
+        Fault(rows.origin(i), "row", f"{rows.longest[i]} tokens", f"at most {limit}", fix)
+        for i in np.flatnonzero(rows.longest > limit).tolist()
+    ]
 
 
 def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
@@ -140,27 +121,33 @@ def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
     return models.prepared(hub.locate(recipe.model.name, recipe.model.revision, weights=weights))
 
 
-def hold_out(checked: Checked) -> tuple[list[Row], list[Row]]:
+def hold_out(checked: Checked) -> tuple[Rows, Rows]:
     """The rows to train on and those to measure on: a pure function of seed, share and the data's digest."""
     settings, rows = checked.recipe, checked.rows
     count = min(int(len(rows) * settings.eval.hold_out), HELD_OUT_AT_MOST)
-    chosen = set(random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count))
-    return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
+    held = np.zeros(len(rows), dtype=bool)
+    held[random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count)] = True
+    return rows.pick(~held), rows.pick(held)
 
 
-def ledger(checked: Checked, held_out: Sequence[Row]) -> list[dict[str, str | int]]:
+def ledger(checked: Checked, training: Rows, held_out: Rows) -> Iterator[dict[str, str | int]]:
     """A line per row of the data: trained, held out, or set aside and why; in the order of the file."""
-    held = {id(row) for row in held_out}
-    lines: list[tuple[Origin, dict[str, str | int]]] = []
-    for row in checked.rows:
-        state: Literal["held_out", "trained"] = "held_out" if id(row) in held else "trained"
-        account = {"tokens": row.n_tokens, "supervised_tokens": row.n_supervised}
-        lines.append((row.conversation.origin, {"state": state, **account}))
-    for fault in checked.faults:  # one a row
+    accounts = (_account(training, "trained"), _account(held_out, "held_out"), _set_aside(checked.faults))
+    unit = checked.data.unit
+    for line, account in heapq.merge(*accounts, key=lambda each: each[0]):
+        yield {unit: line, **account}
+
+
+def _account(rows: Rows, state: Literal["trained", "held_out"]) -> Iterator[tuple[int, dict[str, str | int]]]:
+    columns = (rows.lines.tolist(), rows.n_tokens.tolist(), rows.n_supervised.tolist())
+    for line, n_tokens, n_supervised in zip(*columns, strict=True):
+        yield line, {"state": state, "tokens": n_tokens, "supervised_tokens": n_supervised}
+
+
+def _set_aside(faults: Sequence[Fault]) -> Iterator[tuple[int, dict[str, str | int]]]:
+    for fault in faults:
         reason = f"{fault.field}: found {fault.found}; expected {fault.expected}"
-        lines.append((fault.origin, {"state": "set_aside", "reason": reason}))
-    lines.sort(key=lambda line: line[0].line)
-    return [{origin.unit: origin.line, **account} for origin, account in lines]
+        yield fault.origin.line, {"state": "set_aside", "reason": reason}
 
 
 def _longest_allowed(recipe: Recipe, config: PreTrainedConfig) -> int:

@@ -22,7 +22,9 @@ from tunesmith.errors import DataError, RecipeError, TunesmithError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith import hub
     from tunesmith.chat import Chat
+    from tunesmith.checking import Checked
 
 app = typer.Typer(
     name="tunesmith",
@@ -151,9 +153,8 @@ def check(
     rows = _rows(settings)
     found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
-    from tunesmith.checking import check
 
-    checked = check(settings, found, rows)
+    checked = _checked(console, settings, found, rows)
     display.show_check(console, checked, show)
     if as_json:
         _print_json(display.check_json(checked, show))
@@ -186,10 +187,9 @@ def train(
     rows = _rows(settings)
     found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
-    from tunesmith.checking import check
     from tunesmith.training import train
 
-    checked = check(settings, found, rows)
+    checked = _checked(console, settings, found, rows)
     checked.require_ok()
     display.show_check(console, checked, 1)
     with display.TrainingDisplay(console) as watcher:
@@ -390,7 +390,19 @@ def _recipe(
 
 
 def _rows(settings: recipes.Recipe) -> records.Records:
-    return records.read(settings.data.path, settings.data.columns, settings.template.system)
+    return records.open_file(settings.data.path, settings.data.columns, settings.template.system)
+
+
+def _checked(console: Console, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
+    """The check, with a count of the rows while a large file is rendered."""
+    from tunesmith.checking import check
+
+    with console.status("Reading and rendering every row …") as status:
+
+        def rendered(count: int) -> None:
+            status.update(f"{count:,} rows rendered …")
+
+        return check(settings, found, rows, rendered)
 
 
 def _fetched(console: Console, name: str, revision: str | None, *, weights: bool) -> Any:

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.checking import Checked, Row
+from tunesmith.checking import Checked
+from tunesmith.rows import Row
 from tunesmith.shown import tokens
 from tunesmith.training import Run, StepMetrics, Watcher
 from tunesmith.types import Fault, Origin
@@ -31,7 +32,7 @@ _SHOWN_TOKENS = 400
 def check_json(checked: Checked, show: int) -> dict[str, Any]:
     """The answer of `tunesmith check --json`."""
     template = checked.renderer.template
-    lengths = [len(document.token_ids) for row in checked.rows for document in row.documents]
+    rows = checked.rows
     return {
         "ok": checked.ok,
         "model": checked.recipe.model.name,
@@ -43,19 +44,19 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
             "own_system": template.own_system,
         },
         "rows": {
-            "read": checked.data.n_rows,
-            "trainable": len(checked.rows),
+            "read": checked.n_read,
+            "trainable": len(rows),
             "set_aside": checked.n_set_aside,
             "repeats": len(checked.repeats),
         },
         "faults": [fault_json(fault) for fault in checked.faults],
         "tokens": {
-            "total": sum(lengths),
-            "supervised": sum(row.n_supervised for row in checked.rows),
-            "longest": max(lengths, default=0),
+            "total": int(rows.n_tokens.sum()),
+            "supervised": int(rows.n_supervised.sum()),
+            "longest": int(rows.longest.max(initial=0)),
         },
         "targets": [{"name": t.name, "layers": t.layers, "parameters": t.parameters} for t in checked.targets],
-        "shown": [_shown_json(checked, row) for row in checked.rows[:show]],
+        "shown": [_shown_json(checked, row) for row in rows[:show]],
     }
 
 
@@ -103,8 +104,7 @@ def run_json(run: Run) -> dict[str, Any]:
 def show_check(console: Console, checked: Checked, show: int) -> None:
     """Account, template, targets, the first rows in colour, and the faults."""
     template, tokenizer = checked.renderer.template, checked.renderer.template.tokenizer
-    supervised = sum(row.n_supervised for row in checked.rows)
-    total = sum(row.n_tokens for row in checked.rows)
+    supervised, total = int(checked.rows.n_supervised.sum()), int(checked.rows.n_tokens.sum())
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="grey62", no_wrap=True)
     facts.add_column()
@@ -122,11 +122,9 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
         )
     facts.add_row("adapts", "  ".join(f"{t.name}[grey62]×{t.layers}[/]" for t in checked.targets))
     facts.add_row("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
-    facts.add_row(
-        "rows", f"{checked.data.n_rows:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty"
-    )
+    facts.add_row("rows", f"{checked.n_read:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
     if total:
-        longest = max(len(document.token_ids) for row in checked.rows for document in row.documents)
+        longest = int(checked.rows.longest.max())
         facts.add_row(
             "tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}"
         )

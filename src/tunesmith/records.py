@@ -16,10 +16,10 @@ import io
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tunesmith.errors import DataError
 from tunesmith.types import Conversation, Fault, Message, Origin, Role
@@ -67,17 +67,51 @@ _JSON_EXPECTED = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Records:
-    """What a file holds: its conversations, its faults (at most one a row), and how many rows were read."""
+    """A file of rows that can be read as often as need be; made by `open_file`."""
 
     path: str
     digest: str
     """SHA-256 of the file's bytes, hexadecimal."""
+    n_bytes: int
     format: str
-    n_rows: int = 0
-    conversations: list[Conversation] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    columns: Mapping[str, str]
+    system: str | None
+
+    @property
+    def unit(self) -> Literal["line", "row"]:
+        """What rows are counted in."""
+        return "row" if self.format == "parquet" else "line"
+
+    def origin(self, line: int) -> Origin:
+        return Origin(self.path, line, self.unit)
+
+    def rows(self, run: int = 1, share: int = 0, of: int = 1) -> Iterator[Conversation | Fault]:
+        """For each row what it says, or what is wrong with it (one fault a row).
+
+        Of every `of` runs of `run` rows only the one numbered `share`. Raises DataError where the file as a whole can
+        not be read on, or is not what it was when it was opened.
+        """
+        path = Path(self.path)
+        data = _bytes(path)
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            found = "other bytes than a moment ago"
+            raise DataError(self.path, found, "a file that nobody writes to meanwhile", "Start again.")
+        for number, (value, origin, fault) in enumerate(_rows(data, path, self.format, self.columns)):
+            if number // run % of != share:
+                continue
+            if fault is not None:
+                yield fault
+                continue
+            try:
+                messages = _understand(value, self.columns)
+            except _Problem as problem:
+                yield Fault(origin, *problem.parts)
+                continue
+            if self.system is not None and messages[0].role != "system":
+                messages = [Message("system", self.system), *messages]
+            yield Conversation(tuple(messages), origin)
 
 
 class Parsed(NamedTuple):
@@ -93,8 +127,8 @@ class _Problem(Exception):
         self.parts = field, found, expected, fix
 
 
-def read(path: str | Path, columns: Mapping[str, str] | None = None, system: str | None = None) -> Records:
-    """All conversations and all faults of a file.
+def open_file(path: str | Path, columns: Mapping[str, str] | None = None, system: str | None = None) -> Records:
+    """The file of rows at `path`.
 
     `columns` maps our field names to the file's; `system` stands in every row that has no system text.
     Raises DataError when the file as a whole can not be read: absent, empty, not UTF-8, of an unknown kind.
@@ -103,22 +137,10 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, system: str
         raise DataError("data.path", "no data", "a file of examples", "Pass --data FILE.")
     path = Path(path)
     data = _bytes(path)
-    records = Records(str(path), hashlib.sha256(data).hexdigest(), _format(data, path))
-    columns = dict(columns or {})
-    for value, origin, fault in _rows(data, path, records.format, columns):
-        records.n_rows += 1
-        if fault is None:
-            try:
-                messages = _understand(value, columns)
-            except _Problem as problem:
-                fault = Fault(origin, *problem.parts)
-            else:
-                if system is not None and messages[0].role != "system":
-                    messages = [Message("system", system), *messages]
-                records.conversations.append(Conversation(tuple(messages), origin))
-        if fault is not None:
-            records.faults.append(fault)
-    if not records.n_rows:
+    records = Records(
+        str(path), hashlib.sha256(data).hexdigest(), len(data), _format(data, path), dict(columns or {}), system
+    )
+    if next(_rows(data, path, records.format, records.columns), None) is None:
         raise DataError(str(path), "no rows", "at least one example", 'Add rows like {"instruction": …, "output": …}.')
     return records
 

@@ -13,6 +13,7 @@ document of its own, so that what is learned is what the model will have to writ
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -59,6 +60,17 @@ class Renderer:
         self.template = template
         self._stops = frozenset(template.stop_ids)
         self._special_of_shape: dict[_Shape, list[int]] = {}
+
+    @cached_property
+    def digest(self) -> str | None:
+        """SHA-256 of everything that ids depend on, hexadecimal; None where a tokenizer can not be written down."""
+        template = self.template
+        backend = _backend(template.tokenizer)
+        if backend is None:
+            return None
+        properties = (sorted(template.special_ids), template.stop_ids, template.folds_system)
+        parts = (backend.to_str(), sorted(template.tokenizer.special_tokens_map.items()), template.text, properties)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def render_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Rendered, ...] | Fault]:
         """For each conversation its documents, or what is wrong with it.

@@ -49,7 +49,7 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
         account=[
             (
                 "rows",
-                f"{checked.data.n_rows} read = {result.rows_trained} trained + {result.rows_held_out} held out"
+                f"{checked.n_read} read = {result.rows_trained} trained + {result.rows_held_out} held out"
                 f" + {result.rows_set_aside} set aside",
             ),
             ("data", f"{Path(checked.data.path).name}, SHA-256 {checked.data.digest}"),

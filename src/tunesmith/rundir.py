@@ -176,20 +176,25 @@ def _disk_problem(error: Exception) -> str | None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            # A file name that is not UTF-8 holds half characters; in JSON their escape means the same.
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    _write(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines, as a whole or not at all."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            # A file name that is not UTF-8 holds half characters; in JSON their escape means the same.
+            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(parts)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

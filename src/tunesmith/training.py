@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -33,13 +34,14 @@ from tunesmith import adapter_files, rundir
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
-from tunesmith.checking import Checked, Row, check, hold_out, ledger, locate
+from tunesmith.checking import Checked, check, hold_out, ledger, locate
 from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.step import Engine
 from tunesmith.errors import ProofError, RecipeError
 from tunesmith.recipe import Recipe
 from tunesmith.report import write_report
+from tunesmith.rows import Row
 from tunesmith.rundir import RunDir
 from tunesmith.types import Rendered
 
@@ -164,10 +166,10 @@ def _train(
     run = rundir.create(path, needed_bytes=adapter_bytes * (1 + 3 * (recipe.train.keep_checkpoints + 1)))
     rundir.write_text(run.recipe, recipes.write(recipe, sources or recipes.sources_of(recipe)))
     rundir.write_text(run.manifest, json.dumps(_manifest(checked, found.folder), indent=2, ensure_ascii=False) + "\n")
-    rundir.write_lines(run.ledger, ledger(checked, held_out))
+    rundir.write_lines(run.ledger, ledger(checked, training, held_out))
 
     chat = Chat(base, checked.renderer, models.generation_config(found.folder, checked.renderer.template))
-    asked = [row for row in (held_out or training) if _askable(row)][:_SAMPLES]
+    asked = list(itertools.islice(filter(_askable, held_out or training), _SAMPLES))
     before = _ask(chat, asked)
     model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
     sharded = ranks.size > 1 and processes.wants_sharding()
@@ -476,7 +478,7 @@ def _manifest(checked: Checked, folder: Path) -> dict[str, Any]:
         "data": {
             "path": str(Path(checked.data.path).absolute()),
             "sha256": checked.data.digest,
-            "rows": checked.data.n_rows,
+            "rows": checked.n_read,
         },
         "template": {
             "source": template.source,

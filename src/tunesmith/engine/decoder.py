@@ -42,6 +42,17 @@ class NotCovered(Exception):
 # --- linear layers with one input -------------------------------------------------------------------------------------
 
 
+def _unmap(model: nn.Module, head: nn.Linear) -> None:
+    """Copies what `Linears` will not. Weights read from a file are mapped, and a single one that stays so keeps the
+    pages of all others that were read among this process's memory: those of the whole base a second time."""
+    for module in model.modules():
+        is_linear = isinstance(module, nn.Linear) and module is not head
+        for parameter in [module.bias] if is_linear else module.parameters(recurse=False):
+            if parameter is not None and not parameter.requires_grad:
+                kept = empty(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = kept.copy_(parameter.data)
+
+
 class _Adapter(NamedTuple):
     """One adapter's place in its group."""
 
@@ -322,6 +333,7 @@ class Decoder:
         if next(model.parameters()).dtype not in (torch.float32, torch.float64):
             raise NotCovered(f"weights in {next(model.parameters()).dtype}")
         self._embed, self._rotary, self._head = body.embed_tokens, body.rotary_emb, head
+        _unmap(causal, head)
         self._norm = Norm(body.norm)
         self._layers = [_Layer(number, layer) for number, layer in enumerate(layers)]
         covered = {

@@ -30,7 +30,7 @@ from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
 
 Way = Literal["decoder", "tree", "padded"]
-_TOKENS = {"cpu": 2048, "cuda": 16384}
+_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _BOUND_COARSE = 0.2  # 16 bits
@@ -134,7 +134,7 @@ class Engine:
         if not together:
             return alone
         if self.way == "padded":
-            return _cut_padded(together, n_tokens if asked != "auto" else n_tokens // 4) + alone
+            return _cut_padded(together, n_tokens if asked != "auto" else n_tokens // 2) + alone
         return trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) + alone
 
     def _counts_for_rotary(self, document: Rendered) -> bool:

@@ -1,0 +1,136 @@
+"""Rows of large files are rendered once, by all cores, and mapped from the disk from then on.
+
+A core is a process of its own (`python -m tunesmith.cache`) that reads the file and renders every n-th batch of it:
+reading is a small part of the work, and so nothing is sent between processes but the number of rows done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+from filelock import FileLock
+
+from tunesmith import hub, records, render, rows, rundir, template, types
+from tunesmith.errors import DataError, RunError
+from tunesmith.records import Records
+from tunesmith.render import Renderer
+
+LARGE = 8 * 2**20
+"""Bytes of a file from which on its rows are kept; below, starting a process takes longer than rendering."""
+_DAYS_KEPT = 30
+
+
+class _Task(NamedTuple):
+    """What the processes are told."""
+
+    records: Records
+    renderer: Renderer
+    of: int
+    folder: Path
+
+
+def rendered(data: Records, renderer: Renderer, on_rows: Callable[[int], None] = lambda count: None) -> pa.Table:
+    """What became of every row of the file (`rows.SCHEMA`), from the disk if it is there already.
+
+    `on_rows` is told how many rows have been rendered so far. Raises DataError where the file as a whole can not be
+    read on, RunError where the disk of `hub.cache_dir` is full or a process was killed.
+    """
+    if data.n_bytes < LARGE or renderer.digest is None:
+        return pa.Table.from_batches(rows.render(data, renderer), rows.SCHEMA)
+    kept = hub.cache_dir() / "rendered"
+    folder = kept / _name(data, renderer.digest)
+    with rundir.writing(kept):
+        kept.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # of several processes that train together one renders
+        if not folder.is_dir():
+            _forget_old(kept)
+            with rundir.commit(folder) as partial:
+                _render_into(partial, data, renderer, on_rows)
+        os.utime(folder)
+        return _mapped(folder)
+
+
+def _name(data: Records, renderer_digest: str) -> str:
+    """Of everything that the rows depend on."""
+    code = [Path(str(module.__file__)).read_bytes() for module in (records, render, rows, template, types)]
+    packages = ("jinja2", "pyarrow", "tokenizers", "transformers")
+    versions = [importlib.metadata.version(name) for name in packages]
+    depends_on = (data.digest, data.format, sorted(data.columns.items()), data.system, renderer_digest, versions, code)
+    return hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
+
+
+def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Callable[[int], None]) -> None:
+    count = max(1, min(_cores(), data.n_bytes // LARGE))
+    # What this process can import, the others can; the tokenizer's own threads would only be in each other's way.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "0"}
+    workers: list[subprocess.Popen[bytes]] = []
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as task:
+        pickle.dump(_Task(data, renderer, count, folder), task)
+        task.flush()
+        command = [sys.executable, "-P", "-m", "tunesmith.cache", task.name]
+        heard, said = os.pipe()
+        try:
+            with os.fdopen(said, "wb"):
+                for number in range(count):
+                    workers.append(
+                        subprocess.Popen([*command, str(number)], stdout=said, env=environment, start_new_session=True)
+                    )
+            with os.fdopen(heard) as lines:
+                done = 0
+                for line in lines:
+                    done += int(line)
+                    on_rows(done)
+            codes = [worker.wait() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    if any(codes):
+        for _ in data.rows():  # raises what is wrong with the file as a whole, if that was it
+            pass
+        found = f"a process that ended with {next(filter(None, codes))} while it rendered rows"
+        fix = f"Look at the messages above; is memory short, or the disk of {folder.parent} full?"
+        raise RunError(data.path, found, "every row rendered", fix)
+
+
+def _work(task: _Task, number: int) -> None:
+    with pa.OSFile(str(task.folder / f"{number:04}.arrow"), "wb") as file, pa.ipc.new_file(file, rows.SCHEMA) as writer:
+        for batch in rows.render(task.records, task.renderer, number, task.of):
+            writer.write_batch(batch)
+            print(batch.num_rows, flush=True)
+
+
+def _mapped(folder: Path) -> pa.Table:
+    parts = [pa.ipc.open_file(pa.memory_map(str(path))) for path in sorted(folder.glob("*.arrow"))]
+    total = sum(part.num_record_batches for part in parts)
+    batches = [parts[i % len(parts)].get_batch(i // len(parts)) for i in range(total)]
+    return pa.Table.from_batches(batches, rows.SCHEMA)
+
+
+def _forget_old(kept: Path) -> None:
+    for folder in kept.iterdir():
+        if folder.is_dir() and time.time() - folder.stat().st_mtime > _DAYS_KEPT * 86400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    try:
+        _work(pickle.loads(Path(sys.argv[1]).read_bytes()), int(sys.argv[2]))
+    except DataError:  # the one who started this finds it again and says so
+        sys.exit(2)

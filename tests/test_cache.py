@@ -1,0 +1,167 @@
+"""Rows of large files: rendered by several processes as by one, kept, found again, and never half."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from conftest import byte_tokenizer
+from tunesmith import cache, records, rows
+from tunesmith.errors import DataError, RunError
+from tunesmith.render import Renderer
+from tunesmith.rows import Rows
+from tunesmith.template import probe
+
+
+@pytest.fixture
+def renderer() -> Renderer:
+    tokenizer = byte_tokenizer()
+    return Renderer(probe(tokenizer, str(tokenizer.chat_template), "tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rendered"
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five batches of rows, of every form, some faulty, some the same; enough for two processes."""
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(4 * rows.CHUNK + 100):
+            row: object = {"instruction": f"Frage {i % 9000} 你好", "output": "ja " * (i % 7 + 1)}
+            if i % 100 == 1:
+                row = {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}] * 2}
+            if i % 1000 == 5:
+                row = {"instruction": "without an answer"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    monkeypatch.setattr(cache, "LARGE", path.stat().st_size // 2)
+    return path
+
+
+def alone(data: records.Records, renderer: Renderer) -> pa.Table:
+    return pa.Table.from_batches(rows.render(data, renderer), rows.SCHEMA)
+
+
+def test_processes_render_what_one_renders(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    data = records.open_file(large)
+    heard: list[int] = []
+    table = cache.rendered(data, renderer, heard.append)
+    assert table.equals(alone(data, renderer))
+    assert table.num_rows == 4 * rows.CHUNK + 100 == heard[-1]
+    (folder,) = (path for path in own_cache.iterdir() if path.is_dir())
+    assert len(list(folder.glob("*.arrow"))) == min(2, cache._cores())
+
+
+def test_a_second_run_finds_what_the_first_rendered(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    data = records.open_file(large)
+    first = cache.rendered(data, renderer)
+    heard: list[int] = []
+    assert cache.rendered(records.open_file(large), renderer, heard.append).equals(first)
+    assert heard == []
+    # Anything that rows depend on is another folder.
+    other = Renderer(dataclasses.replace(renderer.template, folds_system=True))
+    for changed in (dataclasses.replace(data, system="Be brief."), dataclasses.replace(data, columns={"output": "o"})):
+        assert cache._name(changed, str(renderer.digest)) not in {path.name for path in own_cache.iterdir()}
+    assert other.digest != renderer.digest
+    with large.open("a", encoding="utf-8") as file:
+        file.write('{"instruction": "one", "output": "more"}\n')
+    assert cache.rendered(records.open_file(large), renderer, heard.append).num_rows == first.num_rows + 1
+    assert heard[-1] == first.num_rows + 1
+
+
+def test_small_files_are_not_kept(tmp_path: Path, renderer: Renderer, own_cache: Path) -> None:
+    path = tmp_path / "small.jsonl"
+    path.write_text('{"instruction": "one", "output": "two"}\n')
+    assert cache.rendered(records.open_file(path), renderer).num_rows == 1
+    assert not own_cache.exists()
+
+
+def test_a_killed_process_is_named_and_leaves_nothing(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    def kill_one(count: int) -> None:
+        psutil.Process().children()[0].kill()
+
+    with pytest.raises(RunError, match="ended with -9"):
+        cache.rendered(records.open_file(large), renderer, kill_one)
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+    assert cache.rendered(records.open_file(large), renderer).num_rows == 4 * rows.CHUNK + 100
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # the processes inherit it
+    try:
+        with pytest.raises(RunError, match=r"is memory short, or the disk of .* full"):
+            cache.rendered(records.open_file(large), renderer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+
+
+def test_a_file_that_changes_meanwhile_is_refused(large: Path, renderer: Renderer) -> None:
+    data = records.open_file(large)
+    large.write_text(large.read_text(encoding="utf-8") + "\n")
+    with pytest.raises(DataError, match="other bytes than a moment ago"):
+        cache.rendered(data, renderer)
+
+
+def test_what_nobody_asked_for_in_a_month_is_forgotten(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    cache.rendered(records.open_file(large), renderer)
+    (kept,) = (path for path in own_cache.iterdir() if path.is_dir())
+    old, recent = own_cache / "old", own_cache / "recent"
+    for folder, days in ((old, 40), (recent, 20)):
+        shutil.copytree(kept, folder)
+        then = folder.stat().st_mtime - days * 86400
+        os.utime(folder, (then, then))
+    cache._forget_old(own_cache)
+    assert not old.exists() and recent.exists() and kept.exists()
+
+
+# --- rows as a sequence -----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_the_renderer_gives(large: Path, renderer: Renderer) -> None:
+    data = records.open_file(large)
+    found = Rows(cache.rendered(data, renderer), data)
+    read = list(data.rows())
+    good = [row for row in read if isinstance(row, rows.Conversation)]
+    assert len(found) == len(good) == len(read) - 9
+    for i in (0, 1, 4, 5, 2047, 2048, 5000, len(good) - 1, -1):
+        row = found[i]
+        assert row.conversation == good[i]
+        assert row.documents == renderer.render(good[i])
+        assert (row.n_tokens, row.n_supervised) == (found.n_tokens[i], found.n_supervised[i])
+        assert row.conversation.origin == found.origin(i)
+    assert [row.conversation for row in found[3:7]] == good[3:7]
+    assert rows.faults_of(cache.rendered(data, renderer), data) == [row for row in read if isinstance(row, rows.Fault)]
+
+
+def test_repeats_are_those_with_equal_ids(tmp_path: Path, renderer: Renderer) -> None:
+    path = tmp_path / "rows.jsonl"
+    said = ["a", "b", "a", "c", "b", "a", "d"]
+    path.write_text("".join(json.dumps({"instruction": text, "output": "x"}) + "\n" for text in said))
+    data = records.open_file(path)
+    assert Rows(cache.rendered(data, renderer), data).repeats() == [(2, 0), (4, 1), (5, 0)]
+
+
+def test_the_ledger_of_a_large_file_counts_every_row(large: Path, tiny_model: Path) -> None:
+    from tunesmith.checking import check, hold_out, ledger
+    from tunesmith.recipe import resolve
+
+    flags = {"model.name": str(tiny_model), "data.path": str(large), "data.allow_set_aside": True}
+    checked = check(resolve(flags=flags)[0])
+    training, held_out = hold_out(checked)
+    lines = list(ledger(checked, training, held_out))
+    assert [line["line"] for line in lines] == list(range(1, checked.n_read + 1))
+    assert len(training) + len(held_out) + checked.n_set_aside == checked.n_read == 4 * rows.CHUNK + 100
+    assert len(held_out) == 200 and checked.n_set_aside == 9
