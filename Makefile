@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# uv installs in a sixth of the time; where it can not reach an index (it does not read pip's settings), pip does it.
+INSTALL = $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python --constraint constraints.txt --editable $(1) \
+	|| $(PIP) --constraint constraints.txt --editable $(1)
 
 .PHONY: demo test check format reference clean
 
@@ -27,11 +30,12 @@ reference: $(VENV)/.developing
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing tunesmith into $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --constraint constraints.txt uv
+	@$(call INSTALL,.)
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
-	@$(PIP) --editable '.[dev]'
+	@$(call INSTALL,'.[dev]')
 	@touch $@
 
 clean:
