@@ -16,10 +16,13 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -337,8 +340,9 @@ def _state(folder: Path) -> str:
 def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
     file: dict[str, Any] = {"gguf_file": ggufs[0].name, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+        with _reading_once():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
     except Exception as error:
         found = f"a GGUF file that can not be read ({_first_line(error)})"
         expected = "an architecture and a quantization that transformers reads"
@@ -352,6 +356,18 @@ def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
     fresh.generation_config = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """transformers reads the head of a GGUF file anew for tokenizer, config and weights, seconds each time for a
+    vocabulary of 50,000; while this holds, it is given the reader that it had before."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _convert_bins(folder: Path, bins: Sequence[Path], out: Path) -> None:
