@@ -59,6 +59,22 @@ def sight(tree: Tree, backend: Backend, device: torch.device) -> Sight:
     return {"reference": Dense, "gather": Gather, "flex": Flex}[backend](tree, device)
 
 
+def by_hand(
+    sight: Sight, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style, *, keep: bool
+) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """(T, H, D), and with `keep` its backward pass as a function, for layers whose backward pass is written by hand.
+
+    The function gives the gradients of the three, which must stay as they are until it is called, once.
+    """
+    if isinstance(sight, Gather):
+        gathered = _Gathered(sight.groups(style.window), style)
+        return gathered.forward(query_THD, key_TKD, value_TKD, differentiable=keep), gathered.backward
+    with torch.set_grad_enabled(keep):
+        query, key, value = (given.detach().requires_grad_(keep) for given in (query_THD, key_TKD, value_TKD))
+        out = sight.attend(query, key, value, style)
+    return out.detach(), lambda d_out: torch.autograd.grad(out, (query, key, value), d_out)
+
+
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +144,14 @@ class _Group:
     """(n, 1, L, keys) bool; None: causal."""
     biases: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
+    def collect(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """(n, H, L, D), and twice (n, K, keys, D)."""
+        keys = self.query_or_first if self.key is None else self.key
+        return [
+            tensor.index_select(0, index).unflatten(0, (self.n, -1)).transpose(1, 2)
+            for tensor, index in ((query, self.query_or_first), (key, keys), (value, keys))
+        ]
+
     def bias(self, dtype: torch.dtype) -> Tensor:
         """(n or 1, 1, L, keys): 0 where the query sees the key, else -inf."""
         if dtype not in self.biases:
@@ -157,7 +181,7 @@ class Gather:
         return self._groups[window]
 
     def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
-        return _Gathered.apply(query_THD, key_TKD, value_TKD, self.groups(style.window), style)  # type: ignore[return-value]
+        return _Differentiable.apply(query_THD, key_TKD, value_TKD, self.groups(style.window), style)  # type: ignore[return-value]
 
     def _group(self, pieces: Sequence[_Piece], window: int | None) -> _Group:
         n_tokens, position = len(self._tree.token_ids), torch.tensor(self._tree.position)
@@ -190,42 +214,59 @@ class Gather:
         )
 
 
-class _Gathered(torch.autograd.Function):
-    """Collecting and putting back is written by hand: the gradient of indexing adds row by row, and most rows occur
-    once. What lies between is `_Written` for short keys and for styles that nothing else knows, else torch's own."""
+class _Gathered:
+    """Attention group by group. Collecting and putting back is written by hand: the gradient of indexing adds row by
+    row, and most rows occur once. What was collected is collected again for the backward pass. What lies between is
+    `_Written` for short keys and for styles that nothing else knows, else torch's own."""
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[_Group], style: Style) -> Tensor:
-        ctx.groups, ctx.shapes = groups, (query.shape, key.shape, value.shape)
-        ctx.cores = []
+    def __init__(self, groups: list[_Group], style: Style) -> None:
+        self._groups, self._style = groups, style
+        self._cores: list[_Written | _Fused] = []
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, differentiable: bool) -> Tensor:
+        """(T, H, D). The three must stay as they are until `backward`."""
+        self._given = query, key, value
         out = query.new_empty(len(query) + 1, query.shape[1], value.shape[2])  # the last row is for padding
-        for group in groups:
-            keys = group.query_or_first if group.key is None else group.key
-            collected = [
-                tensor.index_select(0, index).unflatten(0, (group.n, -1)).transpose(1, 2)
-                for tensor, index in ((query, group.query_or_first), (key, keys), (value, keys))
-            ]
+        for group in self._groups:
+            collected = group.collect(query, key, value)
+            style = self._style
             written = style.softcap is not None or style.sinks is not None or collected[1].shape[2] <= _LONGEST_WRITTEN
             core = _Written(group, style) if written else _Fused(group, style)
-            out.index_copy_(0, group.query, core.forward(*collected, differentiable=any(ctx.needs_input_grad[:3])))
-            ctx.cores.append(core)
+            out.index_copy_(0, group.query, core.forward(*collected, differentiable=differentiable))
+            self._cores.append(core)
         return out[:-1]
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query_shape, key_shape, value_shape = ctx.shapes
-        d_query = grad_out.new_empty(query_shape[0] + 1, *query_shape[1:])
-        d_key, d_value = grad_out.new_zeros(key_shape), grad_out.new_zeros(value_shape)
-        for group, core in zip(ctx.groups, ctx.cores, strict=True):
-            d_result = grad_out.index_select(0, group.query_or_first)
+    def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; to be called once."""
+        query, key, value = self._given
+        d_query = d_out.new_empty(len(query) + 1, *query.shape[1:])
+        d_key, d_value = d_out.new_zeros(key.shape), d_out.new_zeros(value.shape)
+        for group, core in zip(self._groups, self._cores, strict=True):
+            d_result = d_out.index_select(0, group.query_or_first)
             if group.padded is not None:
                 d_result.masked_fill_(group.padded, 0)
-            q, k, v = core.backward(d_result.unflatten(0, (group.n, -1)).transpose(1, 2))
+            d_result = d_result.unflatten(0, (group.n, -1)).transpose(1, 2)
+            q, k, v = core.backward(d_result, lambda group=group: group.collect(query, key, value))
             keys = group.query_or_first if group.key is None else group.key
             d_query.index_copy_(0, group.query, q)
             d_key.index_add_(0, keys, k)
             d_value.index_add_(0, keys, v)
-        return d_query[:-1], d_key, d_value, None, None
+        return d_query[:-1], d_key, d_value
+
+
+class _Differentiable(torch.autograd.Function):
+    """`_Gathered` where autograd is at work."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[_Group], style: Style) -> Tensor:
+        ctx.gathered = _Gathered(groups, style)
+        ctx.save_for_backward(query, key, value)  # only so that autograd sees when somebody changes them meanwhile
+        return ctx.gathered.forward(query, key, value, differentiable=any(ctx.needs_input_grad[:3]))
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _ = ctx.saved_tensors
+        return *ctx.gathered.backward(grad_out), None, None
 
 
 class _Written:
@@ -258,14 +299,15 @@ class _Written:
             probabilities = torch.softmax(joined, -1)[..., :-1].contiguous()
         out = torch.bmm(probabilities.to(value.dtype), value)
         if differentiable:
-            self._saved = folded, key, value, probabilities
+            self._probabilities = probabilities
         return self._unfold(out)
 
-    def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the collected queries, keys and values, (n · L, heads, D) each."""
-        query, key, value, probabilities = self._saved
-        del self._saved
+    def backward(self, d_out: Tensor, again: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the collected queries, keys and values, (n · L, heads, D) each; `again` collects them."""
+        probabilities = self._probabilities
+        del self._probabilities
         n, key_heads = self._shape[:2]
+        query, key, value = (tensor.reshape(n * key_heads, -1, tensor.shape[3]) for tensor in again())
         d_out = d_out.reshape(n * key_heads, -1, d_out.shape[3])
         d_value = torch.bmm(probabilities.to(d_out.dtype).mT, d_out)
         d_probabilities = torch.bmm(d_out, value.mT).to(probabilities.dtype)
@@ -306,8 +348,8 @@ class _Fused:
             )
         return self._out.detach().transpose(1, 2).flatten(0, 1)
 
-    def backward(self, d_out: Tensor) -> list[Tensor]:
-        """Gradients of the collected queries, keys and values, (n · L, heads, D) each."""
+    def backward(self, d_out: Tensor, again: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Gradients of the collected queries, keys and values, (n · L, heads, D) each; they are still there."""
         gradients = torch.autograd.grad(self._out, self._leaves, d_out)
         return [gradient.transpose(1, 2).flatten(0, 1) for gradient in gradients]
 

@@ -22,6 +22,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from tunesmith.engine import attention
 from tunesmith.engine.attention import Sight, Style
 from tunesmith.engine.batch import Batch
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
@@ -46,9 +47,9 @@ def _unmap(model: nn.Module, head: nn.Linear) -> None:
     """Copies what `Linears` will not. Weights read from a file are mapped, and a single one that stays so keeps the
     pages of all others that were read among this process's memory: those of the whole base a second time."""
     for module in model.modules():
-        is_linear = isinstance(module, nn.Linear) and module is not head
-        for parameter in [module.bias] if is_linear else module.parameters(recurse=False):
-            if parameter is not None and not parameter.requires_grad:
+        copied_later = {"weight"} if isinstance(module, nn.Linear) and module is not head else set()
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in copied_later and not parameter.requires_grad:
                 kept = empty(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = kept.copy_(parameter.data)
 
@@ -257,7 +258,7 @@ class _Saved(NamedTuple):
     rstd: Tensor
     h_qkv: Tensor
     qkv: Tensor
-    attended: tuple[tuple[Tensor, Tensor, Tensor], Tensor]
+    attention_backward: Callable[[Tensor], Sequence[Tensor]]
     extended: Tensor
     x_middle: Tensor
     rstd_middle: Tensor
@@ -449,14 +450,8 @@ class Decoder:
             query, key = normed_heads
         _rotate(query, cos, sin)
         _rotate(key, cos, sin)
-        with torch.set_grad_enabled(keep):
-            leaves = (
-                query.detach().requires_grad_(keep),
-                key.detach().requires_grad_(keep),
-                value.detach().requires_grad_(keep),
-            )
-            attended = micro.sight.attend(*leaves, layer.style)
-        result = attended.detach().flatten(1)
+        attended, attention_backward = attention.by_hand(micro.sight, query, key, value, layer.style, keep=keep)
+        result = attended.flatten(1)
         x_rows = x
         if is_last:
             result, x_rows, out = (
@@ -483,7 +478,7 @@ class Decoder:
         if not keep:
             return out, None
         state = _Saved(
-            x, rstd, h_qkv, qkv, (leaves, attended), extended_o, x_middle, rstd_middle, h_gate_up, gate_up, h_down,
+            x, rstd, h_qkv, qkv, attention_backward, extended_o, x_middle, rstd_middle, h_gate_up, gate_up, h_down,
             tuple(head_rstds),
         )  # fmt: skip
         return out, state
@@ -519,12 +514,11 @@ class Decoder:
         d_attended = layer.o.backward(d_out, d_extended, keep_o, take("dropped", n_rows, layer.o.inputs))
         dropped = self._dropped(saved.extended[:, : layer.o.inputs], keep_o)
         layer.o.adapter_backward(d_out, saved.extended[:, layer.o.inputs :], dropped, d_extended[:, layer.o.inputs :])
-        leaves, attended = saved.attended
         if is_last:
             d_attended, d_out = (
                 t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, micro.predict_from, t) for t in (d_attended, d_out)
             )
-        gradients = torch.autograd.grad(attended, leaves, d_attended.unflatten(1, (-1, layer.head_size)))
+        gradients = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
         d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
         parts = d_qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
         for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
