@@ -154,7 +154,7 @@ def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_pa
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[0] == "Bo."
     assert "never read" not in ended.stdout + ended.stderr
-    first, second = records.read(saved).conversations
+    first, second = records.open_file(saved).rows()
     assert [m.content for m in first.messages] == ["Who are you?", "Bo."]
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
 
@@ -203,7 +203,7 @@ def test_several_pasted_lines_are_one_turn(run: Run, tmp_path: Path) -> None:
     terminal.wait_for("Added|Usage")
     terminal.type("/quit\r")
     assert terminal.exit_code() == 0
-    (conversation,) = records.read(tmp_path / "pasted.jsonl").conversations
+    (conversation,) = records.open_file(tmp_path / "pasted.jsonl").rows()
     assert conversation.messages[0].content == "one\ntwo\nthree"
 
 
