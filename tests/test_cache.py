@@ -140,7 +140,9 @@ def test_rows_are_what_the_renderer_gives(large: Path, renderer: Renderer) -> No
         row = found[i]
         assert row.conversation == good[i]
         assert row.documents == renderer.render(good[i])
-        assert (row.n_tokens, row.n_supervised) == (found.n_tokens[i], found.n_supervised[i])
+        assert sum(len(document.token_ids) for document in row.documents) == found.n_tokens[i]
+        assert sum(sum(document.supervised) for document in row.documents) == found.n_supervised[i]
+        assert max(len(document.token_ids) for document in row.documents) == found.longest[i]
         assert row.conversation.origin == found.origin(i)
     assert [row.conversation for row in found[3:7]] == good[3:7]
     assert rows.faults_of(cache.rendered(data, renderer), data) == [row for row in read if isinstance(row, rows.Fault)]

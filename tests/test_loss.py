@@ -93,11 +93,11 @@ def test_head_loss_is_differentiated_like_any_other_function(
     given = case(33, 17, 101)
     hidden = given.hidden.clone().requires_grad_()
     value = HeadLoss.apply(hidden.sin(), given.weight, given.labels, softcap)
-    (value / 7).backward()  # type: ignore[union-attr]
+    (value / 7).backward()
     right = expected(replace(given, hidden=given.hidden.sin()), softcap)
     chained = right[0], right[1] * given.hidden.cos() / 7
     assert hidden.grad is not None
-    assert off((value.detach(), hidden.grad), chained) < 1e-12  # type: ignore[union-attr]  # observed 5.6e-16
+    assert off((value.detach(), hidden.grad), chained) < 1e-12  # observed 5.6e-16
 
 
 def test_the_loss_with_a_graph_is_torchs_cross_entropy() -> None:

@@ -40,11 +40,13 @@ SHARED, OWN, REPLY = 40, (10, 60), (20, 120)  # tokens: a system prompt, a quest
 def documents(step: int, vocabulary: int) -> list[Rendered]:
     """Rows of one step: a prompt they share, then each its own."""
     draw = random.Random(step)
-    ids = lambda n: [draw.randrange(vocabulary) for _ in range(n)]  # noqa: E731
-    shared = [random.Random(0).randrange(vocabulary) for _ in range(SHARED)]
+    shared = random.Random(0).choices(range(vocabulary), k=SHARED)
     rows = []
     for row in range(ROWS):
-        prompt, reply = shared + ids(draw.randint(*OWN)), ids(draw.randint(*REPLY))
+        prompt, reply = (
+            more + draw.choices(range(vocabulary), k=draw.randint(*length))
+            for more, length in ((shared, OWN), ([], REPLY))
+        )
         rows.append(Rendered((*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),), Origin("random", row)))
     return rows
 
@@ -171,7 +173,7 @@ def main() -> None:
     if not arguments.nf4 and "tokens_per_second" in result["ours"]:
         result["share_of_product_rate"] = floor / statistics.median(result["ours"]["seconds"][1:]) / rate
     result["plain"] = timed(lambda rows: plain_step(model, rows), model, config.vocab_size)
-    model.get_base_model().activation_checkpointing_enable()  # type: ignore[operator]
+    model.get_base_model().activation_checkpointing_enable()
     result["plain_recomputed"] = timed(lambda rows: plain_step(model, rows), model, config.vocab_size)
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     result["versions"] = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "tunesmith")}

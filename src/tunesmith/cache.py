@@ -30,6 +30,7 @@ from tunesmith.render import Renderer
 LARGE = 8 * 2**20
 """Bytes of a file from which on its rows are kept; below, starting a process takes longer than rendering."""
 _DAYS_KEPT = 30
+_FIX = "Free some space there, or name another place with TUNESMITH_CACHE."
 
 
 class _Task(NamedTuple):
@@ -51,12 +52,12 @@ def rendered(data: Records, renderer: Renderer, on_rows: Callable[[int], None] =
         return pa.Table.from_batches(rows.render(data, renderer), rows.SCHEMA)
     kept = hub.cache_dir() / "rendered"
     folder = kept / _name(data, renderer.digest)
-    with rundir.writing(kept):
+    with rundir.writing(kept, _FIX):
         kept.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # of several processes that train together one renders
-        if not folder.is_dir():
+        if not rundir.is_whole(folder):  # what a disk has damaged since would be trained on
             _forget_old(kept)
-            with rundir.commit(folder) as partial:
+            with rundir.commit(folder, _FIX) as partial:
                 _render_into(partial, data, renderer, on_rows)
         os.utime(folder)
         return _mapped(folder)
@@ -74,7 +75,11 @@ def _name(data: Records, renderer_digest: str) -> str:
 def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Callable[[int], None]) -> None:
     count = max(1, min(_cores(), data.n_bytes // LARGE))
     # What this process can import, the others can; the tokenizer's own threads would only be in each other's way.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+        "TOKENIZERS_PARALLELISM": "0",
+    }
     workers: list[subprocess.Popen[bytes]] = []
     with tempfile.NamedTemporaryFile(suffix=".pickle") as task:
         pickle.dump(_Task(data, renderer, count, folder), task)
@@ -106,10 +111,12 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
 
 
 def _work(task: _Task, number: int) -> None:
+    counts = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is not a count
     with pa.OSFile(str(task.folder / f"{number:04}.arrow"), "wb") as file, pa.ipc.new_file(file, rows.SCHEMA) as writer:
         for batch in rows.render(task.records, task.renderer, number, task.of):
             writer.write_batch(batch)
-            print(batch.num_rows, flush=True)
+            print(batch.num_rows, file=counts, flush=True)
 
 
 def _mapped(folder: Path) -> pa.Table:

@@ -47,14 +47,6 @@ class Row:
     conversation: Conversation
     documents: tuple[Rendered, ...]
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(document.token_ids) for document in self.documents)
-
-    @property
-    def n_supervised(self) -> int:
-        return sum(document.n_supervised for document in self.documents)
-
 
 def render(records: Records, renderer: Renderer, share: int = 0, of: int = 1) -> Iterator[pa.RecordBatch]:
     """The rows of a file read and rendered, `CHUNK` in a batch; of every `of` batches the one numbered `share`.

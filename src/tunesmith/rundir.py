@@ -122,14 +122,18 @@ def open_run(path: Path) -> RunDir:
     return run
 
 
+_FREE_SOME = "What was complete is still there; free some space or choose another --out."
+
+
 @contextmanager
-def commit(final: Path) -> Iterator[Path]:
+def commit(final: Path, fix: str = _FREE_SOME) -> Iterator[Path]:
     """A folder to write into; it takes the name `final` only when everything in it is whole and on disk.
 
-    `files.json` with the size and SHA-256 of every file is added. On an exception nothing is left.
+    `files.json` with the size and SHA-256 of every file is added. On an exception nothing is left; `fix` is what to
+    do where the disk is at fault.
     """
     partial = final.with_name(f".{final.name}.partial")
-    with writing(final):
+    with writing(final, fix):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -148,8 +152,17 @@ def commit(final: Path) -> Iterator[Path]:
             raise
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a committed folder holds the files it was committed with, byte for byte."""
+    try:
+        digests = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+        return all(sha256(folder / name) == entry["sha256"] for name, entry in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 @contextmanager
-def writing(where: Path) -> Iterator[None]:
+def writing(where: Path, fix: str = _FREE_SOME) -> Iterator[None]:
     """Turns the errors of a full or closed disk into RunError, so that a user reads what happened."""
     try:
         yield
@@ -157,7 +170,6 @@ def writing(where: Path) -> Iterator[None]:
         reason = None if isinstance(error, TunesmithError) else _disk_problem(error)
         if reason is None:
             raise
-        fix = "What was complete is still there; free some space or choose another --out."
         raise RunError(str(where), reason, "a disk that can be written to", fix) from error
 
 

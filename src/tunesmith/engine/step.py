@@ -59,7 +59,7 @@ class Engine:
         self._checked = False
         self.way: Way = "padded"
         """How steps are computed."""
-        self._rotary_limit = _rotary_limit(model)
+        self._longest_together = _longest_together(model)
         self._dynamic_rotaries: list[Any] = [
             module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"
         ]
@@ -128,17 +128,16 @@ class Engine:
     def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
         asked = self._settings.tokens_per_micro_batch
         n_tokens = _TOKENS[self._device.type] if asked == "auto" else asked
-        # Some rotary embeddings depend on the longest row beside them; such rows go alone.
-        alone = [[document] for document in documents if self._counts_for_rotary(document)]
-        together = [document for document in documents if not self._counts_for_rotary(document)]
+        alone = [[document] for document in documents if self._goes_alone(document)]
+        together = [document for document in documents if not self._goes_alone(document)]
         if not together:
             return alone
         if self.way == "padded":
             return _cut_padded(together, n_tokens if asked != "auto" else n_tokens // 2) + alone
         return trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) + alone
 
-    def _counts_for_rotary(self, document: Rendered) -> bool:
-        return len(document.token_ids) > self._rotary_limit
+    def _goes_alone(self, document: Rendered) -> bool:
+        return len(document.token_ids) > self._longest_together
 
     def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way, weight: int = 1) -> Tensor:
         self._forget_lengths()
@@ -160,14 +159,14 @@ class Engine:
             return summed_loss(self._model, inputs)
 
     def _tree(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, attention.Sight]:
-        whole = self._counts_for_rotary(documents[0])
+        whole = self._goes_alone(documents[0])
         tree = trie.lay_out(documents, share_prefix=self._settings.share_prefix, whole=whole)
         return batch.of_tree(tree, self._device), attention.sight(tree, self._backend, self._device)
 
     @contextmanager
     def _seen(self, documents: Sequence[Rendered], way: Way) -> Iterator[batch.Batch | batch.Padded]:
         if way == "padded":
-            yield batch.pad(documents, self._device, whole=self._counts_for_rotary(documents[0]))
+            yield batch.pad(documents, self._device, whole=self._goes_alone(documents[0]))
             return
         tree_batch, sight = self._tree(documents)
         with attention.looking_through(sight, self._model):
@@ -321,9 +320,12 @@ def _not_packable(model: PeftModel) -> str | None:
     return None
 
 
-def _rotary_limit(model: PeftModel) -> int:
-    """The longest row whose rotary embedding does not depend on its length."""
+def _longest_together(model: PeftModel) -> int:
+    """The longest row that may lie beside others and lose what stands behind its last learned token: beyond, a rotary
+    embedding counts the tokens. None may where an indexer picks the best keys of a row (DeepSeek 3.2)."""
     config = cast("Any", model.get_base_model()).config.get_text_config()
+    if getattr(config, "index_topk", None):
+        return 0
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = list(parameters.values()) if any(isinstance(v, dict) for v in parameters.values()) else [parameters]
     limits = [2**62]
