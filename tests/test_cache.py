@@ -80,6 +80,39 @@ def test_a_second_run_finds_what_the_first_rendered(large: Path, renderer: Rende
     assert heard[-1] == first.num_rows + 1
 
 
+def test_rows_that_a_disk_has_damaged_are_rendered_again(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    first = cache.rendered(records.open_file(large), renderer)
+    (folder,) = (path for path in own_cache.iterdir() if path.is_dir())
+    part = sorted(folder.glob("*.arrow"))[0]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.unlink()  # `first` still has the old one mapped
+    part.write_bytes(content)
+    heard: list[int] = []
+    assert cache.rendered(records.open_file(large), renderer, heard.append).equals(first)
+    assert heard[-1] == first.num_rows
+
+
+def test_ctrl_c_while_rendering_leaves_nothing(large: Path, renderer: Renderer, own_cache: Path) -> None:
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.rendered(records.open_file(large), renderer, interrupt)
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+    assert psutil.Process().children() == []
+
+
+def test_a_cache_that_can_not_be_written_says_how_to_move_it(
+    large: Path, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file where the folder should be")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(taken))
+    with pytest.raises(RunError, match="TUNESMITH_CACHE"):
+        cache.rendered(records.open_file(large), renderer)
+
+
 def test_small_files_are_not_kept(tmp_path: Path, renderer: Renderer, own_cache: Path) -> None:
     path = tmp_path / "small.jsonl"
     path.write_text('{"instruction": "one", "output": "two"}\n')

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from peft import PeftModel
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared, save_tiny_model
 from tunesmith import hub, model
+from tunesmith.engine.decoder import Decoder
 from tunesmith.errors import ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.model import open_renderer, targets
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
@@ -481,12 +483,14 @@ def test_a_cut_bin_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Pat
 
 
 def test_a_gguf_that_is_none_is_refused(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+    reader = gguf.GGUFReader
     folder = copied(tiny_model, tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "model.gguf").write_bytes(b"GGUF" + b"\0" * 99)
     with pytest.raises(ModelError, match="a GGUF file that can not be read"):
         model.prepared(located(folder))
     assert list(cache.iterdir()) == []
+    assert gguf.GGUFReader is reader  # a model file is read once per conversion, not once per process
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -592,3 +596,16 @@ def test_the_adapter_is_kept_in_fp32_over_a_base_in_half_precision(tiny_model: P
     attached = model.attach(base, LORA, seed=0, base_name="x")
     assert {p.dtype for p in attached.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in attached.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_by_hand_keep_no_page_of_the_weights_file(tied: bool, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    base = model.load_base(located(folder), BASE)
+    expected = logits(base)
+    attached = model.attach(base, LORA, seed=1, base_name=str(folder))
+    assert str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+    Decoder(attached)
+    assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
+    torch.testing.assert_close(logits(attached), expected, rtol=1e-5, atol=1e-6)
