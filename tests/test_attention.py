@@ -5,6 +5,7 @@ Legend: T tokens, H query heads, K key heads, D head size.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -159,7 +160,7 @@ def test_gather_is_the_reference_on_rows_too_long_to_be_written_out(
     )  # observed 1.2e-14
     written, fused = {("_Written", False)}, {("_Fused", False)}
     assert met == {None: fused | {("_Fused", True), ("_Written", True)}, 7: written, 300: written | fused}[window]
-    pieces = list(attention._pieces(LONG, window))
+    pieces = list(attention._pieces(LONG, window, range(len(LONG.token_ids))))
     assert max(piece.stop - piece.start for piece in pieces if not piece.causal) == attention._LONGEST_MASKED
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(LONG.token_ids)))
 
@@ -203,6 +204,34 @@ def test_however_gather_cuts_and_groups_it_is_the_reference(
         assert worst(results(tree, "gather", given, asked), expected) < 1e-12  # observed 1.1e-15
 
 
+@settings(max_examples=60, deadline=None)
+@given(batches(letters=2), st.sampled_from(WINDOWS), st.lists(st.floats(0, 1), max_size=3), st.booleans())
+def test_queries_can_be_dealt_out(
+    documents: list[Rendered], window: int | None, cuts: list[float], apart: bool
+) -> None:
+    heads, size = (4, 2), 2
+    tree, asked = lay_out(documents), style(heads, size, window=window)
+    given, n = tensors(tree, heads, size), len(tree.token_ids)
+    if apart:  # as they lie in the output of one product
+        joined = torch.cat([tensor.flatten(1) for tensor in given[:3]], 1)
+        widths = [tensor[0].numel() for tensor in given[:3]]
+        given[:3] = [part.unflatten(1, (-1, size)) for part in joined.split(widths, 1)]
+    expected = results(tree, "reference", given, asked)
+    d_out = given[3]
+    bounds = [0, *sorted(round(cut * n) for cut in cuts), n]
+    sight = Gather(tree, CPU)
+    outs, gradients = [], []
+    for start, stop in itertools.pairwise(bounds):
+        if start == stop:
+            continue
+        out, backward = attention.by_hand(sight, *given[:3], asked, range(start, stop), keep=True)
+        outs.append(out)
+        gradients.append(backward(d_out[start:stop]))
+    found = [torch.cat(outs), torch.cat([g[0] for g in gradients])]
+    found += [torch.stack([g[i] for g in gradients]).sum(0) for i in (1, 2)]
+    assert worst(found, expected) < 1e-12  # observed 4e-16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", STYLES)
 def test_gather_rounds_no_more_than_the_reference(kind: str, dtype: torch.dtype) -> None:
@@ -217,13 +246,10 @@ def test_gather_computes_few_scores_that_nobody_needs() -> None:
     """What it is for: with 300 documents behind one prompt, a dense mask is many times as much."""
     tree = grow(2, (0, 64), *[(60, 60 + 4 + n % 9) for n in range(300)])
     needed = sum(position + 1 for position in tree.position)
-    gathered = Gather(tree, CPU)
-    computed = sum(
-        len(group.query) * (len(group.query) // group.n if group.key is None else len(group.key) // group.n)
-        for group in gathered.groups(None)
-    )
+    groups = Gather(tree, CPU).plan(None, range(len(tree.token_ids))).groups
+    computed = sum(group.query.numel() * group.key.shape[1] for group in groups)
     assert computed < 2 * needed  # observed 1.4
-    assert len(gathered.groups(None)) < 10  # observed 4
+    assert len(groups) < 10  # observed 4
     assert len(tree.token_ids) ** 2 > 20 * needed  # observed 38
 
 

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from test_trie import batches
 from tunesmith.engine import decoder, trie
-from tunesmith.engine.decoder import Decoder, Masks
+from tunesmith.engine.decoder import Masks
 from tunesmith.engine.memory import Buffers
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
@@ -442,7 +442,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None
 @pytest.mark.parametrize("way", ["decoder", "tree"])
 def test_recomputing_layers_changes_nothing(monkeypatch: pytest.MonkeyPatch, way: str, dropout: float) -> None:
     found, n_forward = {}, {}
-    calls = counted(monkeypatch, *((Decoder, "_forward") if way == "decoder" else (LlamaAttention, "forward")))
+    calls = counted(monkeypatch, *((decoder._Lane, "_forward") if way == "decoder" else (LlamaAttention, "forward")))
     for asked in ("none", 2, "all"):
         model = adapted(base("llama", num_hidden_layers=3), lora_dropout=dropout).double()
         made = engine(model, way, recompute_layers=asked)

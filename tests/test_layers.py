@@ -18,7 +18,7 @@ LAYERS = [
     {"engine.step", "model"},
     {"engine.decoder"},
     {"engine.attention", "engine.batch"},
-    {"engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
+    {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"cache", "rows"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},

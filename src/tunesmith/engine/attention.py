@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -60,15 +60,18 @@ def sight(tree: Tree, backend: Backend, device: torch.device) -> Sight:
 
 
 def by_hand(
-    sight: Sight, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style, *, keep: bool
+    sight: Sight, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style, rows: range, *, keep: bool
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
-    """(T, H, D), and with `keep` its backward pass as a function, for layers whose backward pass is written by hand.
+    """(rows, H, D) for consecutive queries, and with `keep` its backward pass as a function, for layers whose backward
+    pass is written by hand.
 
-    The function gives the gradients of the three, which must stay as they are until it is called, once.
+    The function gives the gradients of the queries `rows`, and of all keys and values as far as these queries see
+    them. The three must stay as they are until it is called, once. Only `Gather` can leave out queries.
     """
     if isinstance(sight, Gather):
-        gathered = _Gathered(sight.groups(style.window), style)
+        gathered = _Gathered(sight.plan(style.window, rows), style)
         return gathered.forward(query_THD, key_TKD, value_TKD, differentiable=keep), gathered.backward
+    assert len(rows) == len(query_THD)
     with torch.set_grad_enabled(keep):
         query, key, value = (given.detach().requires_grad_(keep) for given in (query_THD, key_TKD, value_TKD))
         out = sight.attend(query, key, value, style)
@@ -127,42 +130,93 @@ class _Piece:
     """Nothing but the causal order hides a key."""
 
 
-@dataclass(frozen=True)
 class _Group:
     """Pieces side by side, padded on the right."""
 
-    query: Tensor
-    """(n · L,) index of the query; `n_tokens` where there is none."""
-    query_or_first: Tensor
-    """The same with 0 instead of `n_tokens`."""
-    key: Tensor | None
-    """(n · keys,) index of the key, 0 where there is none; None: the keys are the queries."""
-    n: int
-    padded: Tensor | None
-    """(n · L, 1, 1) bool, True where there is no query; None: there is one everywhere."""
-    visible: Tensor | None
-    """(n, 1, L, keys) bool; None: causal."""
-    biases: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    def __init__(self, query: Tensor, key: Tensor, visible: Tensor | None) -> None:
+        self.query, self.key = query, key
+        """(n, L) and (n, keys) indices of tokens, -1 where there is none."""
+        self.visible = visible
+        """(n, 1, L, keys) bool; None: causal."""
+        self.padding = (query < 0)[:, None, :, None] if bool((query < 0).any()) else None
+        """(n, 1, L, 1) bool, True where there is no query; None: there is one everywhere."""
+        self._biases: dict[torch.dtype, Tensor] = {}
+        self._rows: dict[tuple[bool, int, int, int], Tensor] = {}
 
-    def collect(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """(n, H, L, D), and twice (n, K, keys, D)."""
-        keys = self.query_or_first if self.key is None else self.key
-        return [
-            tensor.index_select(0, index).unflatten(0, (self.n, -1)).transpose(1, 2)
-            for tensor, index in ((query, self.query_or_first), (key, keys), (value, keys))
-        ]
+    def collect(self, tensor_THD: Tensor, *, of_keys: bool, first: int = 0) -> Tensor:
+        """(n, H, L or keys, D): what the tensor, which begins with token `first`, has for the queries or the keys;
+        anything where there is none."""
+        _, heads, size = tensor_THD.shape
+        if tensor_THD.stride()[1:] != (size, 1) or tensor_THD.stride(0) % size:
+            tensor_THD = tensor_THD.contiguous()
+        apart = tensor_THD.stride(0) // size
+        which = of_keys, first, heads, apart
+        if which not in self._rows:
+            token = (self.key if of_keys else self.query) - first
+            self._rows[which] = _head_rows(token.clamp_min(0), heads, apart).flatten()
+        rows = self._rows[which]
+        flat = tensor_THD.as_strided(((len(tensor_THD) - 1) * apart + heads, size), (size, 1))
+        return flat.index_select(0, rows).view(len(self.query), heads, -1, size)
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """(n or 1, 1, L, keys): 0 where the query sees the key, else -inf."""
-        if dtype not in self.biases:
+        if dtype not in self._biases:
             visible = self.visible
             if visible is None:
-                length = len(self.query) // self.n
+                length = self.query.shape[1]
                 visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.query.device).tril_()
-            self.biases[dtype] = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+            self._biases[dtype] = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
                 ~visible, -math.inf
             )
-        return self.biases[dtype]
+        return self._biases[dtype]
+
+
+def _head_rows(token: Tensor, heads: int, apart: int) -> Tensor:
+    """(n, heads, L): where the heads of (n, L) tokens lie if a token begins every `apart` rows."""
+    return token[:, None] * apart + torch.arange(heads, device=token.device)[:, None]
+
+
+class _Plan:
+    """The groups of some consecutive queries, and where what they compute belongs."""
+
+    def __init__(self, groups: Sequence[_Group], rows: range, n_tokens: int) -> None:
+        self.groups, self.rows, self._n_tokens = groups, rows, n_tokens
+        self._orders: dict[int, Tensor] = {}
+        self._bags: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def parts(self, flat: Tensor, heads: int, *, of_keys: bool) -> list[Tensor]:
+        """Views (n, heads, L or keys, D) of the groups' places in (`size`, D)."""
+        shapes = [(len(g.query), heads, (g.key if of_keys else g.query).shape[1], flat.shape[1]) for g in self.groups]
+        lengths = [math.prod(shape[:3]) for shape in shapes]
+        return [part.view(shape) for part, shape in zip(flat.split(lengths), shapes, strict=True)]
+
+    def size(self, heads: int, *, of_keys: bool) -> int:
+        return heads * sum((group.key if of_keys else group.query).numel() for group in self.groups)
+
+    def in_order(self, flat: Tensor, heads: int) -> Tensor:
+        """(rows, heads, D): of every query what its group has for it."""
+        if heads not in self._orders:
+            places = self._places([group.query - self.rows.start for group in self.groups], heads)
+            self._orders[heads] = places.argsort()[len(places) - len(self.rows) * heads :]
+        return flat.index_select(0, self._orders[heads]).view(len(self.rows), heads, -1)
+
+    def summed(self, flat: Tensor, heads: int) -> Tensor:
+        """(T, heads, D): of every key the sum of what the groups have for it."""
+        if heads not in self._bags:
+            places = self._places([group.key for group in self.groups], heads)
+            order = places.argsort(stable=True)
+            every = torch.arange(self._n_tokens * heads, device=flat.device)
+            first = torch.searchsorted(places[order], every)
+            n_absent = int((places < 0).sum())
+            self._bags[heads] = order[n_absent:], first - n_absent
+        return F.embedding_bag(self._bags[heads][0], flat, self._bags[heads][1], mode="sum").view(
+            self._n_tokens, heads, -1
+        )
+
+    @staticmethod
+    def _places(tokens: Sequence[Tensor], heads: int) -> Tensor:
+        """Of every row of the groups, one behind the other, the row among all tokens' heads; negative for padding."""
+        return torch.cat([torch.where(t[:, None] < 0, -1, _head_rows(t, heads, heads)).flatten() for t in tokens])
 
 
 class Gather:
@@ -170,96 +224,93 @@ class Gather:
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self._tree, self._device = tree, device
-        self._groups: dict[int | None, list[_Group]] = {}
+        self._plans: dict[tuple[int | None, range], _Plan] = {}
 
-    def groups(self, window: int | None) -> list[_Group]:
+    def plan(self, window: int | None, rows: range) -> _Plan:
         if window is not None and max(self._tree.position) < window:
             window = None
-        if window not in self._groups:
-            pieces = sorted(_pieces(self._tree, window), key=lambda piece: (piece.causal, _area(piece)), reverse=True)
-            self._groups[window] = [self._group(some, window) for some in _side_by_side(pieces)]
-        return self._groups[window]
+        if (window, rows) not in self._plans:
+            found = _pieces(self._tree, window, rows)
+            pieces = sorted(found, key=lambda piece: (piece.causal, _area(piece)), reverse=True)
+            groups = [self._group(some, window) for some in _side_by_side(pieces)]
+            self._plans[window, rows] = _Plan(groups, rows, len(self._tree.token_ids))
+        return self._plans[window, rows]
 
     def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
-        return _Differentiable.apply(query_THD, key_TKD, value_TKD, self.groups(style.window), style)  # type: ignore[return-value]
+        plan = self.plan(style.window, range(len(query_THD)))
+        return _Differentiable.apply(query_THD, key_TKD, value_TKD, plan, style)  # type: ignore[return-value]
 
     def _group(self, pieces: Sequence[_Piece], window: int | None) -> _Group:
-        n_tokens, position = len(self._tree.token_ids), torch.tensor(self._tree.position)
-        length = max(piece.stop - piece.start for piece in pieces)
-        query = torch.full((len(pieces), length), n_tokens)
+        query = torch.full((len(pieces), max(piece.stop - piece.start for piece in pieces)), -1)
         for row, piece in enumerate(pieces):
             query[row, : piece.stop - piece.start] = torch.arange(piece.start, piece.stop)
-        absent = query == n_tokens
-        key = visible = None
-        if not pieces[0].causal:
-            n_keys = torch.tensor([len(piece.keys) for piece in pieces])
-            key = torch.zeros(len(pieces), int(n_keys.max()), dtype=torch.int64)
-            for row, piece in enumerate(pieces):
-                key[row, : len(piece.keys)] = torch.tensor(piece.keys)
-            # The keys of a piece lie on one path, so their order in the layout is that of the document.
-            visible = (key[:, None] <= query[:, :, None]) & (torch.arange(key.shape[1]) < n_keys[:, None])[:, None]
-            if window is not None:
-                distance = position[query.masked_fill(absent, 0)][:, :, None] - position[key][:, None]
-                visible &= distance < window
-            visible |= absent[:, :, None]  # a row without any key is not a number
-            visible = visible[:, None].to(self._device)
-            key = key.flatten().to(self._device)
-        return _Group(
-            query.flatten().to(self._device),
-            query.masked_fill(absent, 0).flatten().to(self._device),
-            key,
-            len(pieces),
-            absent.view(-1, 1, 1).to(self._device) if bool(absent.any()) else None,
-            visible,
-        )
+        if pieces[0].causal:
+            query = query.to(self._device)
+            return _Group(query, query, None)
+        key = torch.full((len(pieces), max(len(piece.keys) for piece in pieces)), -1)
+        for row, piece in enumerate(pieces):
+            key[row, : len(piece.keys)] = torch.tensor(piece.keys)
+        # The keys of a piece lie on one path, so their order in the layout is that of the document.
+        visible = (key[:, None] <= query[:, :, None]) & (key[:, None] >= 0)
+        if window is not None:
+            position = torch.tensor(self._tree.position)
+            visible &= position[query][:, :, None] - position[key][:, None] < window
+        visible |= (query < 0)[:, :, None]  # a row without any key is not a number
+        return _Group(*(tensor.to(self._device) for tensor in (query, key, visible[:, None])))
 
 
 class _Gathered:
-    """Attention group by group. Collecting and putting back is written by hand: the gradient of indexing adds row by
-    row, and most rows occur once. What was collected is collected again for the backward pass. What lies between is
-    `_Written` for short keys and for styles that nothing else knows, else torch's own."""
+    """Attention group by group. Collecting and putting back is written by hand, head by head, so that nothing is copied
+    twice. What was collected is collected again for the backward pass. What lies between is `_Written` for short keys
+    and for styles that nothing else knows, else torch's own."""
 
-    def __init__(self, groups: list[_Group], style: Style) -> None:
-        self._groups, self._style = groups, style
+    def __init__(self, plan: _Plan, style: Style) -> None:
+        self._plan, self._style = plan, style
         self._cores: list[_Written | _Fused] = []
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, differentiable: bool) -> Tensor:
-        """(T, H, D). The three must stay as they are until `backward`."""
+        """(rows, H, D). The three must stay as they are until `backward`."""
         self._given = query, key, value
-        out = query.new_empty(len(query) + 1, query.shape[1], value.shape[2])  # the last row is for padding
-        for group in self._groups:
-            collected = group.collect(query, key, value)
-            style = self._style
-            written = style.softcap is not None or style.sinks is not None or collected[1].shape[2] <= _LONGEST_WRITTEN
+        heads, style = query.shape[1], self._style
+        out = query.new_empty(self._plan.size(heads, of_keys=False), value.shape[2])
+        for group, part in zip(self._plan.groups, self._plan.parts(out, heads, of_keys=False), strict=True):
+            written = style.softcap is not None or style.sinks is not None or group.key.shape[1] <= _LONGEST_WRITTEN
             core = _Written(group, style) if written else _Fused(group, style)
-            out.index_copy_(0, group.query, core.forward(*collected, differentiable=differentiable))
+            core.forward(*self._collect(group), out=part, differentiable=differentiable)
             self._cores.append(core)
-        return out[:-1]
+        return self._plan.in_order(out, heads)
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; to be called once."""
+        """Gradients of the rows' queries and of all keys and values; to be called once."""
+        plan, (query, key, value) = self._plan, self._given
+        heads, key_heads = query.shape[1], key.shape[1]
+        d_query = query.new_empty(plan.size(heads, of_keys=False), query.shape[2])
+        n_keys = plan.size(key_heads, of_keys=True)
+        d_key, d_value = key.new_empty(n_keys, key.shape[2]), value.new_empty(n_keys, value.shape[2])
+        places = zip(
+            plan.parts(d_query, heads, of_keys=False),
+            plan.parts(d_key, key_heads, of_keys=True),
+            plan.parts(d_value, key_heads, of_keys=True),
+            strict=True,
+        )
+        for group, core, place in zip(plan.groups, self._cores, places, strict=True):
+            d_result = group.collect(d_out, of_keys=False, first=plan.rows.start)
+            if group.padding is not None:
+                d_result.masked_fill_(group.padding, 0)
+            core.backward(d_result, lambda group=group: self._collect(group), place)
+        return plan.in_order(d_query, heads), plan.summed(d_key, key_heads), plan.summed(d_value, key_heads)
+
+    def _collect(self, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self._given
-        d_query = d_out.new_empty(len(query) + 1, *query.shape[1:])
-        d_key, d_value = d_out.new_zeros(key.shape), d_out.new_zeros(value.shape)
-        for group, core in zip(self._groups, self._cores, strict=True):
-            d_result = d_out.index_select(0, group.query_or_first)
-            if group.padded is not None:
-                d_result.masked_fill_(group.padded, 0)
-            d_result = d_result.unflatten(0, (group.n, -1)).transpose(1, 2)
-            q, k, v = core.backward(d_result, lambda group=group: group.collect(query, key, value))
-            keys = group.query_or_first if group.key is None else group.key
-            d_query.index_copy_(0, group.query, q)
-            d_key.index_add_(0, keys, k)
-            d_value.index_add_(0, keys, v)
-        return d_query[:-1], d_key, d_value
+        return group.collect(query, of_keys=False), group.collect(key, of_keys=True), group.collect(value, of_keys=True)
 
 
 class _Differentiable(torch.autograd.Function):
     """`_Gathered` where autograd is at work."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[_Group], style: Style) -> Tensor:
-        ctx.gathered = _Gathered(groups, style)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, style: Style) -> Tensor:
+        ctx.gathered = _Gathered(plan, style)
         ctx.save_for_backward(query, key, value)  # only so that autograd sees when somebody changes them meanwhile
         return ctx.gathered.forward(query, key, value, differentiable=any(ctx.needs_input_grad[:3]))
 
@@ -276,59 +327,52 @@ class _Written:
     def __init__(self, group: _Group, style: Style) -> None:
         self._group, self._style = group, style
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, differentiable: bool) -> Tensor:
-        """(n · L, H, D) of (n, H, L, D) queries and (n, K, keys, D) keys and values."""
-        n, heads, length, _ = query.shape
-        key_heads, style = key.shape[1], self._style
-        self._shape = n, key_heads, heads // key_heads, length
-        folded = query.reshape(n * key_heads, -1, query.shape[3])
-        key, value = key.reshape(n * key_heads, -1, key.shape[3]), value.reshape(n * key_heads, -1, value.shape[3])
-        scores = torch.baddbmm(folded.new_empty(1, 1, 1), folded, key.mT, beta=0, alpha=style.scale)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor, differentiable: bool) -> None:
+        """Fills `out` (n, H, L, D) from queries of that shape and (n, K, keys, D) keys and values."""
+        style = self._style
+        query, key, value, out = self._folded(key.shape[1], query, key, value, out)
+        scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=style.scale)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         self._slope = None
         if style.softcap is not None:
             capped = scores.div_(style.softcap).tanh_()
             self._slope = 1 - capped.square()
             scores = capped * style.softcap
-        scores.view(*self._shape, -1).add_(self._group.bias(scores.dtype)[:, :, None])
+        bias = self._group.bias(scores.dtype)
+        n, length = self._group.query.shape
+        by_head = (n, -1, length, scores.shape[2])
+        scores.view(by_head).add_(bias)
         if style.sinks is None:
             probabilities = torch.softmax(scores, -1, out=scores)
         else:
-            sinks = style.sinks.to(scores.dtype).view(1, key_heads, -1, 1, 1).expand(*self._shape, 1)
-            joined = torch.cat([scores, sinks.reshape(*scores.shape[:2], 1)], -1)
-            probabilities = torch.softmax(joined, -1)[..., :-1].contiguous()
-        out = torch.bmm(probabilities.to(value.dtype), value)
+            sinks = style.sinks.to(scores.dtype)[None, :, None, None].expand(n, -1, length, 1)
+            joined = torch.cat([scores.view(by_head), sinks], -1)
+            probabilities = torch.softmax(joined, -1)[..., :-1].reshape(scores.shape)
+        torch.bmm(probabilities.to(value.dtype), value, out=out)
         if differentiable:
             self._probabilities = probabilities
-        return self._unfold(out)
 
-    def backward(self, d_out: Tensor, again: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the collected queries, keys and values, (n · L, heads, D) each; `again` collects them."""
+    def backward(self, d_out: Tensor, again: Callable[[], Sequence[Tensor]], out: Sequence[Tensor]) -> None:
+        """Fills the gradients of the collected queries, keys and values; `again` collects them."""
         probabilities = self._probabilities
         del self._probabilities
-        n, key_heads = self._shape[:2]
-        query, key, value = (tensor.reshape(n * key_heads, -1, tensor.shape[3]) for tensor in again())
-        d_out = d_out.reshape(n * key_heads, -1, d_out.shape[3])
-        d_value = torch.bmm(probabilities.to(d_out.dtype).mT, d_out)
+        query, key, value = again()
+        key_heads = key.shape[1]
+        d_out, query, key, value = self._folded(key_heads, d_out, query, key, value)
+        d_query, d_key, d_value = self._folded(key_heads, *out)
+        torch.bmm(probabilities.to(d_out.dtype).mT, d_out, out=d_value)
         d_probabilities = torch.bmm(d_out, value.mT).to(probabilities.dtype)
         d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
         if self._slope is not None:
             d_scores.mul_(self._slope)
-        d_scores = d_scores.mul_(self._style.scale).to(query.dtype)
-        d_query, d_key = torch.bmm(d_scores, key), torch.bmm(d_scores.mT, query)
-        d_key, d_value = (
-            gradient.view(n, key_heads, -1, gradient.shape[2]).transpose(1, 2).flatten(0, 1)
-            for gradient in (d_key, d_value)
-        )
-        return self._unfold(d_query), d_key, d_value
+        d_scores, nothing, scale = d_scores.to(query.dtype), query.new_empty(1, 1, 1), self._style.scale
+        torch.baddbmm(nothing, d_scores, key, beta=0, alpha=scale, out=d_query)
+        torch.baddbmm(nothing, d_scores.mT, query, beta=0, alpha=scale, out=d_key)
 
-    def _unfold(self, folded: Tensor) -> Tensor:
-        n, key_heads, repeats, length = self._shape
-        return (
-            folded.view(n, key_heads, repeats, length, -1)
-            .permute(0, 3, 1, 2, 4)
-            .reshape(n * length, key_heads * repeats, -1)
-        )
+    @staticmethod
+    def _folded(key_heads: int, *tensors: Tensor) -> list[Tensor]:
+        """(n, heads, length, D) as (n · K, all that stands by one key head, D)."""
+        return [tensor.view(len(tensor) * key_heads, -1, tensor.shape[3]) for tensor in tensors]
 
 
 class _Fused:
@@ -337,8 +381,8 @@ class _Fused:
     def __init__(self, group: _Group, style: Style) -> None:
         self._group, self._style = group, style
 
-    def forward(self, *collected: Tensor, differentiable: bool) -> Tensor:
-        """(n · L, H, D) of (n, H, L, D) queries and (n, K, keys, D) keys and values."""
+    def forward(self, *collected: Tensor, out: Tensor, differentiable: bool) -> None:
+        """Fills `out` (n, H, L, D) from queries of that shape and (n, K, keys, D) keys and values."""
         with torch.set_grad_enabled(differentiable):
             self._leaves = [tensor.requires_grad_(differentiable) for tensor in collected]
             causal = self._group.visible is None
@@ -346,25 +390,27 @@ class _Fused:
             self._out = F.scaled_dot_product_attention(
                 *self._leaves, attn_mask=bias, is_causal=causal, scale=self._style.scale, enable_gqa=True
             )
-        return self._out.detach().transpose(1, 2).flatten(0, 1)
+        out.copy_(self._out.detach())
 
-    def backward(self, d_out: Tensor, again: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Gradients of the collected queries, keys and values, (n · L, heads, D) each; they are still there."""
-        gradients = torch.autograd.grad(self._out, self._leaves, d_out)
-        return [gradient.transpose(1, 2).flatten(0, 1) for gradient in gradients]
+    def backward(self, d_out: Tensor, again: Callable[[], Sequence[Tensor]], out: Sequence[Tensor]) -> None:
+        """Fills the gradients of the collected queries, keys and values, which are still there."""
+        for place, gradient in zip(out, torch.autograd.grad(self._out, self._leaves, d_out), strict=True):
+            place.copy_(gradient)
 
 
-def _pieces(tree: Tree, window: int | None) -> Iterator[_Piece]:
+def _pieces(tree: Tree, window: int | None, rows: range) -> Iterator[_Piece]:
+    """Of the queries `rows`."""
     paths: list[list[int]] = []  # per segment, the indices up to its end
     for segment in tree.segments:
         above = [] if segment.parent is None else paths[segment.parent]
         path = [*above, *range(segment.start, segment.stop)]
         paths.append(path)
-        if not above and window is None:
-            yield _Piece(segment.start, segment.stop, path, causal=True)
+        first_query, behind = max(segment.start, rows.start), min(segment.stop, rows.stop)
+        if not above and window is None and first_query == segment.start and behind > first_query:
+            yield _Piece(first_query, behind, path[: behind - first_query], causal=True)
             continue
-        for start in range(segment.start, segment.stop, _LONGEST_MASKED):
-            stop = min(start + _LONGEST_MASKED, segment.stop)
+        for start in range(first_query, behind, _LONGEST_MASKED):
+            stop = min(start + _LONGEST_MASKED, behind)
             last = len(above) + stop - segment.start
             first = 0 if window is None else max(0, last - (stop - start) - window + 1)
             yield _Piece(start, stop, path[first:last], causal=False)

@@ -3,16 +3,17 @@
 One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
 (x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
 gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are
-kept from step to step. What is cheap to compute is not stored but computed again: norms' outputs, the activation.
-Nothing is computed below the lowest adapted layer in the backward pass, nor behind the last layer's attention for
-tokens that predict nothing.
+kept from step to step. All of it is done lane by lane (`lanes`): but for keys and values, tokens have nothing to do
+with each other. What is cheap to compute is not stored but computed again: norms' outputs, the activation. Nothing is
+computed below the lowest adapted layer in the backward pass, nor behind the last layer's attention for tokens that
+predict nothing.
 
-Legend: T tokens, U predicting positions, H width, I width of the MLP, R sum of the group's ranks.
+Legend: T tokens of a lane, U predicting positions of a lane, H width, I width of the MLP, R sum of the group's ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tunesmith.engine import attention
 from tunesmith.engine.attention import Sight, Style
 from tunesmith.engine.batch import Batch
+from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
 from tunesmith.engine.memory import Buffers, empty
 
@@ -33,7 +35,7 @@ LAYERS = frozenset(
     f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma")
 )  # fmt: skip
 GROUPS = ("qkv", "o", "gate_up", "down")
-_ROWS_AT_ONCE = 64  # of the MLP's activation; what they need stays in the cache
+_ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
 
 
 class NotCovered(Exception):
@@ -52,6 +54,10 @@ def _unmap(model: nn.Module, head: nn.Linear) -> None:
             if name not in copied_later and not parameter.requires_grad:
                 kept = empty(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = kept.copy_(parameter.data)
+
+
+Gradients = Mapping[nn.Parameter, Tensor]
+"""Where a lane adds its share."""
 
 
 class _Adapter(NamedTuple):
@@ -139,7 +145,9 @@ class Linears:
             d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
         return d_x
 
-    def adapter_backward(self, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None) -> None:
+    def adapter_backward(
+        self, gradients: Gradients, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None
+    ) -> None:
         """Adds to the gradients of the adapters. `d_h` is known where `backward` was called."""
         if not self.ranks:
             return
@@ -147,15 +155,10 @@ class Linears:
             d_h = d_out @ self.weight[:, self.inputs :]
         d_a = d_h.T @ dropped
         for adapter in self.adapters:
-            _add_gradient(adapter.a, d_a[adapter.ranks])
+            gradients[adapter.a].add_(d_a[adapter.ranks])
             # The other order, d_outᵀ · h, takes six times as long.
-            _add_gradient(adapter.b, (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T, adapter.scaling)
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor, scale: float = 1.0) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(gradient, alpha=scale)
+            d_b = (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T
+            gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
 
 
 def _base(module: nn.Module) -> nn.Linear:
@@ -269,14 +272,21 @@ class _Saved(NamedTuple):
 
 
 class _Micro(NamedTuple):
-    """What all layers of a micro-batch share."""
+    """What all layers and lanes of a micro-batch share."""
 
+    batch: Batch
     cos: Tensor
-    """(T, 1, rotary / 2)"""
+    """(tokens, 1, rotary / 2)"""
     sin: Tensor
     sight: Sight
     masks: Masks | None
-    predict_from: Tensor
+    n_supervised: int | None
+    """What the gradient is divided by; None: the loss alone is wanted."""
+    joint: Buffers
+    lanes: Lanes
+    key_gradients: tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]
+    """Of every lane, what its queries' gradients are for all keys and values; layers take turns with the two lists, so
+    that no lane overwrites what another has not read yet."""
 
 
 class _Layer:
@@ -304,6 +314,19 @@ class _Layer:
         self.adapted = any(linears.ranks for linears in self.linears)
 
 
+class _Model(NamedTuple):
+    """The model in the parts that a micro-batch passes through."""
+
+    embed: nn.Module
+    layers: Sequence[_Layer]
+    norm: Norm
+    head: Tensor
+    """(V, H)"""
+    lowest: int
+    """Number of the first layer with an adapter."""
+    recomputed: int
+
+
 class Decoder:
     """A causal language model with LoRA, ready to give the gradient of a micro-batch.
 
@@ -312,7 +335,6 @@ class Decoder:
     """
 
     def __init__(self, model: PeftModel, recomputed: int = 0) -> None:
-        self._recomputed = recomputed
         causal = cast("Any", model.get_base_model())
         body = getattr(causal, "model", None)
         layers = getattr(body, "layers", None)
@@ -333,144 +355,222 @@ class Decoder:
             raise NotCovered("an output layer that is not one plain matrix")
         if next(model.parameters()).dtype not in (torch.float32, torch.float64):
             raise NotCovered(f"weights in {next(model.parameters()).dtype}")
-        self._embed, self._rotary, self._head = body.embed_tokens, body.rotary_emb, head
         _unmap(causal, head)
-        self._norm = Norm(body.norm)
-        self._layers = [_Layer(number, layer) for number, layer in enumerate(layers)]
-        covered = {
-            id(p) for layer in self._layers for group in layer.linears for a in group.adapters for p in (a.a, a.b)
-        }
+        written = [_Layer(number, layer) for number, layer in enumerate(layers)]
+        adapters = [a for layer in written for group in layer.linears for a in group.adapters]
+        self._trained = [parameter for adapter in adapters for parameter in (adapter.a, adapter.b)]
+        covered = set(map(id, self._trained))
         if any(p.requires_grad and id(p) not in covered for p in model.parameters()):
             raise NotCovered("trained parameters outside the decoder layers")
-        adapted = [number for number, layer in enumerate(self._layers) if layer.adapted]
-        if not adapted:
+        if not adapters:
             raise NotCovered("no adapter at all")
-        self._lowest = adapted[0]
-        dropouts = {linears.dropout for layer in self._layers for linears in layer.linears if linears.ranks}
+        dropouts = {linears.dropout for layer in written for linears in layer.linears if linears.ranks}
         if len(dropouts) > 1:
             raise NotCovered("adapters with different dropout")
         (self._dropout,) = dropouts
-        self._buffers = Buffers(head.weight.dtype, head.weight.device)
+        lowest = next(layer.number for layer in written if layer.adapted)
+        self._model = _Model(body.embed_tokens, written, Norm(body.norm), head.weight, lowest, recomputed)
+        self._rotary = body.rotary_emb
+        self._joint = Buffers(head.weight.dtype, head.weight.device)
+        self._lanes: dict[int, Lanes] = {}
+        self._memories: list[_Memory] = []
 
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
         """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
         with torch.no_grad():
-            return self._run(batch, sight, n_supervised, dropout)
+            for parameter in self._trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            loss, memories = self._run(batch, sight, n_supervised, dropout)
+            for memory in memories:
+                for parameter, share in memory.gradients.items():
+                    if share is not parameter.grad:
+                        cast("Tensor", parameter.grad).add_(share)
+        return loss / n_supervised
 
     def loss(self, batch: Batch, sight: Sight) -> Tensor:
         """The summed loss, without dropout and gradients."""
         with torch.no_grad():
-            return self._run(batch, sight, None, False)
+            return self._run(batch, sight, None, False)[0]
 
-    # --- one micro-batch ---------------------------------------------------------------------------------------------
-
-    def _run(self, batch: Batch, sight: Sight, n_supervised: int | None, dropout: bool) -> Tensor:
-        for layer in self._layers:
-            for linears in layer.linears:
-                linears.refresh()
-        x = self._embed(batch.input_ids)
-        cos, sin = self._rotary(x[None], batch.position_ids[None])
+    def _run(
+        self, batch: Batch, sight: Sight, n_supervised: int | None, dropout: bool
+    ) -> tuple[Tensor, Sequence[_Memory]]:
+        n_tokens, model = len(batch.input_ids), self._model
+        lanes = self._lanes_for(n_tokens if isinstance(sight, attention.Gather) else 0)
+        memories = self._memories[: lanes.count]
+        cos, sin = self._rotary(model.head[None, :1], batch.position_ids[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
-        last = len(self._layers) - 1
         masks = None
         if dropout and self._dropout:
-            widest = max(linears.inputs for linears in self._layers[0].linears)
-            masks = Masks(self._dropout, len(x) * widest, len(self._layers), self._buffers)
-        micro = _Micro(cos, sin, sight, masks, batch.predict_from)
+            widest = max(linears.inputs for linears in model.layers[0].linears)
+            masks = Masks(self._dropout, n_tokens * widest, len(model.layers), self._joint)
+        turns: tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]] = ([()] * lanes.count, [()] * lanes.count)
+        micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, turns)
+        rows = shares(n_tokens, lanes.count)
+        if n_supervised is not None:
+            memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
+        losses = lanes.run(lambda number: _Lane(model, micro, number, rows[number], memories[number]).run())
+        return torch.stack(losses).sum(), memories
+
+    def _lanes_for(self, n_tokens: int) -> Lanes:
+        count = count_for(n_tokens)
+        if count not in self._lanes:
+            self._lanes[count] = Lanes(count)
+        head = self._model.head
+        while len(self._memories) < count:
+            own = {parameter: torch.zeros_like(parameter) for parameter in self._trained if self._memories}
+            self._memories.append(_Memory(Buffers(head.dtype, head.device), own))
+        return self._lanes[count]
+
+
+# --- one lane of a micro-batch ----------------------------------------------------------------------------------------
+
+
+class _Memory(NamedTuple):
+    """What a lane keeps from step to step."""
+
+    buffers: Buffers
+    gradients: dict[nn.Parameter, Tensor]
+    """The adapters' own `.grad` for the first lane."""
+
+
+class _Lane:
+    """Some consecutive tokens on their way through the model and back."""
+
+    def __init__(self, model: _Model, micro: _Micro, number: int, rows: range, memory: _Memory) -> None:
+        self._model, self._micro, self._number, self._range = model, micro, number, rows
+        self._rows = slice(rows.start, rows.stop)
+        self._take, self._gradients = memory.buffers.take, memory.gradients
+        self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
+        predict_from = micro.batch.predict_from
+        bounds = torch.tensor([rows.start, rows.stop])
+        self._first, self._behind = torch.searchsorted(predict_from, bounds).tolist()
+        self._predicting = predict_from[self._first : self._behind] - rows.start
+
+    def run(self) -> Tensor:
+        """The lane's summed loss; adds its share of the gradient where one is wanted."""
+        with torch.no_grad():
+            return self._there_and_back()
+
+    def _there_and_back(self) -> Tensor:
+        model, micro = self._model, self._micro
+        layers, n_supervised = model.layers, micro.n_supervised
+        for layer in layers[self._number :: micro.lanes.count]:
+            for linears in layer.linears:
+                linears.refresh()
+        if self._number and n_supervised is not None:
+            for share in self._gradients.values():
+                share.zero_()
+        micro.lanes.meet()
+        x = model.embed(micro.batch.input_ids[self._rows])
+        last = len(layers) - 1
         inputs, saved = [x], dict[int, _Saved]()
-        for number, layer in enumerate(self._layers):
-            differentiated = n_supervised is not None and number >= self._lowest
-            keep = differentiated and number >= self._recomputed
-            out = self._buffers.take(f"x {number if differentiated else number % 2}", len(x), x.shape[1])
-            tag = str(number) if keep else "passing"
-            x, state = self._forward(layer, x, out, micro, tag, keep=keep, is_last=number == last)
+        for number, layer in enumerate(layers):
+            differentiated = n_supervised is not None and number >= model.lowest
+            keep = differentiated and number >= model.recomputed
+            out = self._take(f"x {number if differentiated else number % 2}", len(x), x.shape[1])
+            x, state = self._forward(layer, x, out, str(number) if keep else "passing", keep=keep)
             inputs.append(x)
             if state is not None:
                 saved[number] = state
         normed = torch.empty_like(x)
-        rstd = self._norm.forward(x, normed)
-        vocabulary = len(self._head.weight)
-        space = self._buffers.take("logits", chunk_rows(len(x), vocabulary, x.device) * vocabulary)
-        differentiate = n_supervised is not None
-        loss, d_normed = loss_and_gradient(
-            normed, self._head.weight, batch.labels, with_gradient=differentiate, space=space
-        )
+        rstd = model.norm.forward(x, normed)
+        loss, d_normed = self._loss(normed)
         if n_supervised is None:
             return loss
         d_x = torch.zeros_like(x)
-        self._norm.backward(d_normed.div_(n_supervised), x, rstd, d_x)
-        for number in range(last, self._lowest - 1, -1):
-            layer = self._layers[number]
-            state = saved.pop(number, None)
+        model.norm.backward(d_normed.div_(n_supervised), x, rstd, d_x)
+        for number in range(last, model.lowest - 1, -1):
+            layer, state = layers[number], saved.pop(number, None)
             if state is None:
-                x, is_last = inputs[number], number == last
-                out = self._buffers.take("x again", len(x), x.shape[1])
-                _, state = self._forward(layer, x, out, micro, "again", keep=True, is_last=is_last)
+                out = self._take("x again", len(inputs[number]), d_x.shape[1])
+                _, state = self._forward(layer, inputs[number], out, "again", keep=True)
             assert state is not None
-            d_x = self._backward(layer, state, d_x, micro, is_last=number == last, d_input=number > self._lowest)
-        return loss / n_supervised
+            d_x = self._backward(layer, state, d_x, d_input=number > model.lowest)
+        return loss
 
-    def _keeps(self, layer: _Layer, masks: Masks | None, n_tokens: int, n_rows: int) -> list[Tensor | None]:
+    def _loss(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        head, lanes = self._model.head, self._micro.lanes
+        space = self._take("logits", chunk_rows(len(normed), len(head), head.device, lanes.count) * len(head))
+        labels = self._micro.batch.labels.part(self._first, self._behind)
+        return loss_and_gradient(
+            normed,
+            head,
+            labels,
+            with_gradient=self._micro.n_supervised is not None,
+            space=space,
+            at_once=lanes.count,
+        )
+
+    def _is_last(self, layer: _Layer) -> bool:
+        return layer.number == len(self._model.layers) - 1
+
+    def _keeps(self, layer: _Layer) -> list[Tensor | None]:
         """Dropout's mask for each of the layer's groups; None where nothing is dropped."""
-        sizes = (n_tokens, n_rows, n_rows, n_rows)
+        masks, batch = self._micro.masks, self._micro.batch
+        every = behind = len(batch.input_ids), self._rows
+        if self._is_last(layer):
+            behind = len(batch.predict_from), slice(self._first, self._behind)
         return [
-            None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)
-            for i, (linears, n) in enumerate(zip(layer.linears, sizes, strict=True))
+            None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)[rows]
+            for i, (linears, (n, rows)) in enumerate(zip(layer.linears, (every, behind, behind, behind), strict=True))
         ]
 
     def _dropped(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """x̃; `x` itself where nothing is dropped."""
-        return x if keep is None else torch.mul(x, keep, out=self._buffers.take("dropped", *x.shape))
+        return x if keep is None else torch.mul(x, keep, out=self._take("dropped", *x.shape))
 
-    def _forward(
-        self, layer: _Layer, x: Tensor, out: Tensor, micro: _Micro, tag: str, *, keep: bool, is_last: bool
-    ) -> tuple[Tensor, _Saved | None]:
+    def _forward(self, layer: _Layer, x: Tensor, out: Tensor, tag: str, *, keep: bool) -> tuple[Tensor, _Saved | None]:
         """The layer's output, in `out`, and with `keep` what its backward pass needs, in buffers named by `tag`."""
-        n_rows = len(micro.predict_from) if is_last else len(x)
-        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer, micro.masks, len(x), n_rows)
-        cos, sin = micro.cos, micro.sin
-        extended = self._buffers.take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
+        micro, take, rows = self._micro, self._take, self._rows
+        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
+        extended = take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
         normed = extended[:, : layer.qkv.inputs]
         rstd = layer.norm.forward(x, normed)
-        qkv = self._buffers.take(f"qkv {tag}", len(x), layer.qkv.outputs)
+        # While a lane is in the next layer, others may still look at the keys of this one.
+        joint_tag = tag if keep else f"{tag} {layer.number % 2}"
+        n_tokens = len(micro.batch.input_ids)
+        qkv_all = micro.joint.take(f"qkv {joint_tag}", n_tokens, layer.qkv.outputs)
+        qkv = qkv_all[rows]
         layer.qkv.forward(extended, self._dropped(normed, keep_qkv), qkv)
         h_qkv = extended[:, layer.qkv.inputs :].clone()
-        query, key, value = qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
+        query, key, value = qkv_all.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
         query, key, value = (part.unflatten(1, (-1, layer.head_size)) for part in (query, key, value))
         head_rstds = []
         if layer.head_norms is not None:
             normed_heads = []
             for norm, part, name in zip(layer.head_norms, (query, key), ("query", "key"), strict=True):
-                normed_part = self._buffers.take(f"{name} {tag}", len(x), part.shape[1] * part.shape[2]).view(
-                    part.shape
-                )
-                head_rstds.append(norm.forward(part, normed_part))
+                width = part.shape[1] * part.shape[2]
+                normed_part = micro.joint.take(f"{name} {joint_tag}", n_tokens, width).view(part.shape)
+                head_rstds.append(norm.forward(part[rows], normed_part[rows]))
                 normed_heads.append(normed_part)
             query, key = normed_heads
-        _rotate(query, cos, sin)
-        _rotate(key, cos, sin)
-        attended, attention_backward = attention.by_hand(micro.sight, query, key, value, layer.style, keep=keep)
+        _rotate(query[rows], self._cos, self._sin)
+        _rotate(key[rows], self._cos, self._sin)
+        micro.lanes.meet()
+        attended, attention_backward = attention.by_hand(
+            micro.sight, query, key, value, layer.style, self._range, keep=keep
+        )
         result = attended.flatten(1)
         x_rows = x
-        if is_last:
-            result, x_rows, out = (
-                *(t.index_select(0, micro.predict_from) for t in (result, x)),
-                out[: len(micro.predict_from)],
-            )
-        extended_o = self._buffers.take(f"o {tag}", len(x_rows), layer.o.inputs + layer.o.ranks)
+        if self._is_last(layer):
+            result, x_rows = (t.index_select(0, self._predicting) for t in (result, x))
+            out = out[: len(self._predicting)]
+        extended_o = take(f"o {tag}", len(x_rows), layer.o.inputs + layer.o.ranks)
         extended_o[:, : layer.o.inputs] = result
-        x_middle = self._buffers.take(f"x middle {tag}", len(x_rows), layer.o.outputs)
+        x_middle = take(f"x middle {tag}", len(x_rows), layer.o.outputs)
         given = extended_o[:, : layer.o.inputs]
         layer.o.forward(extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
 
-        extended = self._buffers.take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
+        extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
         normed = extended[:, : layer.gate_up.inputs]
         rstd_middle = layer.norm_middle.forward(x_middle, normed)
-        gate_up = self._buffers.take(f"gate up {tag}", len(x_rows), layer.gate_up.outputs)
+        gate_up = take(f"gate up {tag}", len(x_rows), layer.gate_up.outputs)
         layer.gate_up.forward(extended, self._dropped(normed, keep_gate_up), gate_up)
         h_gate_up = extended[:, layer.gate_up.inputs :].clone()
-        extended = self._buffers.take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
+        extended = take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
         active = extended[:, : layer.down.inputs]
         layer.activation.forward(gate_up, active)
         layer.down.forward(extended, self._dropped(active, keep_down), out, residual=x_middle)
@@ -483,14 +583,13 @@ class Decoder:
         )  # fmt: skip
         return out, state
 
-    def _backward(
-        self, layer: _Layer, saved: _Saved, d_out: Tensor, micro: _Micro, *, is_last: bool, d_input: bool
-    ) -> Tensor:
+    def _backward(self, layer: _Layer, saved: _Saved, d_out: Tensor, *, d_input: bool) -> Tensor:
         """Gradient with respect to the layer's input; `d_out` is used up."""
-        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer, micro.masks, len(saved.x), len(d_out))
+        keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
+        take, gradients = self._take, self._gradients
 
         # MLP
-        n_rows, take = len(d_out), self._buffers.take
+        n_rows = len(d_out)
         extended = take("extended down", n_rows, layer.down.inputs + layer.down.ranks)
         d_extended = take("d extended down", n_rows, layer.down.inputs + layer.down.ranks)
         active = extended[:, : layer.down.inputs]
@@ -498,32 +597,32 @@ class Decoder:
         d_gate_up = saved.gate_up  # its numbers are needed no more
         layer.activation.backward(d_active, d_gate_up, active)
         dropped = self._dropped(active, keep_down)
-        layer.down.adapter_backward(d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
+        layer.down.adapter_backward(gradients, d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
         extended = take("extended", n_rows, layer.gate_up.inputs)
         layer.norm_middle.again(saved.x_middle, saved.rstd_middle, extended)
         d_extended = take("d extended", n_rows, layer.gate_up.inputs + layer.gate_up.ranks)
         d_normed = layer.gate_up.backward(
             d_gate_up, d_extended, keep_gate_up, take("dropped", n_rows, layer.gate_up.inputs)
         )
-        dropped = self._dropped(extended, keep_gate_up)
-        layer.gate_up.adapter_backward(d_gate_up, saved.h_gate_up, dropped, d_extended[:, layer.gate_up.inputs :])
+        dropped, d_h = self._dropped(extended, keep_gate_up), d_extended[:, layer.gate_up.inputs :]
+        layer.gate_up.adapter_backward(gradients, d_gate_up, saved.h_gate_up, dropped, d_h)
         layer.norm_middle.backward(d_normed, saved.x_middle, saved.rstd_middle, d_out)
 
         # attention
         d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
         d_attended = layer.o.backward(d_out, d_extended, keep_o, take("dropped", n_rows, layer.o.inputs))
-        dropped = self._dropped(saved.extended[:, : layer.o.inputs], keep_o)
-        layer.o.adapter_backward(d_out, saved.extended[:, layer.o.inputs :], dropped, d_extended[:, layer.o.inputs :])
-        if is_last:
+        given, h = saved.extended.tensor_split([layer.o.inputs], 1)
+        layer.o.adapter_backward(gradients, d_out, h, self._dropped(given, keep_o), d_extended[:, layer.o.inputs :])
+        if self._is_last(layer):
             d_attended, d_out = (
-                t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, micro.predict_from, t) for t in (d_attended, d_out)
+                t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, self._predicting, t) for t in (d_attended, d_out)
             )
-        gradients = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
+        d_heads = self._attention_backward(layer, saved, d_attended)
         d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
         parts = d_qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
-        for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+        for i, (part, gradient) in enumerate(zip(parts, d_heads, strict=True)):
             if i < 2:
-                _rotate(gradient, micro.cos, -micro.sin)
+                _rotate(gradient, self._cos, -self._sin)
                 if layer.head_norms is not None:
                     raw = part.unflatten(1, (-1, layer.head_size))
                     d_normed_head, gradient = gradient, torch.zeros_like(gradient)
@@ -532,14 +631,26 @@ class Decoder:
         extended = take("extended", len(saved.x), layer.qkv.inputs)
         layer.norm.again(saved.x, saved.rstd, extended)
         if not d_input:
-            layer.qkv.adapter_backward(d_qkv, saved.h_qkv, self._dropped(extended, keep_qkv))
+            layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, self._dropped(extended, keep_qkv))
             return d_out
         d_extended = take("d extended", len(saved.x), layer.qkv.inputs + layer.qkv.ranks)
         d_normed = layer.qkv.backward(d_qkv, d_extended, keep_qkv, take("dropped", len(saved.x), layer.qkv.inputs))
         dropped = self._dropped(extended, keep_qkv)
-        layer.qkv.adapter_backward(d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
+        layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
         layer.norm.backward(d_normed, saved.x, saved.rstd, d_out)
         return d_out
+
+    def _attention_backward(self, layer: _Layer, saved: _Saved, d_attended: Tensor) -> list[Tensor]:
+        """(rows, heads, D) each: the gradients of the lane's own queries, keys and values."""
+        d_query, *of_keys = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
+        everybodys = self._micro.key_gradients[layer.number % 2]
+        everybodys[self._number] = of_keys
+        self._micro.lanes.meet()
+        d_key, d_value = (tensor[self._rows] for tensor in everybodys[0])
+        for theirs in everybodys[1:]:
+            d_key.add_(theirs[0][self._rows])
+            d_value.add_(theirs[1][self._rows])
+        return [d_query, d_key, d_value]
 
 
 class Masks:

@@ -70,14 +70,16 @@ def loss_and_gradient(
     *,
     with_gradient: bool = True,
     space: Tensor | None = None,
+    at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, a scalar in fp32 or fp64, and its gradient with respect to `hidden_UH` (empty if not asked).
 
-    `space` is memory for a chunk of logits, `chunk_rows` times V of the type of `hidden_UH`, for who calls this often.
+    `space` is memory for a chunk of logits, `chunk_rows` times V of the type of `hidden_UH`, for who calls this often;
+    `at_once` is how many do so at the same time, and share the memory for chunks.
     """
     loss = torch.zeros((), dtype=torch.promote_types(hidden_UH.dtype, torch.float32), device=hidden_UH.device)
     gradient = torch.empty_like(hidden_UH) if with_gradient else hidden_UH.new_empty(0)
-    rows = chunk_rows(len(hidden_UH), len(weight_VH), hidden_UH.device)
+    rows = max(1, chunk_rows(len(hidden_UH), len(weight_VH), hidden_UH.device, at_once))
     for start in range(0, len(hidden_UH), rows):
         hidden = hidden_UH[start : start + rows]
         part = labels.part(start, start + len(hidden))
@@ -103,10 +105,10 @@ def loss_and_gradient(
     return loss, gradient
 
 
-def chunk_rows(n_rows: int, vocabulary: int, device: torch.device) -> int:
+def chunk_rows(n_rows: int, vocabulary: int, device: torch.device, at_once: int = 1) -> int:
     """How many positions meet the output layer at once; chunks are of about equal size."""
-    most = max(_LEAST_ROWS, _CHUNK_BYTES[device.type] // (4 * vocabulary))
-    return math.ceil(n_rows / math.ceil(n_rows / most))
+    most = max(_LEAST_ROWS, _CHUNK_BYTES[device.type] // (4 * vocabulary * at_once))
+    return math.ceil(n_rows / max(1, math.ceil(n_rows / most)))
 
 
 def _exact(logits: Tensor) -> Tensor:

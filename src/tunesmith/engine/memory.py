@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -32,19 +33,21 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Buffers:
-    """Tensors by name. Asking again for a name gives the same memory, whatever the shape."""
+    """Tensors by name, for one thread or several. Asking again for a name gives the same memory, whatever the shape."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._flat: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A contiguous tensor; its content is that of the name's last use."""
         n = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < n:
-            self._flat.pop(name, None)  # before the new one is made
-            # On a CPU what is not touched is not there, so room to grow is free.
-            room = 2 * n if self._device.type == "cpu" else n
-            flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
+        with self._lock:
+            flat = self._flat.get(name)
+            if flat is None or flat.numel() < n:
+                self._flat.pop(name, None)  # before the new one is made
+                # On a CPU what is not touched is not there, so room to grow is free.
+                room = 2 * n if self._device.type == "cpu" else n
+                flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
         return flat[:n].view(shape)

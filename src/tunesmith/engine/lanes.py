@@ -1,0 +1,82 @@
+"""Threads that share one micro-batch: each computes some of its tokens, and they meet where tokens see each other.
+
+Two cores on one product wait for each other at the end of every operation, and whatever is too small to be divided
+runs on one of them. A lane runs all operations of its tokens by itself: 15 % less time for a step (2 AVX2 cores,
+2026-11).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+_LEAST_TOKENS = 128  # for fewer, the packing of weights that every lane does for itself costs more than waiting
+
+
+class Lanes:
+    """Some threads, with an equal number of torch's threads each."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._meeting = threading.Barrier(count)
+        self._pool = ThreadPoolExecutor(count, "lane") if count > 1 else None
+        if self._pool is not None:
+            n_threads = torch.get_num_threads()
+            started = threading.Barrier(count)
+
+            def begin(_: int) -> None:
+                torch.get_num_threads()  # a thread's first look takes the process's number over, and would do so later
+                torch.set_num_threads(max(1, n_threads // count))
+                started.wait()
+
+            list(self._pool.map(begin, range(count)))
+            torch.set_num_threads(n_threads)
+
+    def meet(self) -> None:
+        """Returns when every lane has called it."""
+        self._meeting.wait()
+
+    def run(self, work: Callable[[int], Result]) -> list[Result]:
+        """What `work` returns for each lane's number. What it raises in one of them ends all."""
+        if self._pool is None:
+            return [work(0)]
+
+        def guarded(number: int) -> Result:
+            try:
+                return work(number)
+            except BaseException:
+                self._meeting.abort()
+                raise
+
+        futures = [self._pool.submit(guarded, number) for number in range(self.count)]
+        try:
+            wait(futures)
+        except BaseException:  # Ctrl-C
+            self._meeting.abort()
+            wait(futures)
+            self._meeting.reset()
+            raise
+        if self._meeting.broken:
+            self._meeting.reset()
+            for error in [future.exception() for future in futures]:
+                if error is not None and not isinstance(error, threading.BrokenBarrierError):
+                    raise error
+        return [future.result() for future in futures]
+
+
+def count_for(n_tokens: int) -> int:
+    """How many lanes share a micro-batch of so many tokens: a divisor of the number of torch's threads."""
+    n_threads = torch.get_num_threads()
+    return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and (n == 1 or n * _LEAST_TOKENS <= n_tokens))
+
+
+def shares(n_tokens: int, count: int) -> Sequence[range]:
+    """Consecutive tokens for each lane, as many for one as for another."""
+    bounds = [n_tokens * i // count for i in range(count + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -1,0 +1,158 @@
+"""However many threads share a micro-batch, and whoever is late: one gradient; and no fault leaves one waiting."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from test_engine import adapted, base, distance, engine, take
+from test_trie import batches
+from tunesmith.engine import decoder, lanes
+from tunesmith.engine.lanes import Lanes, count_for, shares
+from tunesmith.types import Rendered
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """What a lane does to its own thread leaves the others as they were."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
+def with_lanes(count: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decoder, "count_for", lambda n_tokens: min(count, max(1, n_tokens)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3"])
+def test_lanes_change_nothing(monkeypatch: pytest.MonkeyPatch, family: str, dropout: float) -> None:
+    found = []
+    for count in (1, 2, 3):
+        with_lanes(count, monkeypatch)
+        made = engine(adapted(base(family, num_hidden_layers=3), lora_dropout=dropout).double(), "decoder")
+        torch.manual_seed(3)
+        found.append(take(made))
+    assert max(distance(step, found[0]) for step in found) < 1e-12  # observed 5.4e-16
+    assert max(abs(step.loss - found[0].loss) for step in found) < 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(batches(letters=2), st.integers(2, 5), st.sampled_from(["none", 1, "all"]))
+def test_lanes_of_any_trie_add_up(documents: list[Rendered], count: int, recompute: Any) -> None:
+    model = adapted(base("llama", num_hidden_layers=2)).double()
+    made = engine(model, "decoder", recompute_layers=recompute)
+    expected = take(made, documents)
+    with pytest.MonkeyPatch.context() as patch:
+        with_lanes(count, patch)
+        assert distance(take(made, documents), expected) < 1e-12  # observed 3e-15
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_late_lane_is_waited_for(monkeypatch: pytest.MonkeyPatch, late: int, recompute: str) -> None:
+    """Of the same bytes, too: what lanes add to each other they add in one order."""
+    made = engine(adapted(base("llama", num_hidden_layers=3)).double(), "decoder", recompute_layers=recompute)
+    with_lanes(3, monkeypatch)
+    expected = take(made)
+    forward, backward = decoder.Linears.forward, decoder.Linears.backward
+    draw = random.Random(late)
+
+    def dawdle() -> None:
+        if threading.current_thread().name.endswith(str(late)):
+            time.sleep(draw.choice([0, 0.002, 0.005]))
+
+    monkeypatch.setattr(decoder.Linears, "forward", lambda *given, **named: (dawdle(), forward(*given, **named))[1])
+    monkeypatch.setattr(decoder.Linears, "backward", lambda *given: (dawdle(), backward(*given))[1])
+    for _ in range(3):
+        found = take(made)
+        assert found.loss == expected.loss and torch.equal(found.gradient, expected.gradient)
+
+
+def test_a_lane_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(adapted(base("llama", num_hidden_layers=3)).double(), "decoder")
+    with_lanes(2, monkeypatch)
+    expected = take(made)
+    monkeypatch.setattr(Lanes, "meet", lambda self: None)
+    forward = decoder.Linears.forward
+
+    def dawdling(*given: Any, **named: Any) -> None:
+        if threading.current_thread().name.endswith("0"):
+            time.sleep(0.005)
+        forward(*given, **named)
+
+    monkeypatch.setattr(decoder.Linears, "forward", dawdling)
+    try:
+        difference = distance(take(made), expected)
+    except (ValueError, IndexError):  # the other lane's part of the gradient was not there yet
+        return
+    assert difference > 1e-6
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_lane_that_fails_ends_all_and_the_next_step_is_right(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    made = engine(adapted(base("llama")).double(), "decoder")
+    with_lanes(2, monkeypatch)
+    expected = take(made)
+    backward = decoder.Linears.backward
+
+    def failing(*given: Any) -> Any:
+        if threading.current_thread().name.endswith(str(number)):
+            raise MemoryError("no more")
+        return backward(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.Linears, "backward", failing)
+        with pytest.raises(MemoryError, match="no more"):
+            take(made)
+    found = take(made)
+    assert found.loss == expected.loss and torch.equal(found.gradient, expected.gradient)
+
+
+def test_ctrl_c_ends_all_lanes() -> None:
+    made = Lanes(2)
+    ended: list[int] = []
+
+    def work(number: int) -> None:
+        if number == 0:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        try:
+            made.meet()
+            made.meet() if number else time.sleep(0)
+        finally:
+            ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        made.run(work)
+    assert sorted(ended) == [0, 1]
+    assert made.run(lambda number: (made.meet(), number)[1]) == [0, 1]
+
+
+def test_every_lane_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert Lanes(2).run(lambda _: torch.get_num_threads()) == [2, 2]
+        assert torch.get_num_threads() == 4
+        assert [count_for(n) for n in (1, 255, 256, 400, 511, 512, 9999)] == [1, 1, 2, 2, 2, 4, 4]
+        torch.set_num_threads(6)
+        assert count_for(4 * lanes._LEAST_TOKENS) == 3  # four would leave two threads without work
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shares_are_all_tokens_once() -> None:
+    assert [list(share) for share in shares(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert shares(5, 1) == [range(5)]
