@@ -2,11 +2,14 @@
 
 One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
 (x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
-gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Buffers are
-kept from step to step. All of it is done lane by lane (`lanes`): but for keys and values, tokens have nothing to do
-with each other. What is cheap to compute is not stored but computed again: norms' outputs, the activation. Nothing is
-computed below the lowest adapted layer in the backward pass, nor behind the last layer's attention for tokens that
-predict nothing.
+gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Weights of
+16 bits stay as they are, and only those of the group at work stand in fp32 as well: few processors multiply 16 bits
+well, and half the memory is worth two conversions per step.
+
+Buffers are kept from step to step. What is cheap to compute is not stored but computed again: norms' outputs, the
+activation. Nothing is computed below the lowest adapted layer in the backward pass, nor behind the last layer's
+attention for tokens that predict nothing. All of it is done lane by lane (`lanes`): but for keys and values, tokens
+have nothing to do with each other.
 
 Legend: T tokens of a lane, U predicting positions of a lane, H width, I width of the MLP, R sum of the group's ranks.
 """
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tunesmith.engine import attention
 from tunesmith.engine.attention import Sight, Style
@@ -56,6 +60,8 @@ def _unmap(model: nn.Module, head: nn.Linear) -> None:
                 parameter.data = kept.copy_(parameter.data)
 
 
+Take = Callable[..., Tensor]
+"""`Buffers.take` of a lane."""
 Gradients = Mapping[nn.Parameter, Tensor]
 """Where a lane adds its share."""
 
@@ -99,49 +105,70 @@ class Linears:
             row += base.out_features
         self.ranks = ranks
         first = bases[0].weight
-        self.weight = empty(self.outputs, self.inputs + ranks, dtype=first.dtype, device=first.device).zero_()
-        self.a = first.new_zeros(ranks, self.inputs)
-        row = 0
-        for base in bases:
-            place = self.weight[row : row + base.out_features, : self.inputs]
-            place.copy_(base.weight.data)
-            base.weight.data = place
-            row += base.out_features
+        dtype = _arithmetic(first.dtype)
+        self.a = first.new_zeros(ranks, self.inputs, dtype=dtype)
+        self._stored: list[Tensor] = []
+        self._weight: Tensor | None = None
+        if first.dtype != dtype:
+            self._stored = [base.weight.data for base in bases]
+            self._b = first.new_zeros(self.outputs, ranks, dtype=dtype)
+        else:
+            self._weight = empty(self.outputs, self.inputs + ranks, dtype=dtype, device=first.device).zero_()
+            self._b = self._weight[:, self.inputs :]
+            row = 0
+            for base in bases:
+                place = self._weight[row : row + base.out_features, : self.inputs]
+                place.copy_(base.weight.data)
+                base.weight.data = place
+                row += base.out_features
         self.bias = None
         if any(base.bias is not None for base in bases):
-            self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases])
+            biases = [first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases]
+            self.bias = torch.cat(biases).to(dtype)
 
     def refresh(self) -> None:
         """Takes over the adapters' numbers; to be called when they have changed."""
         for adapter in self.adapters:
             self.a[adapter.ranks].copy_(adapter.a.detach())
-            place = self.weight[adapter.out, self.inputs + adapter.ranks.start : self.inputs + adapter.ranks.stop]
+            place = self._b[adapter.out, adapter.ranks]
             torch.mul(
                 adapter.b.detach(), adapter.scaling, out=place
             ) if place.dtype == adapter.b.dtype else place.copy_(adapter.b.detach() * adapter.scaling)
 
-    def forward(self, extended: Tensor, dropped: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+    def weight(self, take: Take) -> Tensor:
+        """`[W | sB]`, (outputs, H + R)."""
+        if self._weight is not None:
+            return self._weight
+        whole = take("weight", self.outputs, self.inputs + self.ranks)
+        row = 0
+        for stored in self._stored:
+            whole[row : row + len(stored), : self.inputs].copy_(stored)
+            row += len(stored)
+        whole[:, self.inputs :].copy_(self._b)
+        return whole
+
+    def forward(
+        self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor, residual: Tensor | None = None
+    ) -> None:
         """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
         if self.ranks:
             torch.mm(dropped, self.a.T, out=extended[:, self.inputs :])
+        weight = self.weight(take)
         if residual is not None:
-            torch.addmm(residual, extended, self.weight.T, out=out)
+            torch.addmm(residual, extended, weight.T, out=out)
         elif self.bias is not None:
-            torch.addmm(self.bias, extended, self.weight.T, out=out)
+            torch.addmm(self.bias, extended, weight.T, out=out)
         else:
-            torch.mm(extended, self.weight.T, out=out)
+            torch.mm(extended, weight.T, out=out)
         if residual is not None and self.bias is not None:
             out.add_(self.bias)
 
-    def backward(self, d_out: Tensor, d_extended: Tensor, keep: Tensor | None, space: Tensor) -> Tensor:
-        """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it.
-
-        `space` is (T, H).
-        """
-        torch.mm(d_out, self.weight, out=d_extended)
+    def backward(self, take: Take, d_out: Tensor, d_extended: Tensor, keep: Tensor | None) -> Tensor:
+        """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it."""
+        torch.mm(d_out, self.weight(take), out=d_extended)
         d_x, d_h = d_extended[:, : self.inputs], d_extended[:, self.inputs :]
         if self.ranks:
-            through = torch.mm(d_h, self.a, out=space)
+            through = torch.mm(d_h, self.a, out=take("dropped", len(d_out), self.inputs))
             d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
         return d_x
 
@@ -152,13 +179,28 @@ class Linears:
         if not self.ranks:
             return
         if d_h is None:
-            d_h = d_out @ self.weight[:, self.inputs :]
+            d_h = d_out @ self._b
         d_a = d_h.T @ dropped
         for adapter in self.adapters:
             gradients[adapter.a].add_(d_a[adapter.ranks])
             # The other order, d_outᵀ · h, takes six times as long.
             d_b = (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T
             gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
+
+
+class InFloat32(TorchFunctionMode):
+    """Inside, embeddings and linear layers whose weights have 16 bits give fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and args[1].dtype.itemsize == 2:
+            args = [None if given is None else given.float() for given in args]
+        result = func(*args, **kwargs)
+        return result.float() if func is F.embedding and result.dtype.itemsize == 2 else result
+
+
+def _arithmetic(stored: torch.dtype) -> torch.dtype:
+    return torch.promote_types(stored, torch.float32)
 
 
 def _base(module: nn.Module) -> nn.Linear:
@@ -189,6 +231,7 @@ class Norm:
             raise NotCovered(f"{kind} where an RMS norm is expected")
         self.eps = float(getattr(module, "variance_epsilon", None) or cast("Any", module).eps)
         weight = cast("Tensor", module.weight).detach()
+        weight = weight.to(_arithmetic(weight.dtype))
         self.weight = 1 + weight if kind.startswith("Gemma") else weight
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -353,9 +396,8 @@ class Decoder:
         head = causal.lm_head
         if type(head) is not nn.Linear or head.bias is not None:
             raise NotCovered("an output layer that is not one plain matrix")
-        if next(model.parameters()).dtype not in (torch.float32, torch.float64):
-            raise NotCovered(f"weights in {next(model.parameters()).dtype}")
-        _unmap(causal, head)
+        if head.weight.dtype == _arithmetic(head.weight.dtype):
+            _unmap(causal, head)
         written = [_Layer(number, layer) for number, layer in enumerate(layers)]
         adapters = [a for layer in written for group in layer.linears for a in group.adapters]
         self._trained = [parameter for adapter in adapters for parameter in (adapter.a, adapter.b)]
@@ -371,7 +413,8 @@ class Decoder:
         lowest = next(layer.number for layer in written if layer.adapted)
         self._model = _Model(body.embed_tokens, written, Norm(body.norm), head.weight, lowest, recomputed)
         self._rotary = body.rotary_emb
-        self._joint = Buffers(head.weight.dtype, head.weight.device)
+        self._dtype = _arithmetic(head.weight.dtype)
+        self._joint = Buffers(self._dtype, head.weight.device)
         self._lanes: dict[int, Lanes] = {}
         self._memories: list[_Memory] = []
 
@@ -399,7 +442,7 @@ class Decoder:
         n_tokens, model = len(batch.input_ids), self._model
         lanes = self._lanes_for(n_tokens if isinstance(sight, attention.Gather) else 0)
         memories = self._memories[: lanes.count]
-        cos, sin = self._rotary(model.head[None, :1], batch.position_ids[None])
+        cos, sin = self._rotary(model.head.new_empty(0, dtype=self._dtype), batch.position_ids[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         masks = None
@@ -421,7 +464,7 @@ class Decoder:
         head = self._model.head
         while len(self._memories) < count:
             own = {parameter: torch.zeros_like(parameter) for parameter in self._trained if self._memories}
-            self._memories.append(_Memory(Buffers(head.dtype, head.device), own))
+            self._memories.append(_Memory(Buffers(self._dtype, head.device), own))
         return self._lanes[count]
 
 
@@ -464,7 +507,8 @@ class _Lane:
             for share in self._gradients.values():
                 share.zero_()
         micro.lanes.meet()
-        x = model.embed(micro.batch.input_ids[self._rows])
+        with InFloat32():
+            x = model.embed(micro.batch.input_ids[self._rows])
         last = len(layers) - 1
         inputs, saved = [x], dict[int, _Saved]()
         for number, layer in enumerate(layers):
@@ -534,7 +578,7 @@ class _Lane:
         n_tokens = len(micro.batch.input_ids)
         qkv_all = micro.joint.take(f"qkv {joint_tag}", n_tokens, layer.qkv.outputs)
         qkv = qkv_all[rows]
-        layer.qkv.forward(extended, self._dropped(normed, keep_qkv), qkv)
+        layer.qkv.forward(take, extended, self._dropped(normed, keep_qkv), qkv)
         h_qkv = extended[:, layer.qkv.inputs :].clone()
         query, key, value = qkv_all.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
         query, key, value = (part.unflatten(1, (-1, layer.head_size)) for part in (query, key, value))
@@ -562,18 +606,18 @@ class _Lane:
         extended_o[:, : layer.o.inputs] = result
         x_middle = take(f"x middle {tag}", len(x_rows), layer.o.outputs)
         given = extended_o[:, : layer.o.inputs]
-        layer.o.forward(extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
+        layer.o.forward(take, extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
 
         extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
         normed = extended[:, : layer.gate_up.inputs]
         rstd_middle = layer.norm_middle.forward(x_middle, normed)
         gate_up = take(f"gate up {tag}", len(x_rows), layer.gate_up.outputs)
-        layer.gate_up.forward(extended, self._dropped(normed, keep_gate_up), gate_up)
+        layer.gate_up.forward(take, extended, self._dropped(normed, keep_gate_up), gate_up)
         h_gate_up = extended[:, layer.gate_up.inputs :].clone()
         extended = take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
         active = extended[:, : layer.down.inputs]
         layer.activation.forward(gate_up, active)
-        layer.down.forward(extended, self._dropped(active, keep_down), out, residual=x_middle)
+        layer.down.forward(take, extended, self._dropped(active, keep_down), out, residual=x_middle)
         h_down = extended[:, layer.down.inputs :].clone()
         if not keep:
             return out, None
@@ -593,7 +637,7 @@ class _Lane:
         extended = take("extended down", n_rows, layer.down.inputs + layer.down.ranks)
         d_extended = take("d extended down", n_rows, layer.down.inputs + layer.down.ranks)
         active = extended[:, : layer.down.inputs]
-        d_active = layer.down.backward(d_out, d_extended, keep_down, take("dropped", n_rows, layer.down.inputs))
+        d_active = layer.down.backward(take, d_out, d_extended, keep_down)
         d_gate_up = saved.gate_up  # its numbers are needed no more
         layer.activation.backward(d_active, d_gate_up, active)
         dropped = self._dropped(active, keep_down)
@@ -601,16 +645,14 @@ class _Lane:
         extended = take("extended", n_rows, layer.gate_up.inputs)
         layer.norm_middle.again(saved.x_middle, saved.rstd_middle, extended)
         d_extended = take("d extended", n_rows, layer.gate_up.inputs + layer.gate_up.ranks)
-        d_normed = layer.gate_up.backward(
-            d_gate_up, d_extended, keep_gate_up, take("dropped", n_rows, layer.gate_up.inputs)
-        )
+        d_normed = layer.gate_up.backward(take, d_gate_up, d_extended, keep_gate_up)
         dropped, d_h = self._dropped(extended, keep_gate_up), d_extended[:, layer.gate_up.inputs :]
         layer.gate_up.adapter_backward(gradients, d_gate_up, saved.h_gate_up, dropped, d_h)
         layer.norm_middle.backward(d_normed, saved.x_middle, saved.rstd_middle, d_out)
 
         # attention
         d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
-        d_attended = layer.o.backward(d_out, d_extended, keep_o, take("dropped", n_rows, layer.o.inputs))
+        d_attended = layer.o.backward(take, d_out, d_extended, keep_o)
         given, h = saved.extended.tensor_split([layer.o.inputs], 1)
         layer.o.adapter_backward(gradients, d_out, h, self._dropped(given, keep_o), d_extended[:, layer.o.inputs :])
         if self._is_last(layer):
@@ -634,7 +676,7 @@ class _Lane:
             layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, self._dropped(extended, keep_qkv))
             return d_out
         d_extended = take("d extended", len(saved.x), layer.qkv.inputs + layer.qkv.ranks)
-        d_normed = layer.qkv.backward(d_qkv, d_extended, keep_qkv, take("dropped", len(saved.x), layer.qkv.inputs))
+        d_normed = layer.qkv.backward(take, d_qkv, d_extended, keep_qkv)
         dropped = self._dropped(extended, keep_qkv)
         layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
         layer.norm.backward(d_normed, saved.x, saved.rstd, d_out)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle
+_WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def loss_and_gradient(
         hidden = hidden_UH[start : start + rows]
         part = labels.part(start, start + len(hidden))
         out = None if space is None else space[: len(hidden) * len(weight_VH)].view(len(hidden), -1)
-        logits = _exact(torch.mm(hidden, weight_VH.T, out=out))
+        logits = _exact(_logits(hidden, weight_VH, out))
         slope = None
         if softcap is not None:
             slope = logits.div_(softcap).tanh_()
@@ -99,10 +100,30 @@ def loss_and_gradient(
         probabilities.index_put_((part.row, part.target), -shares, accumulate=True)
         if slope is not None:
             probabilities.mul_(slope.square_().neg_().add_(1))
-        torch.mm(probabilities.to(weight_VH.dtype), weight_VH, out=gradient[start : start + rows])
+        _back(probabilities.to(hidden.dtype), weight_VH, gradient[start : start + rows])
     if with_gradient:
         gradient.mul_(labels.row_count[:, None].to(gradient.dtype))
     return loss, gradient
+
+
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """`hidden · weightᵀ`; weights of another type than `hidden` are converted word by word, not all at once."""
+    if weight.dtype == hidden.dtype:
+        return torch.mm(hidden, weight.T, out=out)
+    out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
+    for words, logits in zip(weight.split(_WORDS_AT_ONCE), out.split(_WORDS_AT_ONCE, 1), strict=True):
+        torch.mm(hidden, words.to(hidden.dtype).T, out=logits)
+    return out
+
+
+def _back(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`d_logits · weight` in `out`."""
+    if weight.dtype == d_logits.dtype:
+        torch.mm(d_logits, weight, out=out)
+        return
+    out.zero_()
+    for words, part in zip(weight.split(_WORDS_AT_ONCE), d_logits.split(_WORDS_AT_ONCE, 1), strict=True):
+        out.addmm_(part, words.to(out.dtype))
 
 
 def chunk_rows(n_rows: int, vocabulary: int, device: torch.device, at_once: int = 1) -> int:
