@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from test_trie import batches
 from tunesmith.engine import decoder, step, trie
-from tunesmith.engine.decoder import Masks
+from tunesmith.engine.layers import Masks
 from tunesmith.engine.memory import Buffers
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
@@ -651,23 +651,6 @@ def test_weights_of_16_bits_stay_as_they_are_and_are_multiplied_in_fp32(dtype: t
     assert all(torch.equal(after[name], was) for name, (_, was) in before.items())
 
 
-def test_layers_with_weights_of_16_bits_are_checked_by_products_in_fp32(
-    monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
-    """Plain products of 16 bits would be further off than most mistakes."""
-    notes: list[str] = []
-    made = checking(family("Llama", torch.bfloat16), notes)
-    seen: list[float] = []
-    bound = Engine._bound
-    monkeypatch.setattr(Engine, "_bound", lambda self: (seen.append(bound(self)), 1e-5)[1])  # observed 9e-7
-    made.gradient(ROWS, n_supervised(ROWS))
-    assert made.way == "decoder" and len(notes) == 1 and seen == [2e-3]
-    model = made._model
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding))
-    assert {module.training for module in model.modules()} == {True}
-
-
 def test_a_processor_that_multiplies_16_bits_well_is_left_to_do_so(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     monkeypatch.setattr(step, "_times_as_fast", lambda dtype: 8.0)
@@ -677,120 +660,6 @@ def test_a_processor_that_multiplies_16_bits_well_is_left_to_do_so(monkeypatch: 
 
 def test_the_measured_rate_of_a_type_beside_itself_is_one() -> None:
     assert 0.2 < step._times_as_fast(torch.float32) < 5
-
-
-# --- the engine checks itself -----------------------------------------------------------------------------------------
-
-
-def checking(model: PeftModel, notes: list[str], **asked: Any) -> Engine:
-    """An engine that compares itself with plain transformers and peft before its first step."""
-    return Engine(model, EngineSettings(**asked), notes.append)
-
-
-def verdicts(cache: Path) -> list[str]:
-    return [path.read_text(encoding="utf-8") for path in (cache / "self_checks").glob("*")]
-
-
-def wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers written by hand forget where a token stands, forward and backward alike."""
-    monkeypatch.setattr(decoder, "_rotate", lambda *_: None)
-
-
-def wrong_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that is learned from a tree is right."""
-    right_layout = trie.lay_out
-
-    def wrong_layout(documents: Sequence[Rendered], **others: Any) -> trie.Tree:
-        tree = right_layout(documents, **others)
-        return replace(tree, pairs=tuple((where, (target + 1) % VOCABULARY, n) for where, target, n in tree.pairs))
-
-    monkeypatch.setattr(trie, "lay_out", wrong_layout)
-
-
-CHECKED = [(name, torch.float32) for name in FAMILIES if name not in MORE]
-CHECKED += [
-    ("Llama", torch.float64),
-    ("Llama", torch.bfloat16),
-    ("Gemma 2", torch.bfloat16),
-    ("Gemma 3", torch.bfloat16),
-]
-
-
-@pytest.mark.parametrize(("name", "dtype"), CHECKED, ids=str)
-def test_a_way_that_is_right_is_kept_and_remembered(name: str, dtype: torch.dtype, cache: Path) -> None:
-    notes: list[str] = []
-    made = checking(family(name, dtype), notes)
-    expected = made.way
-    made.gradient(FEW, n_supervised(FEW))
-    assert [note for note in notes if "another gradient" in note] == []
-    assert [made.way] == [expected] == verdicts(cache)
-
-
-def test_a_wrong_way_is_left_for_the_next_one_with_a_note(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    notes: list[str] = []
-    wrong_rotation(monkeypatch)
-    made = checking(family("Llama"), notes)
-    assert made.way == "decoder" and notes == []
-    assert distance(take(made), truth("Llama", lifted=False)) < 5e-6  # observed 1.0e-7
-    assert made.way == "tree" and verdicts(cache) == ["tree"]
-    (note,) = notes
-    assert note.startswith("The decoder way gives another gradient than plain transformers and peft for this model")
-    assert SENTENCE.fullmatch(note)
-
-
-def test_where_no_tree_is_right_rows_are_padded(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    notes: list[str] = []
-    wrong_trees(monkeypatch)
-    made = checking(family("Llama"), notes)
-    assert distance(take(made), truth("Llama", lifted=False)) < 5e-6  # observed 1.0e-7
-    assert made.way == "padded" and verdicts(cache) == ["padded"]
-    assert [note.split(" gives ")[0] for note in notes] == ["The decoder way", "The tree way"]
-
-
-@pytest.mark.parametrize(("fault", "way"), [(None, "decoder"), (wrong_rotation, "tree"), (wrong_trees, "padded")])
-def test_a_verdict_is_remembered(fault: Callable[[pytest.MonkeyPatch], None] | None, way: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        if fault is not None:
-            fault(patch)
-        take(checking(family("Llama"), []), FEW)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked again"))
-        again = checking(family("Llama"), [])
-        assert distance(take(again), truth("Llama", lifted=False)) < 5e-6  # observed 3.0e-7
-        assert again.way == way
-        another_window = adapted(base("mistral", sliding_window=6)).double()
-        with pytest.raises(pytest.fail.Exception, match="checked again"):
-            take(checking(another_window, []), FEW)
-
-
-@pytest.mark.parametrize("init_lora_weights", [True, False])
-@pytest.mark.parametrize("fault", [None, wrong_rotation, wrong_trees])
-def test_the_check_leaves_no_trace_in_the_model(
-    monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None] | None, init_lora_weights: bool
-) -> None:
-    """A new adapter, whose B is zero, is filled with random numbers meanwhile; training must not start from those."""
-    if fault is not None:
-        fault(monkeypatch)
-    model = adapted(base("llama"), init_lora_weights=init_lora_weights, lora_dropout=0.1)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    generator = torch.get_rng_state()
-    made = checking(model, [])
-    model.zero_grad()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_part_loss", lambda *_: torch.zeros(()))
-        made.loss(FEW)  # only the check computes anything
-    assert made.way == {None: "decoder", wrong_rotation: "tree", wrong_trees: "padded"}[fault]
-    assert before.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert all(module.training for module in model.modules())
-
-
-def test_a_check_that_is_not_wanted_is_not_made(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked"))
-    take(checking(family("Llama"), [], self_check=False), FEW)
-    assert verdicts(cache) == []
 
 
 # --- rotary embeddings that depend on the length ----------------------------------------------------------------------

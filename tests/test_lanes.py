@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from test_engine import adapted, base, distance, engine, take
 from test_trie import batches
-from tunesmith.engine import decoder, lanes
+from tunesmith.engine import decoder, lanes, layers
 from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.types import Rendered
 
@@ -65,15 +65,15 @@ def test_a_late_lane_is_waited_for(monkeypatch: pytest.MonkeyPatch, late: int, r
     made = engine(adapted(base("llama", num_hidden_layers=3)).double(), "decoder", recompute_layers=recompute)
     with_lanes(3, monkeypatch)
     expected = take(made)
-    forward, backward = decoder.Linears.forward, decoder.Linears.backward
+    forward, backward = layers.Linears.forward, layers.Linears.backward
     draw = random.Random(late)
 
     def dawdle() -> None:
         if threading.current_thread().name.endswith(str(late)):
             time.sleep(draw.choice([0, 0.002, 0.005]))
 
-    monkeypatch.setattr(decoder.Linears, "forward", lambda *given, **named: (dawdle(), forward(*given, **named))[1])
-    monkeypatch.setattr(decoder.Linears, "backward", lambda *given: (dawdle(), backward(*given))[1])
+    monkeypatch.setattr(layers.Linears, "forward", lambda *given, **named: (dawdle(), forward(*given, **named))[1])
+    monkeypatch.setattr(layers.Linears, "backward", lambda *given: (dawdle(), backward(*given))[1])
     for _ in range(3):
         found = take(made)
         assert found.loss == expected.loss and torch.equal(found.gradient, expected.gradient)
@@ -84,14 +84,14 @@ def test_a_lane_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     with_lanes(2, monkeypatch)
     expected = take(made)
     monkeypatch.setattr(Lanes, "meet", lambda self: None)
-    forward = decoder.Linears.forward
+    forward = layers.Linears.forward
 
     def dawdling(*given: Any, **named: Any) -> None:
         if threading.current_thread().name.endswith("0"):
             time.sleep(0.005)
         forward(*given, **named)
 
-    monkeypatch.setattr(decoder.Linears, "forward", dawdling)
+    monkeypatch.setattr(layers.Linears, "forward", dawdling)
     try:
         difference = distance(take(made), expected)
     except (ValueError, IndexError):  # the other lane's part of the gradient was not there yet
@@ -104,7 +104,7 @@ def test_a_lane_that_fails_ends_all_and_the_next_step_is_right(monkeypatch: pyte
     made = engine(adapted(base("llama")).double(), "decoder")
     with_lanes(2, monkeypatch)
     expected = take(made)
-    backward = decoder.Linears.backward
+    backward = layers.Linears.backward
 
     def failing(*given: Any) -> Any:
         if threading.current_thread().name.endswith(str(number)):
@@ -112,7 +112,7 @@ def test_a_lane_that_fails_ends_all_and_the_next_step_is_right(monkeypatch: pyte
         return backward(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder.Linears, "backward", failing)
+        patch.setattr(layers.Linears, "backward", failing)
         with pytest.raises(MemoryError, match="no more"):
             take(made)
     found = take(made)

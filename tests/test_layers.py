@@ -17,7 +17,7 @@ LAYERS = [
     {"training", "chat", "checking", "report", "adapter_files", "shown"},
     {"engine.step", "model"},
     {"engine.decoder"},
-    {"engine.attention", "engine.batch"},
+    {"engine.attention", "engine.batch", "engine.layers"},
     {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"cache", "rows"},
     {"render", "template", "records", "recipe", "rundir", "hub"},

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +238,7 @@ class Gather:
 
     def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
         plan = self.plan(style.window, range(len(query_THD)))
-        return _Differentiable.apply(query_THD, key_TKD, value_TKD, plan, style)  # type: ignore[return-value]
+        return cast("Tensor", _Differentiable.apply(query_THD, key_TKD, value_TKD, plan, style))
 
     def _group(self, pieces: Sequence[_Piece], window: int | None) -> _Group:
         query = torch.full((len(pieces), max(piece.stop - piece.start for piece in pieces)), -1)

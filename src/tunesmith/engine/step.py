@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its 
 
 from tunesmith import hub
 from tunesmith.engine import attention, batch, lora, trie
-from tunesmith.engine.decoder import Decoder, InFloat32, NotCovered
+from tunesmith.engine.decoder import Decoder
+from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
 from tunesmith.recipe import EngineSettings
@@ -35,7 +36,6 @@ Way = Literal["decoder", "tree", "padded"]
 _TOKENS = {"cpu": 1024, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
-_BOUND_COARSE = 0.2  # 16 bits
 _WELL = 1.5  # times as fast as in fp32
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
 # Settings of a config that change what the output layer gives; for those the model is asked for the logits itself.
@@ -214,13 +214,12 @@ class Engine:
             return
         few = _few_tokens(documents)
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        with _mode(self._model, training=False), _not_the_identity(self._model):
-            # Plain products of 16 bits are up to a third off, and say nothing about layers that compute in fp32.
-            with _exactly(self._model) if self.way == "decoder" else nullcontext():
-                expected = self._gradient_of(few, "padded", trained)
+        # Products of 16 bits put two right computations up to a third apart, which would hide most mistakes.
+        with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model):
+            expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
                 difference = float((self._gradient_of(few, self.way, trained) - expected).norm() / expected.norm())
-                if difference < self._bound():
+                if difference < _BOUND[torch.promote_types(self._compute_dtype, torch.float32)]:
                     break
                 self._note(
                     f"The {self.way} way gives another gradient than plain transformers and peft for this model "
@@ -245,10 +244,6 @@ class Engine:
         finally:
             for parameter, gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient
-
-    def _bound(self) -> float:
-        dtype = self._compute_dtype
-        return _BOUND.get(torch.promote_types(dtype, torch.float32) if self.way == "decoder" else dtype, _BOUND_COARSE)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -396,25 +391,27 @@ def _few_tokens(documents: Sequence[Rendered]) -> list[Rendered]:
 
 @contextmanager
 def _exactly(model: PeftModel) -> Iterator[None]:
-    """Inside, products are those of fp32, with weights in fp32 for one layer at a time."""
-    stored = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dtype.itemsize == 2]
-    if not stored:
+    """Inside, transformers' layers multiply in fp32, with weights in fp32 for one layer at a time."""
+    short = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dtype.itemsize < 4]
+    if not short:
         yield
         return
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [(layer, layer.gradient_checkpointing, layer.training) for layer in layers]
-    cast("Any", model.get_base_model()).activation_checkpointing_enable()
-    for layer in layers:
-        layer.training = True  # or it recomputes nothing; what it holds keeps its mode, dropout too
-    for module in stored:
-        vars(module)["forward"] = functools.partial(_forward_in_float32, module)
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [(module, dict(vars(module))) for module in (*layers, *short)]
     try:
+        cast("Any", model.get_base_model()).activation_checkpointing_enable()
+        for layer in layers:
+            layer.training = True  # or it recomputes nothing; what it holds keeps its mode, dropout too
+        for module in short:
+            if hasattr(module, "compute_dtype"):  # bitsandbytes' own layers
+                vars(module).update(compute_dtype=torch.float32, compute_type_is_set=True)
+            else:
+                vars(module).update(forward=functools.partial(_forward_in_float32, module))
         yield
     finally:
-        for module in stored:
-            del vars(module)["forward"]
-        for layer, recomputes, training in before:
-            layer.gradient_checkpointing, layer.training = recomputes, training
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _forward_in_float32(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""The parts of a decoder layer, each with its backward pass written by hand.
+
+One product per group of linear layers with the same input, adapter included: `[x | h] · [W | sB]ᵀ` with `h = x̃Aᵀ`
+(x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
+gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Weights of
+16 bits stay as they are, and only those of the group at work stand in fp32 as well: few processors multiply 16 bits
+well, and half the memory is worth two conversions per step.
+
+Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tunesmith.engine.memory import Buffers, empty
+
+GROUPS = ("qkv", "o", "gate_up", "down")
+_ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
+
+
+class NotCovered(Exception):
+    """The model has something that is not written here; the message says what."""
+
+
+# --- linear layers with one input -------------------------------------------------------------------------------------
+
+
+Take = Callable[..., Tensor]
+"""`Buffers.take` of a lane."""
+Gradients = Mapping[nn.Parameter, Tensor]
+"""Where a lane adds its share."""
+
+
+class _Adapter(NamedTuple):
+    """One adapter's place in its group."""
+
+    a: nn.Parameter
+    """(r, in)"""
+    b: nn.Parameter
+    """(out, r)"""
+    scaling: float
+    out: slice
+    ranks: slice
+
+
+class Linears:
+    """Linear layers with the same input as one product."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        bases = [_base(module) for module in modules]
+        self.inputs = bases[0].in_features
+        self.outputs = sum(base.out_features for base in bases)
+        self.adapters: list[_Adapter] = []
+        self.dropout = 0.0
+        row = ranks = 0
+        for module, base in zip(modules, bases, strict=True):
+            if isinstance(module, LoraLinear):
+                a, b = (cast("nn.Parameter", part["default"].weight) for part in (module.lora_A, module.lora_B))
+                self.adapters.append(
+                    _Adapter(
+                        a,
+                        b,
+                        module.scaling["default"],
+                        slice(row, row + base.out_features),
+                        slice(ranks, ranks + len(a)),
+                    )
+                )
+                self.dropout = _dropout(module)
+                ranks += len(a)
+            row += base.out_features
+        self.ranks = ranks
+        first = bases[0].weight
+        dtype = arithmetic(first.dtype)
+        self.a = first.new_zeros(ranks, self.inputs, dtype=dtype)
+        self._stored: list[Tensor] = []
+        self._weight: Tensor | None = None
+        if first.dtype != dtype:
+            self._stored = [base.weight.data for base in bases]
+            self._b = first.new_zeros(self.outputs, ranks, dtype=dtype)
+        else:
+            self._weight = empty(self.outputs, self.inputs + ranks, dtype=dtype, device=first.device).zero_()
+            self._b = self._weight[:, self.inputs :]
+            row = 0
+            for base in bases:
+                place = self._weight[row : row + base.out_features, : self.inputs]
+                place.copy_(base.weight.data)
+                base.weight.data = place
+                row += base.out_features
+        self.bias = None
+        if any(base.bias is not None for base in bases):
+            biases = [first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases]
+            self.bias = torch.cat(biases).to(dtype)
+
+    def refresh(self) -> None:
+        """Takes over the adapters' numbers; to be called when they have changed."""
+        for adapter in self.adapters:
+            self.a[adapter.ranks].copy_(adapter.a.detach())
+            self._b[adapter.out, adapter.ranks].copy_(adapter.b.detach() * adapter.scaling)
+
+    def weight(self, take: Take) -> Tensor:
+        """`[W | sB]`, (outputs, H + R)."""
+        if self._weight is not None:
+            return self._weight
+        whole = take("weight", self.outputs, self.inputs + self.ranks)
+        row = 0
+        for stored in self._stored:
+            whole[row : row + len(stored), : self.inputs].copy_(stored)
+            row += len(stored)
+        whole[:, self.inputs :].copy_(self._b)
+        return whole
+
+    def forward(
+        self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor, residual: Tensor | None = None
+    ) -> None:
+        """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
+        if self.ranks:
+            torch.mm(dropped, self.a.T, out=extended[:, self.inputs :])
+        weight = self.weight(take)
+        if residual is not None:
+            torch.addmm(residual, extended, weight.T, out=out)
+        elif self.bias is not None:
+            torch.addmm(self.bias, extended, weight.T, out=out)
+        else:
+            torch.mm(extended, weight.T, out=out)
+        if residual is not None and self.bias is not None:
+            out.add_(self.bias)
+
+    def backward(self, take: Take, d_out: Tensor, d_extended: Tensor, keep: Tensor | None) -> Tensor:
+        """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it."""
+        torch.mm(d_out, self.weight(take), out=d_extended)
+        d_x, d_h = d_extended[:, : self.inputs], d_extended[:, self.inputs :]
+        if self.ranks:
+            through = torch.mm(d_h, self.a, out=take("dropped", len(d_out), self.inputs))
+            d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
+        return d_x
+
+    def adapter_backward(
+        self, gradients: Gradients, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None
+    ) -> None:
+        """Adds to the gradients of the adapters. `d_h` is known where `backward` was called."""
+        if not self.ranks:
+            return
+        if d_h is None:
+            d_h = d_out @ self._b
+        d_a = d_h.T @ dropped
+        for adapter in self.adapters:
+            gradients[adapter.a].add_(d_a[adapter.ranks])
+            # The other order, d_outᵀ · h, takes six times as long.
+            d_b = (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T
+            gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
+
+
+class InFloat32(TorchFunctionMode):
+    """Inside, embeddings and linear layers whose weights have 16 bits give fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            args, kwargs = [_lifted(given) for given in args], {name: _lifted(given) for name, given in kwargs.items()}
+        result = func(*args, **kwargs)
+        return result.float() if func is F.embedding and result.dtype.itemsize == 2 else result
+
+
+def _lifted(given: Tensor | None) -> Tensor | None:
+    return given if given is None or given.dtype.itemsize != 2 else given.float()
+
+
+def arithmetic(stored: torch.dtype) -> torch.dtype:
+    """The type that weights of a type are computed with."""
+    return torch.promote_types(stored, torch.float32)
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    if isinstance(module, LoraLinear):
+        variant = module.lora_variant or module.merged or list(module.lora_A) != ["default"]
+        if variant or module.fan_in_fan_out or any(module.lora_bias.values()):
+            raise NotCovered("an adapter that is not plain LoRA")
+        module = cast("nn.Module", module.get_base_layer())
+    if type(module) is not nn.Linear:
+        raise NotCovered(f"{type(module).__name__} where a linear layer is expected")
+    return module
+
+
+def _dropout(module: LoraLinear) -> float:
+    dropout = module.lora_dropout["default"]
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+# --- element-wise parts -----------------------------------------------------------------------------------------------
+
+
+class Norm:
+    """x · rsqrt(mean(x²) + eps) · weight over the last dimension."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kind = type(module).__name__
+        if not kind.endswith("RMSNorm"):
+            raise NotCovered(f"{kind} where an RMS norm is expected")
+        self.eps = float(getattr(module, "variance_epsilon", None) or cast("Any", module).eps)
+        weight = cast("Tensor", module.weight).detach()
+        weight = weight.to(arithmetic(weight.dtype))
+        self.weight = 1 + weight if kind.startswith("Gemma") else weight
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Writes the result; returns rsqrt(mean(x²) + eps), (…, 1)."""
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        self.again(x, rstd, out)
+        return rstd
+
+    def again(self, x: Tensor, rstd: Tensor, out: Tensor) -> None:
+        torch.mul(x, rstd, out=out).mul_(self.weight)
+
+    def backward(self, d_out: Tensor, x: Tensor, rstd: Tensor, d_x: Tensor) -> None:
+        """Adds to `d_x`; destroys `d_out`."""
+        d_out.mul_(self.weight)
+        along = torch.linalg.vecdot(d_out, x)[..., None].mul_(rstd.pow(3)).div_(-x.shape[-1])
+        d_x.addcmul_(d_out, rstd).addcmul_(x, along)
+
+
+def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place; cos and sin are (T, 1, rotary / 2). With -sin it is undone."""
+    half = cos.shape[-1]
+    first, second = x_THD[..., :half], x_THD[..., half : 2 * half]
+    rotated = (first * cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(rotated)
+
+
+class Activation:
+    """act(gate) · up, in blocks of rows that stay in the processor's cache."""
+
+    def __init__(self, module: nn.Module) -> None:
+        probe = torch.linspace(-4, 4, 65)
+        known: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+            "silu": (F.silu, torch.ops.aten.silu_backward),
+            "gelu": (
+                lambda x: F.gelu(x, approximate="tanh"),
+                lambda d, x: torch.ops.aten.gelu_backward(d, x, approximate="tanh"),
+            ),
+        }
+        match = [pair for pair in known.values() if torch.equal(pair[0](probe), module(probe))]
+        if not match:
+            raise NotCovered(f"the activation {type(module).__name__}")
+        ((self._act, self._act_backward),) = match
+
+    def forward(self, gate_up: Tensor, out: Tensor) -> None:
+        half = out.shape[1]
+        for block, result in zip(gate_up.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
+            torch.mul(self._act(block[:, :half]), block[:, half:], out=result)
+
+    def backward(self, d_out: Tensor, gate_up: Tensor, out: Tensor) -> None:
+        """Replaces `gate_up` by its gradient and gives the result once more, in `out`."""
+        half = out.shape[1]
+        for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, out)), strict=True):
+            gate, up = block[:, :half], block[:, half:]
+            active = self._act(gate)
+            torch.mul(active, up, out=result)
+            d_gate = self._act_backward(d * up, gate)
+            torch.mul(d, active, out=up)
+            gate.copy_(d_gate)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+class Masks:
+    """Dropout's masks of a micro-batch: slices, at places drawn anew for each, of one pool of independent numbers.
+
+    Every number is 0 with probability `dropout` (to 16 bits), else 1 / (1 - dropout), and the numbers of one mask are
+    independent; two masks may have a stretch of the pool in common. Drawing each afresh takes a tenth of a step.
+    """
+
+    def __init__(self, dropout: float, largest: int, n_layers: int, buffers: Buffers) -> None:
+        draw = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+        lanes = draw.integers(0, 2**64, largest // 2 + 1, np.uint64).view(np.int16)[: 2 * largest]
+        self._pool = buffers.take("dropout", 2 * largest)
+        torch.ge(torch.from_numpy(lanes), round(dropout * 2**16) - 2**15, out=self._pool)
+        self._pool.mul_(1 / (1 - dropout))
+        self._starts = draw.integers(0, largest + 1, (n_layers, len(GROUPS))).tolist()
+
+    def take(self, layer: int, group: int, rows: int, columns: int) -> Tensor:
+        """The mask of a group's input."""
+        start = self._starts[layer][group]
+        return self._pool[start : start + rows * columns].view(rows, columns)

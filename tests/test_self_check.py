@@ -1,0 +1,229 @@
+"""Before the first step of a model its way is compared with plain transformers and peft, and left if it differs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from test_engine import (
+    FAMILIES,
+    FEW,
+    MORE,
+    ROWS,
+    SENTENCE,
+    VOCABULARY,
+    adapted,
+    base,
+    distance,
+    family,
+    n_supervised,
+    plain,
+    take,
+    truth,
+)
+from tunesmith.engine import attention, decoder, step, trie
+from tunesmith.engine.step import Engine
+from tunesmith.recipe import EngineSettings
+from tunesmith.types import Rendered
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where verdicts are remembered."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def checking(model: PeftModel, notes: list[str], **asked: Any) -> Engine:
+    """An engine that compares itself with plain transformers and peft before its first step."""
+    return Engine(model, EngineSettings(**asked), notes.append)
+
+
+def verdicts(cache: Path) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in (cache / "self_checks").glob("*")]
+
+
+def wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers written by hand forget where a token stands, forward and backward alike."""
+    monkeypatch.setattr(decoder, "rotate", lambda *_: None)
+
+
+def wrong_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is learned from a tree is right."""
+    right_layout = trie.lay_out
+
+    def wrong_layout(documents: Sequence[Rendered], **others: Any) -> trie.Tree:
+        tree = right_layout(documents, **others)
+        return replace(tree, pairs=tuple((where, (target + 1) % VOCABULARY, n) for where, target, n in tree.pairs))
+
+    monkeypatch.setattr(trie, "lay_out", wrong_layout)
+
+
+CHECKED = [(name, torch.float32) for name in FAMILIES if name not in MORE]
+CHECKED += [
+    ("Llama", torch.float64),
+    ("Llama", torch.bfloat16),
+    ("Gemma 2", torch.bfloat16),
+    ("Gemma 3", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CHECKED, ids=str)
+def test_a_way_that_is_right_is_kept_and_remembered(name: str, dtype: torch.dtype, cache: Path) -> None:
+    notes: list[str] = []
+    made = checking(family(name, dtype), notes)
+    expected = made.way
+    made.gradient(FEW, n_supervised(FEW))
+    assert [note for note in notes if "another gradient" in note] == []
+    assert [made.way] == [expected] == verdicts(cache)
+
+
+def test_a_wrong_way_is_left_for_the_next_one_with_a_note(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    notes: list[str] = []
+    wrong_rotation(monkeypatch)
+    made = checking(family("Llama"), notes)
+    assert made.way == "decoder" and notes == []
+    assert distance(take(made), truth("Llama", lifted=False)) < 5e-6  # observed 1.0e-7
+    assert made.way == "tree" and verdicts(cache) == ["tree"]
+    (note,) = notes
+    assert note.startswith("The decoder way gives another gradient than plain transformers and peft for this model")
+    assert SENTENCE.fullmatch(note)
+
+
+def test_where_no_tree_is_right_rows_are_padded(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    notes: list[str] = []
+    wrong_trees(monkeypatch)
+    made = checking(family("Llama"), notes)
+    assert distance(take(made), truth("Llama", lifted=False)) < 5e-6  # observed 1.0e-7
+    assert made.way == "padded" and verdicts(cache) == ["padded"]
+    assert [note.split(" gives ")[0] for note in notes] == ["The decoder way", "The tree way"]
+
+
+@pytest.mark.parametrize(("fault", "way"), [(None, "decoder"), (wrong_rotation, "tree"), (wrong_trees, "padded")])
+def test_a_verdict_is_remembered(fault: Callable[[pytest.MonkeyPatch], None] | None, way: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if fault is not None:
+            fault(patch)
+        take(checking(family("Llama"), []), FEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked again"))
+        again = checking(family("Llama"), [])
+        assert distance(take(again), truth("Llama", lifted=False)) < 5e-6  # observed 3.0e-7
+        assert again.way == way
+        another_window = adapted(base("mistral", sliding_window=6)).double()
+        with pytest.raises(pytest.fail.Exception, match="checked again"):
+            take(checking(another_window, []), FEW)
+
+
+@pytest.mark.parametrize("init_lora_weights", [True, False])
+@pytest.mark.parametrize("fault", [None, wrong_rotation, wrong_trees])
+def test_the_check_leaves_no_trace_in_the_model(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None] | None, init_lora_weights: bool
+) -> None:
+    """A new adapter, whose B is zero, is filled with random numbers meanwhile; training must not start from those."""
+    if fault is not None:
+        fault(monkeypatch)
+    model = adapted(base("llama"), init_lora_weights=init_lora_weights, lora_dropout=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    generator = torch.get_rng_state()
+    made = checking(model, [])
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_part_loss", lambda *_: torch.zeros(()))
+        made.loss(FEW)  # only the check computes anything
+    assert made.way == {None: "decoder", wrong_rotation: "tree", wrong_trees: "padded"}[fault]
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_check_that_is_not_wanted_is_not_made(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked"))
+    take(checking(family("Llama"), [], self_check=False), FEW)
+    assert verdicts(cache) == []
+
+
+# --- weights of 16 bits and fewer -------------------------------------------------------------------------------------
+
+
+def multiplies_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, so that transformers' layers and products of 16 bits are taken."""
+    monkeypatch.setattr(step, "_times_as_fast", lambda dtype: 8.0)
+
+
+def bare(model: PeftModel) -> None:
+    """Nothing of the check is left in the model."""
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding))
+    assert {module.training for module in model.modules()} == {True}
+
+
+@pytest.mark.parametrize("way", ["decoder", "tree"])
+def test_weights_of_16_bits_are_checked_by_products_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, way: str
+) -> None:
+    """In a deep model plain products of 16 bits are further off than many a mistake."""
+    model = adapted(base("llama", num_hidden_layers=40))
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    right = plain(copy.deepcopy(model).double(), FEW)
+    assert distance(plain(model, FEW), right) > 0.05  # observed 0.13
+    if way == "tree":
+        multiplies_well(monkeypatch)
+    notes: list[str] = []
+    made = checking(model, notes)
+    monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 2.9e-6
+    made.gradient(FEW, n_supervised(FEW))
+    assert [made.way] == [way] == verdicts(cache) and len(notes) == 1
+    bare(model)
+
+
+def test_a_window_that_is_off_by_one_is_seen_in_bf16(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    multiplies_well(monkeypatch)
+    made = checking(family("Mistral", torch.bfloat16), notes := [])
+    style = attention.Style
+    monkeypatch.setattr(attention, "Style", lambda scale, window, *more: style(scale, window + 1, *more))
+    made.gradient(ROWS, n_supervised(ROWS))
+    assert made.way == "padded" and "The tree way gives another gradient" in notes[-1]
+    bare(made._model)
+
+
+def nf4(tmp_path: Path) -> PeftModel:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base("llama").to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return adapted(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=asked))
+
+
+def test_a_base_of_4_bits_is_checked_by_products_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    multiplies_well(monkeypatch)
+    model = nf4(tmp_path / "base")
+    monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 1.1e-6
+    made = checking(model, notes := [])
+    made.gradient(FEW, n_supervised(FEW))
+    assert [made.way] == ["tree"] == verdicts(cache)
+    assert [note for note in notes if "another gradient" in note] == []
+    assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {torch.bfloat16}
+    bare(model)
+
+
+def test_a_wrong_tree_of_a_base_of_4_bits_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    multiplies_well(monkeypatch)
+    wrong_trees(monkeypatch)
+    made = checking(nf4(tmp_path / "base"), [])
+    made.gradient(FEW, n_supervised(FEW))
+    assert made.way == "padded"
