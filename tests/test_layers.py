@@ -19,6 +19,7 @@ LAYERS = [
     {"engine.decoder"},
     {"engine.attention", "engine.batch", "engine.layers"},
     {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
+    {"engine.products"},
     {"cache", "rows"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types"},

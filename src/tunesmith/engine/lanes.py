@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from tunesmith.engine import products
+
 Result = TypeVar("Result")
 _LEAST_TOKENS = 128  # for fewer, the packing of weights that every lane does for itself costs more than waiting
 
@@ -33,6 +35,8 @@ class Lanes:
             def begin(_: int) -> None:
                 torch.get_num_threads()  # a thread's first look takes the process's number over, and would do so later
                 torch.set_num_threads(max(1, n_threads // count))
+                if n_threads <= count:
+                    products.alone()
                 started.wait()
 
             list(self._pool.map(begin, range(count)))
@@ -54,14 +58,15 @@ class Lanes:
                 self._meeting.abort()
                 raise
 
-        futures = [self._pool.submit(guarded, number) for number in range(self.count)]
-        try:
-            wait(futures)
-        except BaseException:  # Ctrl-C
-            self._meeting.abort()
-            wait(futures)
-            self._meeting.reset()
-            raise
+        with products.one_thread_each():
+            futures = [self._pool.submit(guarded, number) for number in range(self.count)]
+            try:
+                wait(futures)
+            except BaseException:  # Ctrl-C
+                self._meeting.abort()
+                wait(futures)
+                self._meeting.reset()
+                raise
         if self._meeting.broken:
             self._meeting.reset()
             for error in [future.exception() for future in futures]:

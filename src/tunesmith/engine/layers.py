@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.engine.memory import Buffers, empty
+from tunesmith.engine.products import mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 _ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
@@ -123,23 +124,18 @@ class Linears:
     ) -> None:
         """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
         if self.ranks:
-            torch.mm(dropped, self.a.T, out=extended[:, self.inputs :])
-        weight = self.weight(take)
-        if residual is not None:
-            torch.addmm(residual, extended, weight.T, out=out)
-        elif self.bias is not None:
-            torch.addmm(self.bias, extended, weight.T, out=out)
-        else:
-            torch.mm(extended, weight.T, out=out)
-        if residual is not None and self.bias is not None:
-            out.add_(self.bias)
+            mm(dropped, self.a.T, out=extended[:, self.inputs :])
+        mm(extended, self.weight(take).T, out=out)
+        for more in (residual, self.bias):
+            if more is not None:
+                out.add_(more)
 
     def backward(self, take: Take, d_out: Tensor, d_extended: Tensor, keep: Tensor | None) -> Tensor:
         """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it."""
-        torch.mm(d_out, self.weight(take), out=d_extended)
+        mm(d_out, self.weight(take), out=d_extended)
         d_x, d_h = d_extended[:, : self.inputs], d_extended[:, self.inputs :]
         if self.ranks:
-            through = torch.mm(d_h, self.a, out=take("dropped", len(d_out), self.inputs))
+            through = mm(d_h, self.a, out=take("dropped", len(d_out), self.inputs))
             d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
         return d_x
 
@@ -150,12 +146,12 @@ class Linears:
         if not self.ranks:
             return
         if d_h is None:
-            d_h = d_out @ self._b
-        d_a = d_h.T @ dropped
+            d_h = mm(d_out, self._b)
+        d_a = mm(d_h.T, dropped)
         for adapter in self.adapters:
             gradients[adapter.a].add_(d_a[adapter.ranks])
             # The other order, d_outᵀ · h, takes six times as long.
-            d_b = (h[:, adapter.ranks].T @ d_out[:, adapter.out]).T
+            d_b = mm(h[:, adapter.ranks].T, d_out[:, adapter.out]).T
             gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
 
 

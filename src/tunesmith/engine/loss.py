@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.engine.products import mm
+
 _CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle
 _WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
@@ -109,17 +111,17 @@ def loss_and_gradient(
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     """`hidden · weightᵀ`; weights of another type than `hidden` are converted word by word, not all at once."""
     if weight.dtype == hidden.dtype:
-        return torch.mm(hidden, weight.T, out=out)
+        return mm(hidden, weight.T, out=out)
     out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
     for words, logits in zip(weight.split(_WORDS_AT_ONCE), out.split(_WORDS_AT_ONCE, 1), strict=True):
-        torch.mm(hidden, words.to(hidden.dtype).T, out=logits)
+        mm(hidden, words.to(hidden.dtype).T, out=logits)
     return out
 
 
 def _back(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
     """`d_logits · weight` in `out`."""
     if weight.dtype == d_logits.dtype:
-        torch.mm(d_logits, weight, out=out)
+        mm(d_logits, weight, out=out)
         return
     out.zero_()
     for words, part in zip(weight.split(_WORDS_AT_ONCE), d_logits.split(_WORDS_AT_ONCE, 1), strict=True):

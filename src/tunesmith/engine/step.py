@@ -267,13 +267,18 @@ def _times_as_fast(dtype: torch.dtype) -> float:
 
     def seconds(dtype: torch.dtype) -> float:
         matrix, taken = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(4):
+        for _ in range(10):
             began = time.perf_counter()
             torch.mm(matrix, matrix.T)
             taken.append(time.perf_counter() - began)
         return min(taken)
 
-    return seconds(torch.float32) / seconds(dtype)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other where another program is at work
+    try:
+        return seconds(torch.float32) / seconds(dtype)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _said(dtype: torch.dtype) -> str:
