@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.engine.memory import Take
 from tunesmith.engine.trie import Tree
 
 Backend = Literal["reference", "gather", "flex"]
@@ -60,16 +61,25 @@ def sight(tree: Tree, backend: Backend, device: torch.device) -> Sight:
 
 
 def by_hand(
-    sight: Sight, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style, rows: range, *, keep: bool
+    sight: Sight,
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    style: Style,
+    rows: range,
+    *,
+    keep: bool,
+    take: Take | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """(rows, H, D) for consecutive queries, and with `keep` its backward pass as a function, for layers whose backward
     pass is written by hand.
 
     The function gives the gradients of the queries `rows`, and of all keys and values as far as these queries see
-    them. The three must stay as they are until it is called, once. Only `Gather` can leave out queries.
+    them. The three must stay as they are until it is called, once. Only `Gather` can leave out queries, or use memory
+    that is kept (`take`); then what belongs to queries is good until the next call.
     """
     if isinstance(sight, Gather):
-        gathered = _Gathered(sight.plan(style.window, rows), style)
+        gathered = _Gathered(sight.plan(style.window, rows), style, take)
         return gathered.forward(query_THD, key_TKD, value_TKD, differentiable=keep), gathered.backward
     assert len(rows) == len(query_THD)
     with torch.set_grad_enabled(keep):
@@ -138,25 +148,7 @@ class _Group:
         """(n, L) and (n, keys) indices of tokens, -1 where there is none."""
         self.visible = visible
         """(n, 1, L, keys) bool; None: causal."""
-        self.padding = (query < 0)[:, None, :, None] if bool((query < 0).any()) else None
-        """(n, 1, L, 1) bool, True where there is no query; None: there is one everywhere."""
         self._biases: dict[torch.dtype, Tensor] = {}
-        self._rows: dict[tuple[bool, int, int, int], Tensor] = {}
-
-    def collect(self, tensor_THD: Tensor, *, of_keys: bool, first: int = 0) -> Tensor:
-        """(n, H, L or keys, D): what the tensor, which begins with token `first`, has for the queries or the keys;
-        anything where there is none."""
-        _, heads, size = tensor_THD.shape
-        if tensor_THD.stride()[1:] != (size, 1) or tensor_THD.stride(0) % size:
-            tensor_THD = tensor_THD.contiguous()
-        apart = tensor_THD.stride(0) // size
-        which = of_keys, first, heads, apart
-        if which not in self._rows:
-            token = (self.key if of_keys else self.query) - first
-            self._rows[which] = _head_rows(token.clamp_min(0), heads, apart).flatten()
-        rows = self._rows[which]
-        flat = tensor_THD.as_strided(((len(tensor_THD) - 1) * apart + heads, size), (size, 1))
-        return flat.index_select(0, rows).view(len(self.query), heads, -1, size)
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """(n or 1, 1, L, keys): 0 where the query sees the key, else -inf."""
@@ -171,52 +163,95 @@ class _Group:
         return self._biases[dtype]
 
 
-def _head_rows(token: Tensor, heads: int, apart: int) -> Tensor:
-    """(n, heads, L): where the heads of (n, L) tokens lie if a token begins every `apart` rows."""
-    return token[:, None] * apart + torch.arange(heads, device=token.device)[:, None]
-
-
 class _Plan:
-    """The groups of some consecutive queries, and where what they compute belongs."""
+    """The groups of some consecutive queries: where they find what they need, and where what they compute belongs.
+
+    What is collected for all groups lies in one tensor (rows, D), group behind group. All of it depends on the number
+    of heads only, so it is worked out for the first layer.
+    """
 
     def __init__(self, groups: Sequence[_Group], rows: range, n_tokens: int) -> None:
         self.groups, self.rows, self._n_tokens = groups, rows, n_tokens
         self._orders: dict[int, Tensor] = {}
         self._bags: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sources: dict[tuple[bool, int, int, int], Tensor] = {}
+        self._paddings: dict[int, Tensor] = {}
+        self._parts: dict[tuple[int, tuple[int, ...], bool], tuple[Tensor, list[Tensor]]] = {}
 
-    def parts(self, flat: Tensor, heads: int, *, of_keys: bool) -> list[Tensor]:
-        """Views (n, heads, L or keys, D) of the groups' places in (`size`, D)."""
-        shapes = [(len(g.query), heads, (g.key if of_keys else g.query).shape[1], flat.shape[1]) for g in self.groups]
-        lengths = [math.prod(shape[:3]) for shape in shapes]
-        return [part.view(shape) for part, shape in zip(flat.split(lengths), shapes, strict=True)]
+    def collect(self, tensor_THD: Tensor, take: Take, name: str, *, of_keys: bool, first: int = 0) -> Tensor:
+        """(rows, D): what the tensor, which begins with token `first`, has for the queries or the keys; anything where
+        there is none."""
+        _, heads, size = tensor_THD.shape
+        if tensor_THD.stride()[1:] != (size, 1) or tensor_THD.stride(0) % size:
+            tensor_THD = tensor_THD.contiguous()
+        apart = tensor_THD.stride(0) // size
+        which = of_keys, first, heads, apart
+        if which not in self._sources:
+            tokens = [(token - first).clamp_min(0) for token in self._tokens(of_keys)]
+            self._sources[which] = torch.cat([_head_rows(token, heads, apart).flatten() for token in tokens])
+        source = self._sources[which]
+        by_head = tensor_THD.as_strided(((len(tensor_THD) - 1) * apart + heads, size), (size, 1))
+        return torch.index_select(by_head, 0, source, out=take(name, len(source), size))
+
+    def parts(self, flat: Tensor, heads: int, folds: tuple[int, ...], *, of_keys: bool, kept: bool) -> list[Tensor]:
+        """Views of the groups' rows: (n, heads, L or keys, D); with a fold (n · fold, what stands by one key head, D).
+        Where `flat` is kept its views are kept as well."""
+        which = id(flat), folds, of_keys
+        known = self._parts.get(which)
+        if known is not None and known[0] is flat:
+            return known[1]
+        tokens = self._tokens(of_keys)
+        parts = [
+            part.view(len(token) * fold, -1, flat.shape[1]) if fold else part.view(len(token), heads, -1, flat.shape[1])
+            for token, fold, part in zip(tokens, folds, flat.split([heads * t.numel() for t in tokens]), strict=True)
+        ]
+        if kept:
+            self._parts[which] = flat, parts
+        return parts
+
+    def clear_padding(self, flat: Tensor, heads: int) -> None:
+        """Zeros where there is no query."""
+        if heads not in self._paddings:
+            self._paddings[heads] = (self._places(self._tokens(of_keys=False), heads) < 0).nonzero().flatten()
+        if len(self._paddings[heads]):
+            flat.index_fill_(0, self._paddings[heads], 0)
 
     def size(self, heads: int, *, of_keys: bool) -> int:
-        return heads * sum((group.key if of_keys else group.query).numel() for group in self.groups)
+        return heads * sum(token.numel() for token in self._tokens(of_keys))
 
-    def in_order(self, flat: Tensor, heads: int) -> Tensor:
+    def in_order(self, flat: Tensor, heads: int, take: Take, name: str) -> Tensor:
         """(rows, heads, D): of every query what its group has for it."""
         if heads not in self._orders:
-            places = self._places([group.query - self.rows.start for group in self.groups], heads)
+            places = self._places([token - self.rows.start for token in self._tokens(of_keys=False)], heads)
             self._orders[heads] = places.argsort()[len(places) - len(self.rows) * heads :]
-        return flat.index_select(0, self._orders[heads]).view(len(self.rows), heads, -1)
+        order = self._orders[heads]
+        found = torch.index_select(flat, 0, order, out=take(name, len(order), flat.shape[1]))
+        return found.view(len(self.rows), heads, -1)
 
     def summed(self, flat: Tensor, heads: int) -> Tensor:
         """(T, heads, D): of every key the sum of what the groups have for it."""
         if heads not in self._bags:
-            places = self._places([group.key for group in self.groups], heads)
+            places = self._places(self._tokens(of_keys=True), heads)
             order = places.argsort(stable=True)
             every = torch.arange(self._n_tokens * heads, device=flat.device)
             first = torch.searchsorted(places[order], every)
             n_absent = int((places < 0).sum())
             self._bags[heads] = order[n_absent:], first - n_absent
-        return F.embedding_bag(self._bags[heads][0], flat, self._bags[heads][1], mode="sum").view(
-            self._n_tokens, heads, -1
-        )
+        bags = self._bags[heads]
+        return F.embedding_bag(bags[0], flat, bags[1], mode="sum").view(self._n_tokens, heads, -1)
+
+    def _tokens(self, of_keys: bool) -> list[Tensor]:
+        return [group.key if of_keys else group.query for group in self.groups]
 
     @staticmethod
     def _places(tokens: Sequence[Tensor], heads: int) -> Tensor:
         """Of every row of the groups, one behind the other, the row among all tokens' heads; negative for padding."""
         return torch.cat([torch.where(t[:, None] < 0, -1, _head_rows(t, heads, heads)).flatten() for t in tokens])
+
+
+def _head_rows(token: Tensor, heads: int, apart: int) -> Tensor:
+    """(n, heads, L): where the heads of (n, L) tokens lie if a token begins every `apart` rows."""
+    return token[:, None] * apart + torch.arange(heads, device=token.device)[:, None]
 
 
 class Gather:
@@ -262,47 +297,67 @@ class Gather:
 class _Gathered:
     """Attention group by group. Collecting and putting back is written by hand, head by head, so that nothing is copied
     twice. What was collected is collected again for the backward pass. What lies between is `_Written` for short keys
-    and for styles that nothing else knows, else torch's own."""
+    and for styles that nothing else knows, else torch's own.
 
-    def __init__(self, plan: _Plan, style: Style) -> None:
-        self._plan, self._style = plan, style
-        self._cores: list[_Written | _Fused] = []
+    `take` gives memory that is kept; None: there is none.
+    """
+
+    def __init__(self, plan: _Plan, style: Style, take: Take | None = None) -> None:
+        self._plan, self._style, self._take = plan, style, take
+        always = style.softcap is not None or style.sinks is not None
+        self._written = [always or group.key.shape[1] <= _LONGEST_WRITTEN for group in plan.groups]
+        kinds = [_Written if written else _Fused for written in self._written]
+        self._cores = [kind(group, style) for kind, group in zip(kinds, plan.groups, strict=True)]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, differentiable: bool) -> Tensor:
-        """(rows, H, D). The three must stay as they are until `backward`."""
+        """(rows, H, D), good until somebody uses the kept memory again. The three must stay as they are until
+        `backward`."""
         self._given = query, key, value
-        heads, style = query.shape[1], self._style
-        out = query.new_empty(self._plan.size(heads, of_keys=False), value.shape[2])
-        for group, part in zip(self._plan.groups, self._plan.parts(out, heads, of_keys=False), strict=True):
-            written = style.softcap is not None or style.sinks is not None or group.key.shape[1] <= _LONGEST_WRITTEN
-            core = _Written(group, style) if written else _Fused(group, style)
-            core.forward(*self._collect(group), out=part, differentiable=differentiable)
-            self._cores.append(core)
-        return self._plan.in_order(out, heads)
+        plan, take, heads = self._plan, self._memory(), query.shape[1]
+        out = take("attended", plan.size(heads, of_keys=False), value.shape[2])
+        parts = zip(*self._collected(), self._parts(out, of_keys=False), strict=True)
+        for core, (*collected, part) in zip(self._cores, parts, strict=True):
+            core.forward(*collected, out=part, differentiable=differentiable)
+        return plan.in_order(out, heads, take, "attended in order")
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the rows' queries and of all keys and values; to be called once."""
-        plan, (query, key, value) = self._plan, self._given
+        """Gradients of the rows' queries, good as long as `forward`'s result, and of all keys and values; to be called
+        once."""
+        plan, (query, key, value), take = self._plan, self._given, self._memory()
         heads, key_heads = query.shape[1], key.shape[1]
-        d_query = query.new_empty(plan.size(heads, of_keys=False), query.shape[2])
-        n_keys = plan.size(key_heads, of_keys=True)
-        d_key, d_value = key.new_empty(n_keys, key.shape[2]), value.new_empty(n_keys, value.shape[2])
-        places = zip(
-            plan.parts(d_query, heads, of_keys=False),
-            plan.parts(d_key, key_heads, of_keys=True),
-            plan.parts(d_value, key_heads, of_keys=True),
-            strict=True,
+        d_collected = plan.collect(d_out, take, "d attended", of_keys=False, first=plan.rows.start)
+        plan.clear_padding(d_collected, heads)
+        n_queries, n_keys = plan.size(heads, of_keys=False), plan.size(key_heads, of_keys=True)
+        d_query = take("d queries", n_queries, query.shape[2])
+        d_key, d_value = take("d keys", n_keys, key.shape[2]), take("d values", n_keys, value.shape[2])
+        again = self._collected() if any(self._written) else [[None] * len(self._cores)] * 3
+        parts = [self._parts(tensor, of_keys=False) for tensor in (d_collected, d_query)]
+        parts += [self._parts(tensor, of_keys=True) for tensor in (d_key, d_value)]
+        for core, *collected, d_part, to_query, to_key, to_value in zip(self._cores, *again, *parts, strict=True):
+            core.backward(d_part, collected, (to_query, to_key, to_value))
+        return (
+            plan.in_order(d_query, heads, take, "attended in order"),
+            plan.summed(d_key, key_heads),
+            plan.summed(d_value, key_heads),
         )
-        for group, core, place in zip(plan.groups, self._cores, places, strict=True):
-            d_result = group.collect(d_out, of_keys=False, first=plan.rows.start)
-            if group.padding is not None:
-                d_result.masked_fill_(group.padding, 0)
-            core.backward(d_result, lambda group=group: self._collect(group), place)
-        return plan.in_order(d_query, heads), plan.summed(d_key, key_heads), plan.summed(d_value, key_heads)
 
-    def _collect(self, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self._given
-        return group.collect(query, of_keys=False), group.collect(key, of_keys=True), group.collect(value, of_keys=True)
+    def _collected(self) -> list[list[Tensor]]:
+        """Of every group the queries, keys and values."""
+        plan, take, (query, key, value) = self._plan, self._memory(), self._given
+        return [
+            self._parts(plan.collect(query, take, "queries", of_keys=False), of_keys=False),
+            self._parts(plan.collect(key, take, "keys", of_keys=True), of_keys=True),
+            self._parts(plan.collect(value, take, "values", of_keys=True), of_keys=True),
+        ]
+
+    def _parts(self, flat: Tensor, *, of_keys: bool) -> list[Tensor]:
+        query, key, _ = self._given
+        folds = tuple(key.shape[1] if written else 0 for written in self._written)
+        heads = key.shape[1] if of_keys else query.shape[1]
+        return self._plan.parts(flat, heads, folds, of_keys=of_keys, kept=self._take is not None)
+
+    def _memory(self) -> Take:
+        return self._take or (lambda _, *shape: self._given[0].new_empty(shape))
 
 
 class _Differentiable(torch.autograd.Function):
@@ -328,9 +383,8 @@ class _Written:
         self._group, self._style = group, style
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor, differentiable: bool) -> None:
-        """Fills `out` (n, H, L, D) from queries of that shape and (n, K, keys, D) keys and values."""
+        """Fills `out` (n · K, H / K · L, D) from queries of that shape and (n · K, keys, D) keys and values."""
         style = self._style
-        query, key, value, out = self._folded(key.shape[1], query, key, value, out)
         scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=style.scale)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         self._slope = None
@@ -352,14 +406,11 @@ class _Written:
         if differentiable:
             self._probabilities = probabilities
 
-    def backward(self, d_out: Tensor, again: Callable[[], Sequence[Tensor]], out: Sequence[Tensor]) -> None:
-        """Fills the gradients of the collected queries, keys and values; `again` collects them."""
+    def backward(self, d_out: Tensor, collected: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Fills the gradients of the queries, keys and values, which are collected again."""
         probabilities = self._probabilities
         del self._probabilities
-        query, key, value = again()
-        key_heads = key.shape[1]
-        d_out, query, key, value = self._folded(key_heads, d_out, query, key, value)
-        d_query, d_key, d_value = self._folded(key_heads, *out)
+        (query, key, value), (d_query, d_key, d_value) = collected, out
         torch.bmm(probabilities.to(d_out.dtype).mT, d_out, out=d_value)
         d_probabilities = torch.bmm(d_out, value.mT).to(probabilities.dtype)
         d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
@@ -368,11 +419,6 @@ class _Written:
         d_scores, nothing, scale = d_scores.to(query.dtype), query.new_empty(1, 1, 1), self._style.scale
         torch.baddbmm(nothing, d_scores, key, beta=0, alpha=scale, out=d_query)
         torch.baddbmm(nothing, d_scores.mT, query, beta=0, alpha=scale, out=d_key)
-
-    @staticmethod
-    def _folded(key_heads: int, *tensors: Tensor) -> list[Tensor]:
-        """(n, heads, length, D) as (n · K, all that stands by one key head, D)."""
-        return [tensor.view(len(tensor) * key_heads, -1, tensor.shape[3]) for tensor in tensors]
 
 
 class _Fused:
@@ -384,7 +430,7 @@ class _Fused:
     def forward(self, *collected: Tensor, out: Tensor, differentiable: bool) -> None:
         """Fills `out` (n, H, L, D) from queries of that shape and (n, K, keys, D) keys and values."""
         with torch.set_grad_enabled(differentiable):
-            self._leaves = [tensor.requires_grad_(differentiable) for tensor in collected]
+            self._leaves = [tensor.clone().requires_grad_(differentiable) for tensor in collected]
             causal = self._group.visible is None
             bias = None if causal else self._group.bias(collected[0].dtype)
             self._out = F.scaled_dot_product_attention(
@@ -392,8 +438,8 @@ class _Fused:
             )
         out.copy_(self._out.detach())
 
-    def backward(self, d_out: Tensor, again: Callable[[], Sequence[Tensor]], out: Sequence[Tensor]) -> None:
-        """Fills the gradients of the collected queries, keys and values, which are still there."""
+    def backward(self, d_out: Tensor, _: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Fills the gradients of the queries, keys and values, of which the forward pass kept copies."""
         for place, gradient in zip(out, torch.autograd.grad(self._out, self._leaves, d_out), strict=True):
             place.copy_(gradient)
 

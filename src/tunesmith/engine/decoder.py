@@ -62,9 +62,10 @@ class _Micro(NamedTuple):
     """What the gradient is divided by; None: the loss alone is wanted."""
     joint: Buffers
     lanes: Lanes
-    key_gradients: tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]
-    """Of every lane, what its queries' gradients are for all keys and values; layers take turns with the two lists, so
-    that no lane overwrites what another has not read yet."""
+    rows: Sequence[range]
+    """Each lane's tokens."""
+    key_gradients: dict[tuple[int, int, int], Sequence[Tensor]]
+    """For each layer, what a lane's queries say of the keys and values of a lane before it; taken out when read."""
 
 
 class _Layer:
@@ -184,12 +185,11 @@ class Decoder:
         if dropout and self._dropout:
             widest = max(linears.inputs for linears in model.layers[0].linears)
             masks = Masks(self._dropout, n_tokens * widest, len(model.layers), self._joint)
-        turns: tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]] = ([()] * lanes.count, [()] * lanes.count)
-        micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, turns)
         rows = shares(n_tokens, lanes.count)
+        micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
         if n_supervised is not None:
             memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
-        losses = lanes.run(lambda number: _Lane(model, micro, number, rows[number], memories[number]).run())
+        losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
 
     def _lanes_for(self, n_tokens: int) -> Lanes:
@@ -229,8 +229,10 @@ class _Memory(NamedTuple):
 class _Lane:
     """Some consecutive tokens on their way through the model and back."""
 
-    def __init__(self, model: _Model, micro: _Micro, number: int, rows: range, memory: _Memory) -> None:
-        self._model, self._micro, self._number, self._range = model, micro, number, rows
+    def __init__(self, model: _Model, micro: _Micro, number: int, memory: _Memory) -> None:
+        self._model, self._micro, self._number = model, micro, number
+        self._range = rows = micro.rows[number]
+        self._earlier, self._later = range(number), range(number + 1, micro.lanes.count)
         self._rows = slice(rows.start, rows.stop)
         self._take, self._gradients = memory.buffers.take, memory.gradients
         self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
@@ -253,7 +255,8 @@ class _Lane:
         if self._number and n_supervised is not None:
             for share in self._gradients.values():
                 share.zero_()
-        micro.lanes.meet()
+        micro.lanes.tell(self._number, "refreshed")
+        micro.lanes.hear(range(micro.lanes.count), "refreshed")
         with InFloat32():
             x = model.embed(micro.batch.input_ids[self._rows])
         last = len(layers) - 1
@@ -320,8 +323,10 @@ class _Lane:
         extended = take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
         normed = extended[:, : layer.qkv.inputs]
         rstd = layer.norm.forward(x, normed)
-        # While a lane is in the next layer, others may still look at the keys of this one.
+        # While a lane is in the next layer, those behind it may still look at the keys of this one.
         joint_tag = tag if keep else f"{tag} {layer.number % 2}"
+        if not keep and layer.number >= 2:
+            micro.lanes.hear(self._later, ("looked", layer.number - 2))
         n_tokens = len(micro.batch.input_ids)
         qkv_all = micro.joint.take(f"qkv {joint_tag}", n_tokens, layer.qkv.outputs)
         qkv = qkv_all[rows]
@@ -340,10 +345,13 @@ class _Lane:
             query, key = normed_heads
         rotate(query[rows], self._cos, self._sin)
         rotate(key[rows], self._cos, self._sin)
-        micro.lanes.meet()
+        micro.lanes.tell(self._number, ("keys", tag, layer.number))
+        micro.lanes.hear(self._earlier, ("keys", tag, layer.number))
         attended, attention_backward = attention.by_hand(
-            micro.sight, query, key, value, layer.style, self._range, keep=keep
+            micro.sight, query, key, value, layer.style, self._range, keep=keep, take=take
         )
+        if not keep:
+            micro.lanes.tell(self._number, ("looked", layer.number))
         result = attended.flatten(1)
         x_rows = x
         if self._is_last(layer):
@@ -432,11 +440,15 @@ class _Lane:
     def _attention_backward(self, layer: _Layer, saved: _Saved, d_attended: Tensor) -> list[Tensor]:
         """(rows, heads, D) each: the gradients of the lane's own queries, keys and values."""
         d_query, *of_keys = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
-        everybodys = self._micro.key_gradients[layer.number % 2]
-        everybodys[self._number] = of_keys
-        self._micro.lanes.meet()
-        d_key, d_value = (tensor[self._rows] for tensor in everybodys[0])
-        for theirs in everybodys[1:]:
-            d_key.add_(theirs[0][self._rows])
-            d_value.add_(theirs[1][self._rows])
+        micro, number = self._micro, self._number
+        for other in self._earlier:
+            rows = micro.rows[other]
+            micro.key_gradients[layer.number, number, other] = [t[rows.start : rows.stop] for t in of_keys]
+        micro.lanes.tell(number, ("key gradients", layer.number))
+        micro.lanes.hear(self._later, ("key gradients", layer.number))
+        d_key, d_value = (tensor[self._rows] for tensor in of_keys)
+        for other in self._later:
+            theirs = micro.key_gradients.pop((layer.number, other, number))
+            d_key.add_(theirs[0])
+            d_value.add_(theirs[1])
         return [d_query, d_key, d_value]

@@ -21,7 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tunesmith.engine.memory import Buffers, empty
+from tunesmith.engine.memory import Buffers, Take, empty
 from tunesmith.engine.products import mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
@@ -35,8 +35,6 @@ class NotCovered(Exception):
 # --- linear layers with one input -------------------------------------------------------------------------------------
 
 
-Take = Callable[..., Tensor]
-"""`Buffers.take` of a lane."""
 Gradients = Mapping[nn.Parameter, Tensor]
 """Where a lane adds its share."""
 

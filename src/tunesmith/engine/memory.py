@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _PAGE = 2 << 20
+_MOST_TAKEN = 4096  # shapes; each micro-batch has some hundred of its own
 _SMALL = 1 << 20  # bytes below which a page of its own is waste
+
+Take = Callable[..., Tensor]
+"""`Buffers.take`"""
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -38,16 +43,24 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._flat: dict[str, Tensor] = {}
+        self._taken: dict[tuple[str | int, ...], Tensor] = {}
         self._lock = threading.Lock()
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A contiguous tensor; its content is that of the name's last use."""
+        """A contiguous tensor; its content is that of the name's last use. The same one when asked for again."""
+        known = self._taken.get((name, *shape))
+        if known is not None:
+            return known
         n = math.prod(shape)
         with self._lock:
+            if len(self._taken) > _MOST_TAKEN:
+                self._taken.clear()
             flat = self._flat.get(name)
             if flat is None or flat.numel() < n:
                 self._flat.pop(name, None)  # before the new one is made
+                self._taken = {which: tensor for which, tensor in self._taken.items() if which[0] != name}
                 # On a CPU what is not touched is not there, so room to grow is free.
                 room = 2 * n if self._device.type == "cpu" else n
                 flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
-        return flat[:n].view(shape)
+            self._taken[(name, *shape)] = flat[:n].view(shape)
+            return self._taken[(name, *shape)]
