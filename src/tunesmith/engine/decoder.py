@@ -10,6 +10,7 @@ Legend: T tokens of a lane, U predicting positions of a lane, H width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -234,7 +235,7 @@ class _Lane:
         self._range = rows = micro.rows[number]
         self._earlier, self._later = range(number), range(number + 1, micro.lanes.count)
         self._rows = slice(rows.start, rows.stop)
-        self._take, self._gradients = memory.buffers.take, memory.gradients
+        self._buffers, self._take, self._gradients = memory.buffers, memory.buffers.take, memory.gradients
         self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
         predict_from = micro.batch.predict_from
         bounds = torch.tensor([rows.start, rows.stop])
@@ -264,8 +265,10 @@ class _Lane:
         for number, layer in enumerate(layers):
             differentiated = n_supervised is not None and number >= model.lowest
             keep = differentiated and number >= model.recomputed
-            out = self._take(f"x {number if differentiated else number % 2}", len(x), x.shape[1])
-            x, state = self._forward(layer, x, out, str(number) if keep else "passing", keep=keep)
+            out = self._buffers.take_each("x", len(layers) + 2, len(x), x.shape[1])[
+                number if differentiated else len(layers) + number % 2
+            ]
+            x, state = self._forward(layer, x, out, "" if keep else "passing", keep=keep)
             inputs.append(x)
             if state is not None:
                 saved[number] = state
@@ -316,9 +319,16 @@ class _Lane:
         """x̃; `x` itself where nothing is dropped."""
         return x if keep is None else torch.mul(x, keep, out=self._take("dropped", *x.shape))
 
+    def _place(self, buffers: Buffers, layer: _Layer, name: str, rows: int, width: int, tag: str) -> Tensor:
+        if tag or self._is_last(layer):  # which has fewer rows
+            return buffers.take(f"{name} {tag or 'last'}", rows, width)
+        return buffers.take_each(f"{name} {width}", len(self._model.layers), rows, width)[layer.number]
+
     def _forward(self, layer: _Layer, x: Tensor, out: Tensor, tag: str, *, keep: bool) -> tuple[Tensor, _Saved | None]:
-        """The layer's output, in `out`, and with `keep` what its backward pass needs, in buffers named by `tag`."""
+        """The layer's output, in `out`, and with `keep` what its backward pass needs: in buffers of the layer's own, or
+        with a `tag` in those of that name."""
         micro, take, rows = self._micro, self._take, self._rows
+        place = functools.partial(self._place, self._buffers, layer, tag=tag)
         keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
         extended = take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
         normed = extended[:, : layer.qkv.inputs]
@@ -328,7 +338,7 @@ class _Lane:
         if not keep and layer.number >= 2:
             micro.lanes.hear(self._later, ("looked", layer.number - 2))
         n_tokens = len(micro.batch.input_ids)
-        qkv_all = micro.joint.take(f"qkv {joint_tag}", n_tokens, layer.qkv.outputs)
+        qkv_all = self._place(micro.joint, layer, "qkv", n_tokens, layer.qkv.outputs, joint_tag)
         qkv = qkv_all[rows]
         layer.qkv.forward(take, extended, self._dropped(normed, keep_qkv), qkv)
         h_qkv = extended[:, layer.qkv.inputs :].clone()
@@ -339,7 +349,7 @@ class _Lane:
             normed_heads = []
             for norm, part, name in zip(layer.head_norms, (query, key), ("query", "key"), strict=True):
                 width = part.shape[1] * part.shape[2]
-                normed_part = micro.joint.take(f"{name} {joint_tag}", n_tokens, width).view(part.shape)
+                normed_part = self._place(micro.joint, layer, name, n_tokens, width, joint_tag).view(part.shape)
                 head_rstds.append(norm.forward(part[rows], normed_part[rows]))
                 normed_heads.append(normed_part)
             query, key = normed_heads
@@ -357,16 +367,16 @@ class _Lane:
         if self._is_last(layer):
             result, x_rows = (t.index_select(0, self._predicting) for t in (result, x))
             out = out[: len(self._predicting)]
-        extended_o = take(f"o {tag}", len(x_rows), layer.o.inputs + layer.o.ranks)
+        extended_o = place("o", len(x_rows), layer.o.inputs + layer.o.ranks)
         extended_o[:, : layer.o.inputs] = result
-        x_middle = take(f"x middle {tag}", len(x_rows), layer.o.outputs)
+        x_middle = place("x middle", len(x_rows), layer.o.outputs)
         given = extended_o[:, : layer.o.inputs]
         layer.o.forward(take, extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
 
         extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
         normed = extended[:, : layer.gate_up.inputs]
         rstd_middle = layer.norm_middle.forward(x_middle, normed)
-        gate_up = take(f"gate up {tag}", len(x_rows), layer.gate_up.outputs)
+        gate_up = place("gate up", len(x_rows), layer.gate_up.outputs)
         layer.gate_up.forward(take, extended, self._dropped(normed, keep_gate_up), gate_up)
         h_gate_up = extended[:, layer.gate_up.inputs :].clone()
         extended = take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)

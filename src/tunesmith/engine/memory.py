@@ -43,24 +43,32 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._flat: dict[str, Tensor] = {}
-        self._taken: dict[tuple[str | int, ...], Tensor] = {}
+        self._taken: dict[tuple[str | int, ...], tuple[Tensor, ...]] = {}
         self._lock = threading.Lock()
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A contiguous tensor; its content is that of the name's last use. The same one when asked for again."""
-        known = self._taken.get((name, *shape))
+        return self._take(name, 1, shape)[0]
+
+    def take_each(self, name: str, count: int, *shape: int) -> tuple[Tensor, ...]:
+        """`count` tensors behind each other: apart, each would leave some of its last page unused."""
+        return self._take(name, count, shape)
+
+    def _take(self, name: str, count: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        which = name, count, *shape
+        known = self._taken.get(which)
         if known is not None:
             return known
-        n = math.prod(shape)
+        n = count * math.prod(shape)
         with self._lock:
             if len(self._taken) > _MOST_TAKEN:
                 self._taken.clear()
             flat = self._flat.get(name)
             if flat is None or flat.numel() < n:
                 self._flat.pop(name, None)  # before the new one is made
-                self._taken = {which: tensor for which, tensor in self._taken.items() if which[0] != name}
+                self._taken = {other: tensors for other, tensors in self._taken.items() if other[0] != name}
                 # On a CPU what is not touched is not there, so room to grow is free.
                 room = 2 * n if self._device.type == "cpu" else n
                 flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
-            self._taken[(name, *shape)] = flat[:n].view(shape)
-            return self._taken[(name, *shape)]
+            made = self._taken[which] = flat[:n].view(count, *shape).unbind()
+            return made
