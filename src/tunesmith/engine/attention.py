@@ -149,6 +149,13 @@ class _Group:
         self.visible = visible
         """(n, 1, L, keys) bool; None: causal."""
         self._biases: dict[torch.dtype, Tensor] = {}
+        self._nothings: dict[torch.dtype, Tensor] = {}
+
+    def nothing(self, dtype: torch.dtype) -> Tensor:
+        """(1, 1, 1), where torch wants something to add to."""
+        if dtype not in self._nothings:
+            self._nothings[dtype] = torch.zeros(1, 1, 1, dtype=dtype, device=self.query.device)
+        return self._nothings[dtype]
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """(n or 1, 1, L, keys): 0 where the query sees the key, else -inf."""
@@ -385,8 +392,8 @@ class _Written:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor, differentiable: bool) -> None:
         """Fills `out` (n · K, H / K · L, D) from queries of that shape and (n · K, keys, D) keys and values."""
         style = self._style
-        scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=style.scale)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = torch.baddbmm(self._group.nothing(query.dtype), query, key.mT, beta=0, alpha=style.scale)
+        scores = _as(torch.promote_types(scores.dtype, torch.float32), scores)
         self._slope = None
         if style.softcap is not None:
             capped = scores.div_(style.softcap).tanh_()
@@ -402,7 +409,7 @@ class _Written:
             sinks = style.sinks.to(scores.dtype)[None, :, None, None].expand(n, -1, length, 1)
             joined = torch.cat([scores.view(by_head), sinks], -1)
             probabilities = torch.softmax(joined, -1)[..., :-1].reshape(scores.shape)
-        torch.bmm(probabilities.to(value.dtype), value, out=out)
+        torch.bmm(_as(value.dtype, probabilities), value, out=out)
         if differentiable:
             self._probabilities = probabilities
 
@@ -411,12 +418,13 @@ class _Written:
         probabilities = self._probabilities
         del self._probabilities
         (query, key, value), (d_query, d_key, d_value) = collected, out
-        torch.bmm(probabilities.to(d_out.dtype).mT, d_out, out=d_value)
-        d_probabilities = torch.bmm(d_out, value.mT).to(probabilities.dtype)
+        torch.bmm(_as(d_out.dtype, probabilities).mT, d_out, out=d_value)
+        d_probabilities = _as(probabilities.dtype, torch.bmm(d_out, value.mT))
         d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
         if self._slope is not None:
             d_scores.mul_(self._slope)
-        d_scores, nothing, scale = d_scores.to(query.dtype), query.new_empty(1, 1, 1), self._style.scale
+        d_scores, nothing = _as(query.dtype, d_scores), self._group.nothing(query.dtype)
+        scale = self._style.scale
         torch.baddbmm(nothing, d_scores, key, beta=0, alpha=scale, out=d_query)
         torch.baddbmm(nothing, d_scores.mT, query, beta=0, alpha=scale, out=d_key)
 
@@ -442,6 +450,10 @@ class _Fused:
         """Fills the gradients of the queries, keys and values, of which the forward pass kept copies."""
         for place, gradient in zip(out, torch.autograd.grad(self._out, self._leaves, d_out), strict=True):
             place.copy_(gradient)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _pieces(tree: Tree, window: int | None, rows: range) -> Iterator[_Piece]:

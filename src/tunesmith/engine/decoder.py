@@ -236,6 +236,7 @@ class _Lane:
         self._earlier, self._later = range(number), range(number + 1, micro.lanes.count)
         self._rows = slice(rows.start, rows.stop)
         self._buffers, self._take, self._gradients = memory.buffers, memory.buffers.take, memory.gradients
+        self._kept: dict[int, Sequence[Tensor | None]] = {}
         self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
         predict_from = micro.batch.predict_from
         bounds = torch.tensor([rows.start, rows.stop])
@@ -304,16 +305,20 @@ class _Lane:
     def _is_last(self, layer: _Layer) -> bool:
         return layer.number == len(self._model.layers) - 1
 
-    def _keeps(self, layer: _Layer) -> list[Tensor | None]:
+    def _keeps(self, layer: _Layer) -> Sequence[Tensor | None]:
         """Dropout's mask for each of the layer's groups; None where nothing is dropped."""
-        masks, batch = self._micro.masks, self._micro.batch
-        every = behind = len(batch.input_ids), self._rows
-        if self._is_last(layer):
-            behind = len(batch.predict_from), slice(self._first, self._behind)
-        return [
-            None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)[rows]
-            for i, (linears, (n, rows)) in enumerate(zip(layer.linears, (every, behind, behind, behind), strict=True))
-        ]
+        if layer.number not in self._kept:
+            masks, batch = self._micro.masks, self._micro.batch
+            every = behind = len(batch.input_ids), self._rows
+            if self._is_last(layer):
+                behind = len(batch.predict_from), slice(self._first, self._behind)
+            self._kept[layer.number] = [
+                None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)[rows]
+                for i, (linears, (n, rows)) in enumerate(
+                    zip(layer.linears, (every, behind, behind, behind), strict=True)
+                )
+            ]
+        return self._kept[layer.number]
 
     def _dropped(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """x̃; `x` itself where nothing is dropped."""

@@ -47,8 +47,12 @@ class _Adapter(NamedTuple):
     b: nn.Parameter
     """(out, r)"""
     scaling: float
-    out: slice
-    ranks: slice
+    number: int
+    """Of its layer within the group."""
+    a_place: Tensor
+    """Where the group has A, (r, in)."""
+    b_place: Tensor
+    """Where the group has sB, (out, r)."""
 
 
 class Linears:
@@ -57,43 +61,34 @@ class Linears:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         bases = [_base(module) for module in modules]
         self.inputs = bases[0].in_features
-        self.outputs = sum(base.out_features for base in bases)
-        self.adapters: list[_Adapter] = []
-        self.dropout = 0.0
-        row = ranks = 0
-        for module, base in zip(modules, bases, strict=True):
-            if isinstance(module, LoraLinear):
-                a, b = (cast("nn.Parameter", part["default"].weight) for part in (module.lora_A, module.lora_B))
-                self.adapters.append(
-                    _Adapter(
-                        a,
-                        b,
-                        module.scaling["default"],
-                        slice(row, row + base.out_features),
-                        slice(ranks, ranks + len(a)),
-                    )
-                )
-                self.dropout = _dropout(module)
-                ranks += len(a)
-            row += base.out_features
-        self.ranks = ranks
+        self._widths = [base.out_features for base in bases]
+        self.outputs = sum(self._widths)
+        adapted = [module if isinstance(module, LoraLinear) else None for module in modules]
+        self._ranks = [0 if module is None else module.r["default"] for module in adapted]
+        self.ranks = sum(self._ranks)
         first = bases[0].weight
         dtype = arithmetic(first.dtype)
-        self.a = first.new_zeros(ranks, self.inputs, dtype=dtype)
+        self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
         self._stored: list[Tensor] = []
         self._weight: Tensor | None = None
         if first.dtype != dtype:
             self._stored = [base.weight.data for base in bases]
-            self._b = first.new_zeros(self.outputs, ranks, dtype=dtype)
+            self._b = first.new_zeros(self.outputs, self.ranks, dtype=dtype)
         else:
-            self._weight = empty(self.outputs, self.inputs + ranks, dtype=dtype, device=first.device).zero_()
+            self._weight = empty(self.outputs, self.inputs + self.ranks, dtype=dtype, device=first.device).zero_()
             self._b = self._weight[:, self.inputs :]
-            row = 0
-            for base in bases:
-                place = self._weight[row : row + base.out_features, : self.inputs]
+            for base, place in zip(bases, self._weight[:, : self.inputs].split(self._widths), strict=True):
                 place.copy_(base.weight.data)
                 base.weight.data = place
-                row += base.out_features
+        self.adapters: list[_Adapter] = []
+        self.dropout = 0.0
+        a_places, b_rows = self.a.split(self._ranks), self._b.split(self._widths)
+        for number, module in enumerate(adapted):
+            if module is not None:
+                a, b = (cast("nn.Parameter", part["default"].weight) for part in (module.lora_A, module.lora_B))
+                b_place = b_rows[number].split(self._ranks, 1)[number]
+                self.adapters.append(_Adapter(a, b, module.scaling["default"], number, a_places[number], b_place))
+                self.dropout = _dropout(module)
         self.bias = None
         if any(base.bias is not None for base in bases):
             biases = [first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases]
@@ -102,8 +97,8 @@ class Linears:
     def refresh(self) -> None:
         """Takes over the adapters' numbers; to be called when they have changed."""
         for adapter in self.adapters:
-            self.a[adapter.ranks].copy_(adapter.a.detach())
-            self._b[adapter.out, adapter.ranks].copy_(adapter.b.detach() * adapter.scaling)
+            adapter.a_place.copy_(adapter.a)
+            adapter.b_place.copy_(adapter.b * adapter.scaling)
 
     def weight(self, take: Take) -> Tensor:
         """`[W | sB]`, (outputs, H + R)."""
@@ -145,11 +140,12 @@ class Linears:
             return
         if d_h is None:
             d_h = mm(d_out, self._b)
-        d_a = mm(d_h.T, dropped)
+        d_as = mm(d_h.T, dropped).split(self._ranks)
+        hs, d_outs = h.T.split(self._ranks), d_out.split(self._widths, 1)
         for adapter in self.adapters:
-            gradients[adapter.a].add_(d_a[adapter.ranks])
+            gradients[adapter.a].add_(d_as[adapter.number])
             # The other order, d_outᵀ · h, takes six times as long.
-            d_b = mm(h[:, adapter.ranks].T, d_out[:, adapter.out]).T
+            d_b = mm(hs[adapter.number], d_outs[adapter.number]).T
             gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
 
 
