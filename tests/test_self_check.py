@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from test_engine import (
     FAMILIES,
@@ -202,7 +202,7 @@ def test_a_window_that_is_off_by_one_is_seen_in_bf16(monkeypatch: pytest.MonkeyP
 
 def nf4(tmp_path: Path) -> PeftModel:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: it adds 1.7 s to every import of peft")
-    base("llama").to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
+    cast("PreTrainedModel", base("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
     asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     return adapted(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=asked))
 

@@ -337,10 +337,11 @@ class _Gathered:
         n_queries, n_keys = plan.size(heads, of_keys=False), plan.size(key_heads, of_keys=True)
         d_query = take("d queries", n_queries, query.shape[2])
         d_key, d_value = take("d keys", n_keys, key.shape[2]), take("d values", n_keys, value.shape[2])
-        again = self._collected() if any(self._written) else [[None] * len(self._cores)] * 3
         parts = [self._parts(tensor, of_keys=False) for tensor in (d_collected, d_query)]
         parts += [self._parts(tensor, of_keys=True) for tensor in (d_key, d_value)]
-        for core, *collected, d_part, to_query, to_key, to_value in zip(self._cores, *again, *parts, strict=True):
+        for core, *collected, d_part, to_query, to_key, to_value in zip(
+            self._cores, *self._collected(), *parts, strict=True
+        ):
             core.backward(d_part, collected, (to_query, to_key, to_value))
         return (
             plan.in_order(d_query, heads, take, "attended in order"),

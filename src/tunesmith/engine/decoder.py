@@ -236,7 +236,7 @@ class _Lane:
         self._earlier, self._later = range(number), range(number + 1, micro.lanes.count)
         self._rows = slice(rows.start, rows.stop)
         self._buffers, self._take, self._gradients = memory.buffers, memory.buffers.take, memory.gradients
-        self._kept: dict[int, Sequence[Tensor | None]] = {}
+        self._masks: dict[int, Sequence[Tensor | None]] = {}
         self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
         predict_from = micro.batch.predict_from
         bounds = torch.tensor([rows.start, rows.stop])
@@ -307,24 +307,25 @@ class _Lane:
 
     def _keeps(self, layer: _Layer) -> Sequence[Tensor | None]:
         """Dropout's mask for each of the layer's groups; None where nothing is dropped."""
-        if layer.number not in self._kept:
+        if layer.number not in self._masks:
             masks, batch = self._micro.masks, self._micro.batch
             every = behind = len(batch.input_ids), self._rows
             if self._is_last(layer):
                 behind = len(batch.predict_from), slice(self._first, self._behind)
-            self._kept[layer.number] = [
+            self._masks[layer.number] = [
                 None if masks is None or not linears.ranks else masks.take(layer.number, i, n, linears.inputs)[rows]
                 for i, (linears, (n, rows)) in enumerate(
                     zip(layer.linears, (every, behind, behind, behind), strict=True)
                 )
             ]
-        return self._kept[layer.number]
+        return self._masks[layer.number]
 
     def _dropped(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """x̃; `x` itself where nothing is dropped."""
         return x if keep is None else torch.mul(x, keep, out=self._take("dropped", *x.shape))
 
     def _place(self, buffers: Buffers, layer: _Layer, name: str, rows: int, width: int, tag: str) -> Tensor:
+        """Memory of the layer's own, or with a `tag` that of this name."""
         if tag or self._is_last(layer):  # which has fewer rows
             return buffers.take(f"{name} {tag or 'last'}", rows, width)
         return buffers.take_each(f"{name} {width}", len(self._model.layers), rows, width)[layer.number]

@@ -2,7 +2,7 @@
 
 torch multiplies with MKL, numpy with OpenBLAS. On an AMD processor OpenBLAS is the faster one where the result is wide
 (by a tenth for an MLP's first product, a quarter for the output layer) or an adapter's rank is one side (by half); for
-other shapes they are equal. A step of SmolLM2 takes 5 % less time (Zen 3, one core per lane, 2026-11).
+other shapes they are equal. A step of SmolLM2 takes 1 to 6 % less time (Zen 3, one core per lane, 2026-11).
 """
 
 from __future__ import annotations
