@@ -205,7 +205,7 @@ class _Plan:
         Where `flat` is kept its views are kept as well."""
         which = id(flat), folds, of_keys
         known = self._parts.get(which)
-        if known is not None and known[0] is flat:
+        if known is not None:
             return known[1]
         tokens = self._tokens(of_keys)
         parts = [
