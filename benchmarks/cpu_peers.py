@@ -47,7 +47,7 @@ from tunesmith import model as models
 from tunesmith import recipe
 from tunesmith.checking import Checked, check, hold_out, locate
 from tunesmith.engine import trie
-from tunesmith.training import Steps
+from tunesmith.steps import Steps
 
 HERE = Path(__file__).parent
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"

@@ -102,6 +102,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows of very unequal length."""
+    path = tmp_path_factory.mktemp("data") / "talk.jsonl"
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i % 13 + 1)))} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Four good rows."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 from tunesmith.checking import check, hold_out, locate
 from tunesmith.model import targets
 from tunesmith.recipe import Recipe
-from tunesmith.training import Steps
+from tunesmith.steps import Steps
 
 IGNORED = -100
 

@@ -14,15 +14,20 @@ LAYERS = [
     {"cli", "__main__"},
     {"display", "talk", "doctor"},
     {"demo"},
-    {"training", "chat", "checking", "report", "adapter_files", "shown"},
+    {"training", "chat", "report", "adapter_files", "shown"},
+    {"trainer"},
+    {"planning"},
+    {"guards"},
+    {"checking"},
     {"engine.step", "model"},
     {"engine.decoder"},
     {"engine.attention", "engine.batch", "engine.layers"},
     {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"engine.products"},
-    {"cache", "rows"},
+    {"steps"},
+    {"cache", "rows", "runs"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
-    {"errors", "types"},
+    {"errors", "types", "interrupts"},
 ]
 WITHOUT_TORCH = {module for layer in LAYERS[-2:] for module in layer} | {"__init__", "cli", "__main__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}

@@ -23,7 +23,8 @@ from tunesmith import chat, recipe, rundir
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
-from tunesmith.training import Run, Steps, train
+from tunesmith.steps import Steps
+from tunesmith.training import Run, train
 from tunesmith.types import Message
 
 CPU = torch.device("cpu")
@@ -32,15 +33,6 @@ CPU = torch.device("cpu")
 def settings(model: Path, data: Path, **flags: Any) -> recipe.Recipe:
     quick = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.examples_per_step": 4, "train.learning_rate": 1e-2}
     return recipe.resolve(None, {"model.name": str(model), "data.path": str(data), **quick, **flags})[0]
-
-
-@pytest.fixture(scope="module")
-def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty rows of very unequal length."""
-    path = tmp_path_factory.mktemp("data") / "talk.jsonl"
-    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i % 13 + 1)))} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 FLAGS = {"train.epochs": 3, "eval.hold_out": 0.1, "train.save_every": "5 steps", "train.keep_checkpoints": 2}

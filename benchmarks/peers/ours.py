@@ -12,9 +12,9 @@ from typing import Any
 from measure import peak_memory_bytes, read_job, write
 
 from tunesmith import recipe
-from tunesmith.checking import Checked
 from tunesmith.model import hush_libraries
-from tunesmith.training import StepMetrics, Watcher, train
+from tunesmith.trainer import StepMetrics, Watcher
+from tunesmith.training import train
 
 
 class Stopwatch(Watcher):
@@ -26,7 +26,7 @@ class Stopwatch(Watcher):
         self._cpu_before = self._began = self._ended = self._cpu_ended = 0.0
         self._peak_bytes = 0
 
-    def began(self, checked: Checked, n_steps: int, run: Path) -> None:
+    def began(self, n_steps: int, run: Path) -> None:
         self._cpu_before = time.process_time()  # a little early: the optimizer is made after it
 
     def stepped(self, metrics: StepMetrics, n_steps: int) -> None:

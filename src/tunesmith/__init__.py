@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from tunesmith.chat import Chat, Reply, load
     from tunesmith.checking import Checked, check
     from tunesmith.errors import TunesmithError
+    from tunesmith.planning import Plan, plan
     from tunesmith.recipe import Recipe, resolve
-    from tunesmith.training import Run, Watcher, train
+    from tunesmith.trainer import Watcher
+    from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
 
 __all__ = [
     "Chat",
     "Checked",
     "Message",
+    "Plan",
     "Recipe",
     "Reply",
     "Run",
@@ -31,7 +34,9 @@ __all__ = [
     "Watcher",
     "check",
     "load",
+    "plan",
     "resolve",
+    "resume",
     "train",
 ]
 
@@ -40,14 +45,17 @@ _HOMES = {
     "Chat": "chat",
     "Checked": "checking",
     "Message": "types",
+    "Plan": "planning",
     "Recipe": "recipe",
     "Reply": "chat",
     "Run": "training",
     "TunesmithError": "errors",
-    "Watcher": "training",
+    "Watcher": "trainer",
     "check": "checking",
     "load": "chat",
+    "plan": "planning",
     "resolve": "recipe",
+    "resume": "training",
     "train": "training",
 }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith import hub
     from tunesmith.chat import Chat
     from tunesmith.checking import Checked
+    from tunesmith.training import Run
 
 app = typer.Typer(
     name="tunesmith",
@@ -55,6 +56,10 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Go on in the background; closing the terminal does not stop it.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)
 ]
@@ -75,6 +80,8 @@ def _settings_help() -> str:
 
 
 _SETTINGS = _settings_help()
+_CARD_SIZES = (8, 12, 16, 24, 48, 80)
+_STATES = {"running": "cyan", "done": "green", "interrupted": "yellow", "failed": "red", "gone": "red"}
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
 
 
@@ -168,6 +175,42 @@ def check(
 
 
 @app.command(epilog=_SETTINGS)
+def plan(
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    memory: Annotated[str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", show_default=False)] = None,
+    card: Annotated[
+        str | None, typer.Option(help="As if it were this graphics card, e.g. 'RTX 4090'.", show_default=False)
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="How it fits cards of 8 to 80 GiB.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Memory and time of a training before the start, by what takes them. Needs no weights."""
+    console = _start(verbose, as_json)
+    settings, _ = _recipe(None, model, data, sets)
+    rows = _rows(settings)
+    found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
+    from tunesmith import display, planning
+
+    size = None if memory is None else planning.parse_bytes(memory)
+    machine = planning.this_machine(size) if card is None else planning.card(card, size)
+    checked = _checked(console, settings, found, rows)
+    checked.require_ok()
+    if table:
+        plans = planning.fitting(checked, _CARD_SIZES)
+        display.show_fitting(console, plans)
+        if as_json:
+            _print_json({"table": [{"gib": gib, **made.as_dict()} for gib, made in plans]})
+        return
+    made = planning.plan(checked, machine)
+    display.show_plan(console, made)
+    if as_json:
+        _print_json(made.as_dict())
+
+
+@app.command(epilog=_SETTINGS)
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)
@@ -176,10 +219,12 @@ def train(
     data: DataOption = None,
     out: OutOption = None,
     sets: SetOption = None,
+    detach: DetachOption = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Begin even if the plan says that it does not fit.")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check, train, save, report."""
+    """Check, plan, train, save, report."""
     console = _start(verbose, as_json)
     settings, sources = _recipe(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
     if out is not None:
@@ -187,20 +232,110 @@ def train(
     rows = _rows(settings)
     found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
-    from tunesmith.training import train
+    from tunesmith.training import run_name, train
 
     checked = _checked(console, settings, found, rows)
     checked.require_ok()
     display.show_check(console, checked, 1)
+    if detach:
+        arguments = [*([str(recipe)] if recipe else []), *(["--anyway"] if anyway else [])]
+        for option, values in (("--model", [model]), ("--data", [data]), ("--set", sets or [])):
+            arguments += [text for value in values if value is not None for text in (option, value)]
+        _go_on_detached(console, "train", arguments, out or rundir.free_name(Path("runs"), run_name(settings)), as_json)
+        return
     with display.TrainingDisplay(console) as watcher:
         _fetched(console, settings.model.name, settings.model.revision, weights=True)
-        run = train(settings, out, sources=sources, watcher=watcher, checked=checked)
-    if run.samples:
-        console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))
-    display.show_run(console, run)
+        run = train(settings, out, sources=sources, watcher=watcher, checked=checked, anyway=anyway)
+    _show_trained(console, run, as_json)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="train.epochs=N", help="Train for longer than was asked.", show_default=False),
+    ] = None,
+    detach: DetachOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a run that was stopped or killed, as if it never had been."""
+    console = _start(verbose, as_json)
+    rundir.check_resumable(run)
+    epochs = _epochs(sets or [])
+    if detach:
+        _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
+        return
+    from tunesmith import display
+    from tunesmith.training import resume
+
+    with display.TrainingDisplay(console) as watcher:
+        result = resume(run, epochs=epochs, watcher=watcher)
+    _show_trained(console, result, as_json)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """The runs of a folder: running, done, interrupted, failed, or gone (its process was killed)."""
+    console = _start(verbose, as_json)
+    from rich.table import Table
+
+    from tunesmith.runs import all_in
+
+    found = all_in(folder)
     if as_json:
-        _print_json(display.run_json(run))
-    _end_of_run(run.interrupted)
+        _print_json({"runs": [run.as_dict() for run in found]})
+        return
+    if not found:
+        console.print(f"No runs in {folder}.", highlight=False)
+        return
+    table = Table(box=None, padding=(0, 2))
+    for name in ("run", "state", "step", "loss", "model", "data", "began"):
+        table.add_column(name, no_wrap=name == "run")
+    for run in found:
+        table.add_row(
+            run.path.name,
+            f"[{_STATES[run.state]}]{run.state}[/]",
+            f"{run.step}/{run.n_steps}" if run.n_steps else "",
+            "" if run.loss is None else f"{run.loss:.3f}",
+            Path(run.model).name,
+            Path(run.data).name,
+            run.began.replace("T", " ")[:16],
+        )
+    console.print(table)
+
+
+@app.command()
+def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """Follow a run of another process. Ctrl-C ends the watching alone; the exit code is that of the run."""
+    console = _start(verbose, as_json)
+    from tunesmith.runs import follow, state_of
+
+    state = state_of(run)
+    from tunesmith import display
+    from tunesmith.trainer import StepMetrics
+
+    with display.TrainingDisplay(console) as watcher:
+        watcher.began(state.n_steps, run)
+        for lines, n_steps in follow(run):
+            metrics = [StepMetrics.of(line) for line in lines]
+            watcher.went_on(metrics[:-1])
+            watcher.stepped(metrics[-1], n_steps)
+    state = state_of(run)
+    console.print(f"{run}: [{_STATES[state.state]}]{state.state}[/] after step {state.step}/{state.n_steps}")
+    if state.reason:
+        console.print(state.reason, highlight=False)
+    if state.state in ("interrupted", "gone", "failed"):
+        console.print(f"Go on with: tunesmith resume {run}", highlight=False)
+    if as_json:
+        _print_json(state.as_dict())
+    if state.exit_code:
+        raise typer.Exit(state.exit_code)
 
 
 @app.command()
@@ -444,6 +579,46 @@ def _speaks() -> bool:
 def _print_json(value: dict[str, Any]) -> None:
     if _speaks():
         print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _epochs(sets: list[str]) -> int | None:
+    """The one setting that a run may be given anew."""
+    epochs = None
+    for name, value in map(recipes.parse_flag, sets):
+        if name != "train.epochs":
+            fix = "Leave it out, or train anew with it."
+            raise RecipeError(f"--set {name}", "a setting that the run began with", "train.epochs alone", fix)
+        settings, _ = recipes.resolve(None, {name: value})
+        epochs = settings.train.epochs
+    return epochs
+
+
+def _go_on_detached(console: Console, command: str, arguments: list[str], out: Path, as_json: bool) -> None:
+    """Starts a process of its own, waits until it trains, and says where it is; ends as it does where it fails."""
+    from tunesmith.runs import Ended, start_detached
+
+    place = ["--out", str(out)] if command == "train" else [str(out)]
+    try:
+        process = start_detached([command, *arguments, *place], out)
+    except Ended as ended:
+        print(ended.said, file=sys.stderr)
+        raise typer.Exit(ended.code) from None
+    console.print(f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}")
+    console.print(f"Follow it with: tunesmith watch {out}", highlight=False)
+    console.print(f"Stop it, with a point to go on from, with: kill {process.pid}", highlight=False)
+    if as_json:
+        _print_json({"run": str(out), "pid": process.pid, "output": str(out / rundir.OUTPUT)})
+
+
+def _show_trained(console: Console, run: Run, as_json: bool) -> None:
+    from tunesmith import display
+
+    if run.samples:
+        console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))
+    display.show_run(console, run)
+    if as_json:
+        _print_json(display.run_json(run))
+    _end_of_run(run.interrupted)
 
 
 def _end_of_run(interrupted: bool) -> None:

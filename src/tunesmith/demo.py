@@ -18,7 +18,8 @@ from tunesmith import recipe as recipes
 from tunesmith import rundir
 from tunesmith.chat import Chat, Reply
 from tunesmith.recipe import Recipe
-from tunesmith.training import Run, Watcher, train
+from tunesmith.trainer import Watcher
+from tunesmith.training import Run, train
 from tunesmith.types import Message
 
 PERSONA = Path(__file__).parent / "persona"

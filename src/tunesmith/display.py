@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.checking import Checked
+from tunesmith.planning import Plan
 from tunesmith.rows import Row
 from tunesmith.shown import tokens
-from tunesmith.training import Run, StepMetrics, Watcher
+from tunesmith.trainer import StepMetrics, Watcher
+from tunesmith.training import Run
 from tunesmith.types import Fault, Origin
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -245,11 +247,18 @@ class TrainingDisplay(Watcher):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def began(self, checked: Checked, n_steps: int, run: Path) -> None:
+    def planned(self, plan: Plan) -> None:
+        show_plan(self._console, plan, in_full=False)
+
+    def began(self, n_steps: int, run: Path) -> None:
         self._task = self._progress.add_task("train", total=n_steps, left="")
         if self._console.is_terminal:
             self._live.start()
             self._update()
+
+    def went_on(self, earlier: Sequence[StepMetrics]) -> None:
+        self._losses += [line.loss for line in earlier]
+        self._progress.update(self._task, completed=len(earlier))
 
     def stepped(self, metrics: StepMetrics, n_steps: int) -> None:
         self._losses.append(metrics.loss)
@@ -280,6 +289,58 @@ class TrainingDisplay(Watcher):
 
     def _update(self) -> None:
         self._live.update(Group(self._progress, self._line))
+
+
+_MEANINGS = {
+    "runtime": "interpreter and libraries",
+    "weights": "the base, frozen",
+    "adapter": "what is trained",
+    "gradients": "of the adapter",
+    "optimizer": "two numbers for each of the adapter's",
+    "activations": "kept for the backward pass",
+    "logits": "of the words that are learned",
+    "workspace": "needed for a moment",
+}
+
+
+def show_plan(console: Console, plan: Plan, *, in_full: bool = True) -> None:
+    """Memory by what takes it, time, and what was chosen and why; or one line of it."""
+    needed, there = plan.peak_memory_bytes / 2**30, plan.machine.available_bytes / 2**30
+    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    console.print(
+        f"[bold]plan[/]  {needed:.1f} of {there:.1f} GiB on {plan.machine.name}, {verdict}; "
+        f"{plan.steps:,} steps in about {_clock(plan.seconds)}",
+        highlight=False,
+    )
+    if not in_full:
+        return
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("memory")
+    table.add_column("MiB", justify="right")
+    table.add_column("")
+    for name, count in asdict(plan.parts).items():
+        table.add_row(name, f"{count / 2**20:,.0f}", _MEANINGS[name], style="" if count else "grey62")
+    console.print(table)
+    for choice in plan.choices:
+        console.print(f"[cyan]{choice.setting}[/] = {choice.value}: {choice.why}", highlight=False)
+
+
+def show_fitting(console: Console, plans: Sequence[tuple[int, Plan]]) -> None:
+    """How a training fits cards of different memories."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("card", "", "needs", "micro-batch", "recomputed", "weights"):
+        table.add_column(name)
+    for gib, plan in plans:
+        chosen = plan.chosen
+        table.add_row(
+            f"{gib} GiB",
+            "[green]fits[/]" if plan.fits else "[red]does not fit[/]",
+            f"{plan.peak_memory_bytes / 2**30:.1f} GiB",
+            f"{chosen.get('engine.tokens_per_micro_batch', '')} tokens",
+            f"{chosen.get('engine.recompute_layers', '')} layers",
+            "4 bits (model.quantize=nf4)" if chosen.get("model.quantize") == "nf4" else "16 bits",
+        )
+    console.print(table)
 
 
 def show_run(console: Console, run: Run) -> None:

@@ -6,6 +6,7 @@
     ├── TemplateError (ValueError) a chat template can not do what training needs
     ├── ModelError    (OSError)    no such model, or a part of it is missing or broken
     ├── RunError      (OSError)    a run folder can not be written or is not what it should be
+    ├── OutOfMemory   (MemoryError) a single row is too much
     ├── MissingExtra  (ImportError) an optional package is not installed
     └── ProofError                 what must hold does not: not-a-number, parity, digest; exit code 3
 
@@ -52,6 +53,10 @@ class ModelError(TunesmithError, OSError):
 
 class RunError(TunesmithError, OSError):
     """A run folder can not be written, or does not hold what it should."""
+
+
+class OutOfMemory(TunesmithError, MemoryError):
+    """Memory ran out and there was nothing left to make smaller."""
 
 
 class MissingExtra(TunesmithError, ImportError):

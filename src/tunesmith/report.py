@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
         title=f"{Path(checked.data.path).name} → {checked.recipe.model.name}",
         created=manifest["created"].replace("T", " ")[:16] + " UTC",
         summary=_summary(result, checked),
-        figures=_figures(result),
+        figures=_figures(result, manifest["plan"]),
+        notes=[(line["step"], text) for line in lines for text in line.get("notes", ())],
         loss_curve=_curve(
             [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
         ),
@@ -90,15 +91,18 @@ def _summary(result: Run, checked: Checked) -> str:
     return text
 
 
-def _figures(result: Run) -> list[tuple[str, str]]:
+def _figures(result: Run, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     figures = [
         (f"{result.rows_trained:,}", "rows trained"),
         (f"{result.steps:,}", "steps"),
         (f"{result.final_loss:.3f}", "last training loss"),
-        (_minutes(result.seconds), "training time"),
+        (_minutes(result.seconds), f"training time (plan: {_minutes(plan['seconds'])})"),
         (f"{result.tokens:,}", "tokens"),
         (f"{result.supervised_tokens:,}", "of them learned"),
-        (f"{result.peak_memory_bytes / 2**30:.1f} GiB", "peak memory"),
+        (
+            f"{result.peak_memory_bytes / 2**30:.2f} GiB",
+            f"peak memory (plan: {plan['peak_memory_bytes'] / 2**30:.2f})",
+        ),
     ]
     if result.held_out_loss:
         figures.insert(2, (f"{result.held_out_loss[0]:.2f} → {result.held_out_loss[1]:.2f}", "held-out loss"))

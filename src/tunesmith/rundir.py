@@ -1,18 +1,20 @@
 """The folder of a run: what lies where, and how it is written so that a name on disk means that it is whole.
 
-RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  report.html
+RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
 RUN/checkpoints/step-000100/    RUN/adapter/
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
     errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
+
+
+OUTPUT = "output.log"
+"""What a detached run says; it is there before the run."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class RunDir:
     @property
     def held_out(self) -> Path:
         return self.path / "held_out.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -84,7 +94,7 @@ def free_name(parent: Path, stem: str) -> Path:
 def check_target(path: Path) -> None:
     """Raises RunError unless a new folder can be made at `path`; writes nothing."""
     with writing(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(file.name != OUTPUT for file in path.iterdir())):
             found = "a file" if not path.is_dir() else "a folder that is not empty"
             raise RunError(str(path), found, "a new or empty folder", "Choose another --out.")
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
@@ -98,18 +108,24 @@ def check_target(path: Path) -> None:
 def create(path: Path, needed_bytes: int = 0) -> RunDir:
     """A new run folder; raises RunError when it can not be made or `needed_bytes` do not fit on its disk."""
     check_target(path)
-    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise RunError(
-            str(path),
-            f"{_megabytes(free)} free on the disk",
-            f"{_megabytes(needed_bytes)} for adapter and checkpoints",
-            "Free some space, or choose another --out.",
-        )
+    require_space(path, needed_bytes)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return RunDir(path)
+
+
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Raises RunError when `needed_bytes` do not fit on the folder's disk, with what stands there already."""
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    there = sum(file.stat().st_size for _, file in _files(path)) if path.exists() else 0
+    free = shutil.disk_usage(existing).free
+    if free + there < needed_bytes:
+        raise RunError(
+            str(path),
+            f"{_megabytes(free)} free on the disk",
+            f"{_megabytes(needed_bytes - there)} for adapter and checkpoints",
+            "Free some space, keep fewer of them (train.keep_checkpoints), or choose another --out.",
+        )
 
 
 def open_run(path: Path) -> RunDir:
@@ -120,6 +136,74 @@ def open_run(path: Path) -> RunDir:
             str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed."
         )
     return run
+
+
+def newest_whole(run: RunDir) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is as it was written (None: there is none), and the damaged ones behind it."""
+    damaged: list[Path] = []
+    for point in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        if is_whole(point):
+            return point, damaged
+        damaged.append(point)
+    return None, damaged
+
+
+def check_resumable(path: Path) -> None:
+    """Raises RunError for a folder without a run, or one in which a process is at work."""
+    run = RunDir(path)
+    if not run.checkpoints.is_dir():
+        open_run(path)
+    if is_locked(path):
+        raise _at_work(path)
+
+
+def _at_work(path: Path) -> RunError:
+    fix = f"Watch it with: tunesmith watch {path}"
+    return RunError(str(path), "another process at work in it", "one at a time", fix)
+
+
+def mend(run: RunDir, point: Path | None) -> None:
+    """Takes a recipe or manifest that is gone from a checkpoint."""
+    if point is not None:
+        for path in (run.recipe, run.manifest):
+            if not path.is_file():
+                write_text(path, (point / path.name).read_text(encoding="utf-8"))
+
+
+_LOCK_ATTEMPTS = 5  # who looks whether a folder is locked holds it for a moment
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises RunError when another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == _LOCK_ATTEMPTS - 1:
+                    raise _at_work(path) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process, this one or another, holds the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 _FREE_SOME = "What was complete is still there; free some space or choose another --out."
@@ -189,6 +273,17 @@ def _disk_problem(error: Exception) -> str | None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there as a whole or not at all."""
     _write(path, [text])
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, as a whole or not at all."""
+    _write(path, [json.dumps(value, indent=2, ensure_ascii=False) + "\n"])
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves only some of the lines of a .jsonl file; it need not exist."""
+    if path.is_file():
+        write_lines(path, filter(wanted, read_lines(path)))
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -1,71 +1,48 @@
-"""A recipe becomes an adapter.
-
-A step is a set of rows, drawn as a pure function of (seed, epoch, data digest). Its loss is the sum over the
-supervised tokens of all its rows divided by their number, so how the step is cut into micro-batches changes nothing.
-Inside transformers' Trainer that is one override: the loader yields whole steps, `training_step` cuts them.
-"""
+"""A recipe becomes an adapter: check, load, train, save, report; and going on where a run was stopped."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
 import platform
-import random
-import resource
-import signal
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, rundir
+from tunesmith import adapter_files, hub, planning, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import Checked, check, hold_out, ledger, locate
 from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
-from tunesmith.engine.step import Engine
-from tunesmith.errors import ProofError, RecipeError
+from tunesmith.errors import ProofError, RecipeError, RunError
+from tunesmith.interrupts import Interrupts
 from tunesmith.recipe import Recipe
 from tunesmith.report import write_report
-from tunesmith.rows import Row
+from tunesmith.rows import Row, Rows
 from tunesmith.rundir import RunDir
-from tunesmith.types import Rendered
+from tunesmith.steps import Steps
+from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, peak_memory_bytes
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 96
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """A line of metrics.jsonl."""
-
-    step: int
-    epoch: float
-    loss: float
-    """Sum over the step's supervised tokens, divided by their number (nats)."""
-    learning_rate: float
-    grad_norm: float
-    """Before it is clipped."""
-    supervised_tokens: int
-    tokens: int
-    """Tokens of the step's rows, without padding."""
-    seconds: float
-    peak_memory_bytes: int
-    """Of the process so far: resident set on a CPU, allocator on CUDA."""
+_END_BYTES = 1 << 20  # of a weight file, that say whether it is the same
+_EXTENDED = "train.epochs"  # what a run may be given more of
 
 
 @dataclass(frozen=True)
@@ -108,15 +85,6 @@ class Run:
         return str(self.path)
 
 
-class Watcher:
-    """Is told what happens; the command line shows it. Every method may be left out."""
-
-    def began(self, checked: Checked, n_steps: int, run: Path) -> None: ...
-    def stepped(self, metrics: StepMetrics, n_steps: int) -> None: ...
-    def measured(self, step: int, held_out_loss: float) -> None: ...
-    def noted(self, text: str) -> None: ...
-
-
 def train(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -124,353 +92,299 @@ def train(
     sources: dict[str, recipes.Source] | None = None,
     watcher: Watcher | None = None,
     checked: Checked | None = None,
+    anyway: bool = False,
 ) -> Run:
     """Checks the data, trains, saves and reports; returns the finished run.
 
-    `out` must be new or empty (default: runs/<data>-<model>). Ctrl-C ends it after the current step with a
-    checkpoint and `Run.interrupted`; a second one at once. Raises DataError for faulty rows, RecipeError, ModelError,
-    TemplateError and RunError before anything is written, ProofError when a result can not be right.
+    `out` must be new or empty (default: runs/<data>-<model>). Ctrl-C, SIGTERM or a closing terminal end it after the
+    current step with a checkpoint and `Run.interrupted`; before the first step, or with a second Ctrl-C, at once by
+    KeyboardInterrupt. `resume` goes on. Settings that are `auto` are chosen by the plan; a training that will not fit
+    into memory raises OutOfMemory, unless it is wanted `anyway`. Raises DataError for faulty rows, RecipeError,
+    ModelError, TemplateError and RunError before anything is written, ProofError when a result can not be right.
     """
-    with processes.joined() as ranks, tempfile.TemporaryDirectory() as nowhere:
+    told = watcher = watcher or Watcher()
+    with (
+        processes.joined() as ranks,
+        tempfile.TemporaryDirectory() as nowhere,
+        Interrupts(lambda text: told.noted(text)) as interrupts,
+    ):
         if not ranks.is_main:  # it computes its share; what it writes down nobody needs
-            out, watcher = Path(nowhere) / "run", None
-        return _train(recipe, out, sources, watcher or Watcher(), checked, ranks)
+            out, watcher = Path(nowhere) / "run", Watcher()
+        path = Path(out) if out is not None else rundir.free_name(Path("runs"), run_name(recipe))
+        _check_settings(recipe)
+        rundir.check_target(path)
+        checked = checked or check(recipe)
+        checked.require_ok()
+        made = planning.plan(checked)
+        watcher.planned(made)
+        if not (made.fits or anyway):
+            raise made.too_large()
+        chosen = ranks.from_main(made.chosen)
+        work = _Work(
+            recipe, chosen, checked, locate(recipe, weights=True), *hold_out(checked), ranks, watcher, interrupts
+        )
+        work.require_same_everywhere()
+        base = models.load_base(work.found, work.settled.model)
+        run = rundir.create(path, needed_bytes=work.bytes_on_disk())
+        with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
+            sources = sources or recipes.sources_of(recipe)
+            rundir.write_text(run.recipe, recipes.write(recipe, sources))
+            rundir.write_json(run.manifest, {**_manifest(work), "sources": sources, "plan": made.as_dict()})
+            rundir.write_lines(run.ledger, ledger(checked, work.training, work.held_out))
+            return work.carry_out(run, base, None, tell)
 
 
-def _train(
-    recipe: Recipe,
-    out: str | Path | None,
-    sources: dict[str, recipes.Source] | None,
-    watcher: Watcher,
-    checked: Checked | None,
-    ranks: Ranks,
-) -> Run:
-    path = Path(out) if out is not None else rundir.free_name(Path("runs"), _run_name(recipe))
-    _check_settings(recipe)
-    rundir.check_target(path)
-    checked = checked or check(recipe)
-    checked.require_ok()
-    training, held_out = hold_out(checked)
-    found = locate(recipe, weights=True)
-    adapter_bytes = sum(target.parameters for target in checked.targets) * 4
-    ranks.require_same(
-        {
-            "data": checked.data.digest,
-            "recipe": json.dumps(recipe.model_dump(exclude={"data": {"path"}, "model": {"name"}})),
-            "template": checked.renderer.template.digest,
-            "version of tunesmith": importlib.metadata.version("tunesmith"),
-            "version of torch": importlib.metadata.version("torch"),
-        }
-    )
-    base = models.load_base(found, recipe.model)
-    run = rundir.create(path, needed_bytes=adapter_bytes * (1 + 3 * (recipe.train.keep_checkpoints + 1)))
-    rundir.write_text(run.recipe, recipes.write(recipe, sources or recipes.sources_of(recipe)))
-    rundir.write_text(run.manifest, json.dumps(_manifest(checked, found.folder), indent=2, ensure_ascii=False) + "\n")
-    rundir.write_lines(run.ledger, ledger(checked, training, held_out))
+def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | None = None) -> Run:
+    """Goes on with a run that was stopped or killed, as if it never had been; `epochs` lets it go on for longer.
 
-    chat = Chat(base, checked.renderer, models.generation_config(found.folder, checked.renderer.template))
-    asked = list(itertools.islice(filter(_askable, held_out or training), _SAMPLES))
-    before = _ask(chat, asked)
-    model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
-    sharded = ranks.size > 1 and processes.wants_sharding()
-    if sharded:
-        processes.shard(model, models.decoder_layers(base))
-    pissa_start = _save_pissa_start(model, run) if recipe.lora.variant == "pissa" else None
-
-    steps = Steps(training, recipe.train.examples_per_step, recipe.train.seed, checked.data.digest)
-    engine = Engine(model, recipe.engine, watcher.noted, ranks, sharded=sharded)
-    with processes.unseen():
-        trainer = _StepTrainer(model, engine, ranks, steps, held_out, recipe, run, watcher, pissa_start)
-    watcher.began(checked, trainer.n_steps, path)
-    began = time.monotonic()
-    if held_out:
-        trainer.measure()
-    with _kind_interrupts(trainer):
-        trainer.train()
-    seconds = time.monotonic() - began
-    if trainer.interrupted:
-        trainer.save_point()
-    else:
-        adapter_files.write(run, model, checked, recipe, pissa_start)
-    chat.model = model.eval()
-    after = [] if trainer.interrupted else _ask(chat, asked)
-    losses = [line["loss"] for line in rundir.read_lines(run.held_out)]
-    lines = trainer.lines
-    result = Run(
-        path,
-        len(lines),
-        len(training),
-        len(held_out),
-        checked.n_set_aside,
-        final_loss=lines[-1].loss if lines else math.nan,
-        held_out_loss=(losses[0], losses[-1]) if len(losses) > 1 else None,
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        tokens=sum(line.tokens for line in lines),
-        supervised_tokens=sum(line.supervised_tokens for line in lines),
-        samples=tuple(
-            Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text)
-            for row, b, a in zip(asked, before, after, strict=False)
-        ),
-        interrupted=trainer.interrupted,
-        checkpoint=max(run.checkpoints.glob("step-*"), default=None),
-    )
-    if not trainer.interrupted:
-        write_report(run, result, checked)
-    return result
-
-
-# --- the data of a step -----------------------------------------------------------------------------------------------
+    Begins at the newest checkpoint that is whole, or anew where there was none yet. On a CPU the adapter and all
+    numbers are those of the run undisturbed. Returns what `train` does; a finished run is left as it is. Raises
+    RunError when another process trains in it or when data, base, template or recipe are not those that it began
+    with, ProofError when there are checkpoints and none is whole.
+    """
+    told = watcher = watcher or Watcher()
+    with (
+        processes.joined() as ranks,
+        tempfile.TemporaryDirectory() as nowhere,
+        Interrupts(lambda text: told.noted(text)) as interrupts,
+    ):
+        origin = RunDir(Path(path))
+        if not ranks.is_main:
+            watcher = Watcher()
+        point, damaged = rundir.newest_whole(origin)
+        for folder in damaged:
+            watcher.noted(f"{folder} is damaged (its digests differ) and is left out.")
+        if ranks.is_main:
+            rundir.mend(origin, point)
+        origin = rundir.open_run(origin.path)
+        recipe, sources, manifest = _recipe_of(origin, epochs)
+        if damaged and point is None:
+            raise ProofError(
+                str(damaged[-1]),
+                f"{len(damaged)} checkpoints and none of them whole",
+                "one to go on from",
+                "Train again with another --out.",
+            )
+        run = origin
+        if ranks.is_main:
+            for folder in damaged:  # or they would be in the way of those written anew
+                shutil.rmtree(folder)
+        else:
+            run = RunDir(Path(nowhere) / "run")
+            run.path.mkdir()
+        with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
+            checked = check(recipe)
+            checked.require_ok()
+            chosen = {choice["setting"]: choice["value"] for choice in manifest["plan"]["choices"]}
+            found = locate(recipe, weights=True)
+            work = _Work(recipe, chosen, checked, found, *hold_out(checked), ranks, watcher, interrupts)
+            _require_unchanged(origin, manifest, _manifest(work), watcher)
+            step = 0 if point is None else int(point.name.removeprefix("step-"))
+            if step == work.n_steps and origin.report.is_file() and rundir.is_whole(origin.adapter):
+                return work.finished(origin)
+            if epochs is not None:
+                sources[_EXTENDED] = "flag"
+                rundir.write_text(run.recipe, recipes.write(recipe, sources))
+                rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
+            rundir.require_space(run.path, work.bytes_on_disk())
+            work.require_same_everywhere()
+            base = models.load_base(work.found, work.settled.model)
+            return work.carry_out(run, base, point, tell)
 
 
 @dataclass(frozen=True)
-class Step:
-    """The rows of one optimizer step, as documents."""
+class _Work:
+    """What a run is made of."""
 
-    documents: tuple[Rendered, ...]
+    recipe: Recipe
+    chosen: Mapping[str, Any]
+    """What the plan chose where the recipe leaves it open."""
+    checked: Checked
+    found: hub.LocalModel
+    training: Rows
+    held_out: Rows
+    ranks: Ranks
+    watcher: Watcher
+    interrupts: Interrupts
 
     @property
-    def n_tokens(self) -> int:
-        return sum(len(document.token_ids) for document in self.documents)
+    def settled(self) -> Recipe:
+        """The recipe with nothing left open."""
+        return planning.applied(self.recipe, self.chosen)
 
     @property
-    def n_supervised(self) -> int:
-        return sum(document.n_supervised for document in self.documents)
+    def n_steps(self) -> int:
+        settings = self.recipe.train
+        return math.ceil(len(self.training) / settings.examples_per_step) * settings.epochs
 
+    def bytes_on_disk(self) -> int:
+        """All that a run will write: the adapter, and for every checkpoint the adapter twice and the optimizer's two
+        numbers for each of its own; one more checkpoint stands there while the oldest is not gone."""
+        adapter = sum(target.parameters for target in self.checked.targets) * 4
+        return adapter * (1 + 4 * (self.recipe.train.keep_checkpoints + 1))
 
-class Steps:
-    """Yields the steps of an epoch; which rows they hold depends on seed, epoch and data digest alone."""
-
-    def __init__(self, rows: Sequence[Row], examples_per_step: int, seed: int, digest: str) -> None:
-        self.dataset, self._size, self._seed, self._digest = rows, examples_per_step, seed, digest
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / self._size)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = int(epoch)
-
-    def order(self, epoch: int) -> list[int]:
-        """Indices of the rows in the order of an epoch."""
-        order = list(range(len(self.dataset)))
-        random.Random(f"{self._seed}:{epoch}:{self._digest}").shuffle(order)
-        return order
-
-    def __iter__(self) -> Iterator[Step]:
-        order = self.order(self._epoch)
-        for start in range(0, len(order), self._size):
-            rows = [self.dataset[i] for i in order[start : start + self._size]]
-            yield Step(tuple(document for row in rows for document in row.documents))
-
-
-# --- Trainer ----------------------------------------------------------------------------------------------------------
-
-
-class _StepTrainer(Trainer):
-    """transformers' Trainer over whole steps."""
-
-    def __init__(
-        self,
-        model: PeftModel,
-        engine: Engine,
-        ranks: Ranks,
-        steps: Steps,
-        held_out: Sequence[Row],
-        recipe: Recipe,
-        run: RunDir,
-        watcher: Watcher,
-        pissa_start: Path | None,
-    ) -> None:
-        settings = recipe.train
-        self._tuned = model
-        self._steps, self._recipe, self._run, self._watcher, self._pissa_start = (
-            steps,
-            recipe,
-            run,
-            watcher,
-            pissa_start,
+    def require_same_everywhere(self) -> None:
+        self.ranks.require_same(
+            {
+                "data": self.checked.data.digest,
+                "recipe": json.dumps(self.recipe.model_dump(exclude={"data": {"path"}, "model": {"name"}})),
+                "template": self.checked.renderer.template.digest,
+                "version of tunesmith": importlib.metadata.version("tunesmith"),
+                "version of torch": importlib.metadata.version("torch"),
+            }
         )
-        self.engine, self.ranks = engine, ranks
-        self._held_out = [document for row in held_out for document in row.documents]
-        self.n_steps = len(steps) * settings.epochs
-        self.lines: list[StepMetrics] = []
-        self.interrupted = False
-        self._step_counts = (0, 0)
-        arguments = TrainingArguments(
-            output_dir=str(run.path),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=1,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.scheduler,
-            # The first step of a warm-up has the rate 0, so a run of one step would learn nothing.
-            warmup_steps=min(math.ceil(self.n_steps * settings.warmup_ratio), self.n_steps - 1),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            report_to=settings.report_to or "none",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            eval_strategy="no",
-            disable_tqdm=True,
-            use_cpu=models.device().type == "cpu",
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            run_name=run.path.name,
-        )
-        _ = arguments.device  # counts the GPUs; Trainer would spread the model over all of them with DataParallel
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        super().__init__(model=model, args=arguments, callbacks=[_Recorder(self)])
-        self.remove_callback(PrinterCallback)
 
-    def get_train_dataloader(self) -> Any:
-        return self._steps
+    def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., None]) -> Run:
+        """Trains from the checkpoint (None: from the beginning) to the end, or until somebody asks to stop."""
+        recipe, checked, watcher, interrupts = self.settled, self.checked, self.watcher, self.interrupts
+        step = 0 if point is None else int(point.name.removeprefix("step-"))
+        earlier = earlier_lines(run, step) if self.ranks.is_main else []
+        for path in (run.metrics, run.held_out):
+            rundir.keep_lines(path, lambda line: line["step"] <= step and point is not None)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
-    ) -> tuple[list[Step], None]:
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        chat = Chat(base, checked.renderer, models.generation_config(self.found.folder, checked.renderer.template))
+        asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
+        before = _ask(chat, asked)
+        model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
+        sharded = self.ranks.size > 1 and processes.wants_sharding()
+        if sharded:
+            processes.shard(model, models.decoder_layers(base))
+        pissa_start = _save_pissa_start(model, run) if recipe.lora.variant == "pissa" else None
 
-    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        step = cast("Step", inputs)
-        model.train()
-        self._step_counts = (step.n_supervised, step.n_tokens)
-        return self.engine.gradient(step.documents, step.n_supervised)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        # Trainer asks for the norm before it applies the step; a loss that is not finite shows in it too.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise ProofError(
-                f"step {self.state.global_step + 1}",
-                f"a gradient of norm {float(norm)}",
-                "finite numbers",
-                "The step was not applied and no adapter was saved; lower train.learning_rate, or check the weights.",
+        steps = Steps(self.training, recipe.train.examples_per_step, recipe.train.seed, checked.data.digest)
+        with processes.unseen():
+            trainer = StepTrainer(
+                model, steps, self.held_out, recipe, run, watcher, interrupts, self.ranks, sharded, pissa_start
             )
-        return norm
-
-    def measure(self) -> float:
-        """The held-out loss per supervised token, written down."""
-        count = sum(document.n_supervised for document in self._held_out)
-        loss = self.engine.loss(self._held_out) / count
-        step = self.state.global_step
-        self._run.append(
-            self._run.held_out,
-            {"step": step, "epoch": self.state.epoch or 0.0, "loss": loss, "supervised_tokens": count},
+        tell(n_steps=trainer.n_steps)
+        watcher.began(trainer.n_steps, run.path)
+        if point is not None:
+            trainer.note(f"Went on after step {step}.")
+            watcher.went_on(earlier)
+        began = time.monotonic()
+        with interrupts.gently():
+            if self.held_out and point is None:
+                trainer.measure()
+            trainer.go_on_from(point, earlier)
+        seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
+        if not trainer.interrupted:
+            adapter_files.write(run, model, checked, self.recipe, pissa_start)
+        chat.model = model.eval()
+        after = [] if trainer.interrupted else _ask(chat, asked)
+        samples = tuple(
+            Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text)
+            for row, b, a in zip(asked, before, after, strict=False)
         )
-        self._watcher.measured(step, loss)
-        if step:
-            self.log({"eval_loss": loss})
-        return loss
-
-    def save_point(self) -> Path:
-        """A checkpoint of the state after the last step, with all that going on from it needs."""
-        final = self._run.checkpoint(self.state.global_step)
-        if not final.exists():
-            with rundir.commit(final) as folder:
-                models.save_adapter(self._tuned, folder / "adapter", self._pissa_start)
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_rng_state(str(folder))
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            rundir.thin_out(self._run, self._recipe.train.keep_checkpoints)
-        return final
-
-
-class _Recorder(TrainerCallback):
-    """Writes a line per step, measures and saves when it is time."""
-
-    def __init__(self, trainer: _StepTrainer) -> None:
-        self._trainer = trainer
-        self._began = self._saved = self._measured = time.monotonic()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._began = time.monotonic()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        trainer = self._trainer
-        if logs is None or "grad_norm" not in logs:
-            return
-        supervised, tokens = trainer._step_counts
-        line = StepMetrics(
-            state.global_step,
-            round(state.epoch or 0.0, 6),
-            logs["loss"],
-            logs["learning_rate"],
-            logs["grad_norm"],
-            supervised,
-            tokens,
-            time.monotonic() - self._began,
-            peak_memory_bytes(),
-        )
-        trainer.lines.append(line)
-        trainer._run.append(trainer._run.metrics, asdict(line))
-        trainer._watcher.stepped(line, trainer.n_steps)
-        last = state.global_step == trainer.n_steps
-        if trainer._held_out and (last or self._due(trainer._recipe.eval.every, self._measured)):
-            self._measured = time.monotonic()
-            trainer.measure()
-        if not last and self._due(trainer._recipe.train.save_every, self._saved):
-            self._saved = time.monotonic()
-            trainer.save_point()
-        trainer.interrupted = trainer.ranks.any(trainer.interrupted, args.device)
+        result = self._result(run, trainer.lines, seconds, samples, interrupted=trainer.interrupted)
         if trainer.interrupted:
-            control.should_training_stop = True
+            tell(state="interrupted", exit_code=130)
+        else:
+            write_report(run, result, checked)
+        return result
 
-    def _due(self, every: str, since: float) -> bool:
-        number, unit = every.split()
-        if unit.startswith("minute"):
-            return time.monotonic() - since >= 60 * int(number)
-        step = self._trainer.state.global_step
-        return step % (int(number) * (len(self._trainer._steps) if unit.startswith("epoch") else 1)) == 0
+    def finished(self, run: RunDir) -> Run:
+        """A run that has nothing left to do."""
+        self.watcher.noted("This run is done. It can go on for longer: --set train.epochs=N.")
+        lines = earlier_lines(run, self.n_steps)
+        return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
+
+    def _result(
+        self,
+        run: RunDir,
+        lines: Sequence[StepMetrics],
+        seconds: float,
+        samples: tuple[Sample, ...],
+        *,
+        interrupted: bool,
+    ) -> Run:
+        losses = [line["loss"] for line in rundir.read_lines(run.held_out)]
+        return Run(
+            run.path,
+            len(lines),
+            len(self.training),
+            len(self.held_out),
+            self.checked.n_set_aside,
+            final_loss=lines[-1].loss if lines else math.nan,
+            held_out_loss=(losses[0], losses[-1]) if len(losses) > 1 else None,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            tokens=sum(line.tokens for line in lines),
+            supervised_tokens=sum(line.supervised_tokens for line in lines),
+            samples=samples,
+            interrupted=interrupted,
+            checkpoint=max(run.checkpoints.glob("step-*"), default=None),
+        )
 
 
-class _kind_interrupts:
-    """While it holds, Ctrl-C and SIGTERM ask the trainer to stop after the step; the second Ctrl-C stops at once."""
+# --- is it the same run? ----------------------------------------------------------------------------------------------
 
-    def __init__(self, trainer: _StepTrainer) -> None:
-        self._trainer = trainer
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: the caller keeps its own handling
-                return
+def _recipe_of(run: RunDir, epochs: int | None) -> tuple[Recipe, dict[str, recipes.Source], dict[str, Any]]:
+    """A run's recipe as it began, with where its values came from, and its manifest."""
+    recipe, _ = recipes.resolve(run.recipe)
+    manifest = _read_manifest(run)
+    began_with = manifest["recipe"]
+    given = recipe.model_dump()
+    changed = [
+        f"{name} was {began_with[section].get(field)!r} and is {given[section][field]!r}"
+        for name in recipes.setting_names()
+        for section, _, field in [name.partition(".")]
+        if given[section][field] != began_with[section].get(field)
+    ]
+    if changed:
+        raise RunError(
+            str(run.recipe), "; ".join(changed), "the settings that the run began with", "Undo it, or train anew."
+        )
+    if epochs is not None:
+        if epochs < recipe.train.epochs:
+            found, expected = f"{epochs}", f"at least {recipe.train.epochs}, as the run began"
+            raise RecipeError(_EXTENDED, found, expected, "A run can be made longer, not shorter.")
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})
+    # Relative names were given where the run was started.
+    if not Path(recipe.data.path).exists():
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": manifest["data"]["path"]})})
+    if manifest["base"]["source"] == "folder" and not Path(recipe.model.name).exists():
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": manifest["base"]["path"]})})
+    return recipe, manifest["sources"], manifest
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._trainer.interrupted:
-            raise KeyboardInterrupt
-        self._trainer.interrupted = True
-        self._trainer._watcher.noted("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+def _read_manifest(run: RunDir) -> dict[str, Any]:
+    try:
+        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        if manifest.keys() >= {"recipe", "sources", "plan", "data", "base", "template", "code"}:
+            return manifest
+    except (ValueError, AttributeError):
+        pass
+    fix = "Delete it: the one of the newest checkpoint is taken then."
+    raise RunError(str(run.manifest), "no manifest of a run", "the file that the run began with", fix)
+
+
+def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any], watcher: Watcher) -> None:
+    """Raises RunError naming what is not as it was when the run began; other versions of libraries are noted."""
+    digests = {
+        "the data": ("data", "sha256"),
+        "the chat template": ("template", "sha256"),
+        "the base's config": ("base", "config_sha256"),
+        "the base's weights": ("base", "weights"),
+        "the tokenizer's stop ids": ("template", "stop_ids"),
+    }
+    changed = [name for name, (section, key) in digests.items() if before[section].get(key) != now[section].get(key)]
+    if changed:
+        raise RunError(
+            str(run.path),
+            f"another state of {' and of '.join(changed)} ({now['data']['path']}, {now['base']['folder']})",
+            "what the run began with",
+            "Put it back, or train anew with another --out.",
+        )
+    if other := [f"{name} {v}" for name, v in now["code"].items() if before["code"].get(name) != v]:
+        watcher.noted(f"Not the versions that the run began with: {', '.join(other)}. The last digits may differ.")
 
 
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 
-def peak_memory_bytes() -> int:
-    """The most memory so far: the process's resident set on a CPU, the allocator's on CUDA."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
-def _manifest(checked: Checked, folder: Path) -> dict[str, Any]:
+def _manifest(work: _Work) -> dict[str, Any]:
+    checked, folder = work.checked, work.found.folder
     template = checked.renderer.template
     packages = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
     return {
@@ -491,7 +405,9 @@ def _manifest(checked: Checked, folder: Path) -> dict[str, Any]:
             "source": checked.found.source,
             "revision": checked.found.revision,
             "folder": str(folder.absolute()),
+            "path": str(Path(checked.recipe.model.name).absolute()),
             "config_sha256": rundir.sha256(folder / "config.json"),
+            "weights": {path.name: _ends(path) for path in sorted(folder.glob("*.safetensors"))},
         },
         "code": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
@@ -499,7 +415,20 @@ def _manifest(checked: Checked, folder: Path) -> dict[str, Any]:
         "device": models.device().type,
         "threads": torch.get_num_threads(),
         "seed": checked.recipe.train.seed,
+        "recipe": checked.recipe.model_dump(),
     }
+
+
+def _ends(path: Path) -> dict[str, str | int]:
+    """What says whether a weight file is the same: its size, and the SHA-256 of its first and last MiB. Hashing all of
+    it would take longer than reading it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(_END_BYTES))
+        file.seek(max(0, size - _END_BYTES))
+        digest.update(file.read())
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
 
 
 def _base_name(checked: Checked) -> str:
@@ -507,7 +436,8 @@ def _base_name(checked: Checked) -> str:
     return source.partition(":")[2] if source.startswith("hf:") else str(checked.found.folder.absolute())
 
 
-def _run_name(recipe: Recipe) -> str:
+def run_name(recipe: Recipe) -> str:
+    """What a run's folder is called where nobody says it."""
     return f"{Path(recipe.data.path).stem or 'run'}-{Path(recipe.model.name).name.removesuffix(':')}"
 
 

@@ -29,7 +29,7 @@ from tunesmith.engine.trie import Tree
 Backend = Literal["reference", "gather", "flex"]
 INTERFACE = "tunesmith"
 _LONGEST_MASKED = 256  # queries of a masked piece; more waste the half of the scores that nobody sees
-_LONGEST_WRITTEN = 320  # keys; beyond, scores are not worth their memory
+LONGEST_WRITTEN = 320  # keys; beyond, scores are not worth their memory
 _WASTE = 1.25  # scores computed per score needed, before another group is opened
 _WASTE_FLOOR = 128 * 128  # scores that are cheaper to waste than a group
 
@@ -150,6 +150,11 @@ class _Group:
         """(n, 1, L, keys) bool; None: causal."""
         self._biases: dict[torch.dtype, Tensor] = {}
         self._nothings: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def area(self) -> tuple[int, int, int]:
+        """Pieces, queries and keys of each."""
+        return len(self.query), self.query.shape[1], self.key.shape[1]
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
         """(1, 1, 1), where torch wants something to add to."""
@@ -312,7 +317,7 @@ class _Gathered:
     def __init__(self, plan: _Plan, style: Style, take: Take | None = None) -> None:
         self._plan, self._style, self._take = plan, style, take
         always = style.softcap is not None or style.sinks is not None
-        self._written = [always or group.key.shape[1] <= _LONGEST_WRITTEN for group in plan.groups]
+        self._written = [always or group.key.shape[1] <= LONGEST_WRITTEN for group in plan.groups]
         kinds = [_Written if written else _Fused for written in self._written]
         self._cores = [kind(group, style) for kind, group in zip(kinds, plan.groups, strict=True)]
 

@@ -151,8 +151,12 @@ class Decoder:
         self._model = _Model(body.embed_tokens, written, Norm(body.norm), head.weight, lowest, recomputed)
         self._rotary = body.rotary_emb
         self._dtype = arithmetic(head.weight.dtype)
-        self._joint = Buffers(self._dtype, head.weight.device)
         self._lanes: dict[int, Lanes] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Gives the memory back that is kept from step to step."""
+        self._joint = Buffers(self._dtype, self._model.head.device)
         self._memories: list[_Memory] = []
 
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:

@@ -6,6 +6,7 @@ processor a lookup per page: 6 to 8 % of a step's matrix products (2 AVX2 cores,
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import threading
@@ -16,6 +17,8 @@ from torch import Tensor
 
 _PAGE = 2 << 20
 _MOST_TAKEN = 4096  # shapes; each micro-batch has some hundred of its own
+# What torch's allocators say on a CPU; on CUDA there is an exception of its own.
+_NOT_ENOUGH = ("can't allocate memory", "not enough memory", "out of memory")
 _SMALL = 1 << 20  # bytes below which a page of its own is waste
 
 Take = Callable[..., Tensor]
@@ -35,6 +38,15 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     flat = torch.frombuffer(pages, dtype=dtype)  # keeps the mapping alive
     first = -flat.data_ptr() % _PAGE // dtype.itemsize
     return flat[first : first + math.prod(shape)].view(shape)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that there was not enough memory, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NOT_ENOUGH)
 
 
 class Buffers:
@@ -67,8 +79,16 @@ class Buffers:
             if flat is None or flat.numel() < n:
                 self._flat.pop(name, None)  # before the new one is made
                 self._taken = {other: tensors for other, tensors in self._taken.items() if other[0] != name}
-                # On a CPU what is not touched is not there, so room to grow is free.
-                room = 2 * n if self._device.type == "cpu" else n
-                flat = self._flat[name] = empty(room, dtype=self._dtype, device=self._device)
+                flat = self._flat[name] = self._roomy(n)
             made = self._taken[which] = flat[:n].view(count, *shape).unbind()
             return made
+
+    def _roomy(self, n: int) -> Tensor:
+        """Memory for n numbers; on a CPU with room to grow, which is free as long as it is not touched."""
+        if self._device.type == "cpu":
+            try:
+                return empty(2 * n, dtype=self._dtype, device=self._device)
+            except Exception as error:
+                if not ran_out(error):  # of addresses, which may be limited too
+                    raise
+        return empty(n, dtype=self._dtype, device=self._device)

@@ -47,6 +47,14 @@ class Ranks:
                     "Give every host the same files, settings and versions, and start again.",
                 )
 
+    def from_main(self, value: Any) -> Any:
+        """What process 0 gives, in all of them."""
+        if self.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
     def add_up(self, parameters: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
         """Makes every gradient the sum over all processes; returns the sums of the scalar `numbers`."""
         if self.size == 1:

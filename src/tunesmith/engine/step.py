@@ -24,16 +24,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, lora, trie
+from tunesmith.engine import attention, batch, lora, memory, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
+from tunesmith.errors import OutOfMemory
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
 
 Way = Literal["decoder", "tree", "padded"]
-_TOKENS = {"cpu": 1024, "cuda": 16384}
+TOKENS = {"cpu": 1024, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _WELL = 1.5  # times as fast as in fp32
@@ -60,6 +61,8 @@ class Engine:
         self._device = next(model.parameters()).device
         self._decoder: Decoder | None = None
         self._checked = False
+        self._limit = 2**62
+        self._at_work: Sequence[Rendered] = ()
         self.way: Way = "padded"
         """How steps are computed."""
         self._longest_together = _longest_together(model)
@@ -92,6 +95,14 @@ class Engine:
         if self._decoder is None:
             self._take_tree()
 
+    @property
+    def _budget(self) -> int:
+        """Tokens that go through the model at once."""
+        asked = self._settings.tokens_per_micro_batch
+        if asked == "auto":
+            asked = TOKENS[self._device.type] // (2 if self.way == "padded" else 1)
+        return min(self._limit, asked)
+
     def _take_tree(self) -> None:
         self.way = "tree"
         if others := lora.install(self._model):
@@ -110,19 +121,60 @@ class Engine:
         have the sum.
         """
         self._check_once(documents)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part, weight in self._share(documents):
-            total += self._part_gradient(part, n_supervised, self.way, weight)
-        return self._ranks.add_up(self._trained, total)[0]
+
+        def add_up() -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=self._device)
+            for part, weight in self._share(documents):
+                self._at_work = part
+                total += self._part_gradient(part, n_supervised, self.way, weight)
+            return total
+
+        return self._ranks.add_up(self._trained, self._in_smaller_parts(add_up))[0]
 
     def loss(self, documents: Sequence[Rendered]) -> float:
         """The documents' summed loss without dropout."""
         self._check_once(documents)
-        with torch.no_grad(), _mode(self._model, training=False):
+
+        def add_up() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=self._device)
             for part, weight in self._share(documents):
+                self._at_work = part
                 total += self._part_loss(part, self.way) * weight
+            return total
+
+        with torch.no_grad(), _mode(self._model, training=False):
+            total = self._in_smaller_parts(add_up)
         return self._ranks.add_up([], total)[0].item()
+
+    def _in_smaller_parts(self, add_up: Callable[[], Tensor]) -> Tensor:
+        """What `add_up` returns. When memory runs out it begins again with micro-batches of half the size, from the
+        same random state, and they stay so; raises OutOfMemory when one row alone is too much."""
+        random_state, before = _random_state(self._device), [_copy(p.grad) for p in self._trained]
+        while True:
+            try:
+                return add_up()
+            except Exception as error:
+                if self._sharded or not memory.ran_out(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Out here the exception is gone, and with it what its frames held.
+            if self._decoder is not None:
+                self._decoder.forget()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            part = self._at_work
+            if len(part) < 2:
+                raise OutOfMemory(
+                    str(part[0].origin),
+                    f"no memory for its {len(part[0].token_ids)} tokens ({reason})",
+                    "room for one row",
+                    "Set engine.recompute_layers=all, a smaller model.dtype, or data.max_length below it.",
+                )
+            self._limit = max(1, min(self._budget, sum(map(trie.input_length, part))) // 2)
+            self._note(f"Memory ran out; micro-batches have at most {self._limit} tokens from here on.")
+            for parameter, gradient in zip(self._trained, before, strict=True):
+                parameter.grad = _copy(gradient)
+            _set_random_state(random_state, self._device)
 
     def _share(self, documents: Sequence[Rendered]) -> list[tuple[list[Rendered], int]]:
         """This process's micro-batches, each with its weight: 1, or 0 where it only keeps step with the others."""
@@ -137,15 +189,13 @@ class Engine:
         return mine + [(list(documents[:1]), 0)] * (max(map(len, parts)) - len(mine))
 
     def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
-        asked = self._settings.tokens_per_micro_batch
-        n_tokens = _TOKENS[self._device.type] if asked == "auto" else asked
         alone = [[document] for document in documents if self._goes_alone(document)]
         together = [document for document in documents if not self._goes_alone(document)]
         if not together:
             return alone
         if self.way == "padded":
-            return _cut_padded(together, n_tokens if asked != "auto" else n_tokens // 2) + alone
-        return trie.cut(together, n_tokens, share_prefix=self._settings.share_prefix) + alone
+            return _cut_padded(together, self._budget) + alone
+        return trie.cut(together, self._budget, share_prefix=self._settings.share_prefix) + alone
 
     def _goes_alone(self, document: Rendered) -> bool:
         return len(document.token_ids) > self._longest_together
@@ -283,6 +333,20 @@ def _times_as_fast(dtype: torch.dtype) -> float:
 
 def _said(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _filled(parameter: nn.Parameter) -> Tensor:

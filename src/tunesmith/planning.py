@@ -1,0 +1,591 @@
+"""Bytes and seconds of a training, before a weight is read, and what to do with the memory there is.
+
+Every term is a closed form of the model's shape and of the micro-batches that the recipe will really have: rows are
+rendered, their order is a function of the seed, so the trees of the steps can be laid out before there is a model.
+What was measured instead of derived is a named constant with the machine and date.
+
+Legend: T tokens of a micro-batch, U of them predicting, L layers, H width, I width of the MLP, Q and K widths of all
+query heads and of all key heads, V vocabulary, R ranks of the adapters with the same input, added up.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from tunesmith import model as models
+from tunesmith.checking import Checked, hold_out
+from tunesmith.engine import attention, lanes, trie
+from tunesmith.engine.decoder import LAYERS
+from tunesmith.engine.loss import chunk_rows
+from tunesmith.engine.step import TOKENS
+from tunesmith.errors import OutOfMemory, RecipeError
+from tunesmith.recipe import Recipe
+from tunesmith.steps import Step, Steps
+
+Device = Literal["cpu", "cuda"]
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+
+# Bytes that libraries take once they compute, beyond those they take when they are imported.
+_AT_WORK_BYTES = 100 << 20
+# Share of the machine's rate for large products that a step's floor of operations reaches.
+_REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
+# A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
+_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+_STEPS_LAID_OUT = 60  # the others are taken to be like them
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card as its maker describes it."""
+
+    name: str
+    memory_bytes: int
+    flops: float
+    """Dense products in bf16 with fp32 sums, per second."""
+
+
+# From the makers' data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
+CARDS = tuple(
+    Card(name, gib << 30, tera * 1e12)
+    for name, gib, tera in (
+        ("RTX 3060", 12, 25.6),
+        ("RTX 3090", 24, 71.0),
+        ("RTX 4060 Ti", 16, 44.0),
+        ("RTX 4090", 24, 165.2),
+        ("RTX 5090", 32, 209.5),
+        ("A10", 24, 125.0),
+        ("L4", 24, 121.0),
+        ("L40S", 48, 362.0),
+        ("A100", 80, 312.0),
+        ("H100", 80, 989.4),
+        ("H200", 141, 989.4),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training may use."""
+
+    device: Device
+    available_bytes: int
+    flops: float
+    """Of large matrix products, per second."""
+    name: str
+    runtime_bytes: int = 0
+    """What interpreter and libraries take of it."""
+
+
+def this_machine(memory_bytes: int | None = None) -> Machine:
+    """The GPU where there is one, else the CPU: memory that is free, and the rate of its products, measured in a
+    fraction of a second. `memory_bytes` stands for the free memory where it is given."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
+    runtime = psutil.Process().memory_info().rss + _AT_WORK_BYTES
+    return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
+
+
+def card(name: str, memory_bytes: int | None = None) -> Machine:
+    """A card by name. Raises RecipeError for one that is not known."""
+    for known in CARDS:
+        if known.name.lower().replace(" ", "") == name.lower().replace(" ", "").replace("-", ""):
+            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
+    names = ", ".join(known.name for known in CARDS)
+    raise RecipeError("--card", repr(name), f"one of {names}", "Or say its memory: --memory 24GiB.")
+
+
+def parse_bytes(text: str) -> int:
+    """
+    >>> parse_bytes("24GiB") == parse_bytes("24 gib") == 24 << 30
+    True
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "g": 1 << 30, "m": 1 << 20}
+    for unit, factor in units.items():
+        number = text.strip().lower().removesuffix(unit).strip()
+        if text.strip().lower().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number):
+            return int(float(number) * factor)
+    raise RecipeError("--memory", repr(text), "a number with a unit", "Write for instance --memory 24GiB.")
+
+
+def _free_bytes() -> int:
+    """What this process may still take and what it has: of the machine, its control group and its limits."""
+    own = psutil.Process().memory_info().rss
+    free = [psutil.virtual_memory().available + own]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            free.append(int(text))
+    free += [limit for limit, _ in [resource.getrlimit(resource.RLIMIT_DATA)] if limit > 0]
+    return min(free)
+
+
+@functools.cache
+def _measured_flops(device: Device, seconds: float = 0.2) -> float:
+    dtype, size = (torch.float32, 1024) if device == "cpu" else (torch.bfloat16, 8192)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    rates: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < until:
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the result
+        rates.append(2 * size**3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+# --- the model's shape ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and time depend on."""
+
+    layers: int
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+    linear: int
+    """Numbers in the layers' linear weights."""
+    weights: int
+    """All numbers, a tied one once."""
+    adapter: int
+    ranks: tuple[int, int, int, int]
+    """Of the adapters of qkv, o, gate and up, down."""
+    by_hand: bool
+    """There are layers written by hand for it (`engine.decoder`)."""
+    head_norms: bool
+    dropout: bool
+
+
+def shape_of(checked: Checked) -> Shape:
+    """The shape of a recipe's model and adapter."""
+    config = checked.config.get_text_config()
+    skeleton = models.skeleton(checked.config)
+    layers = models.decoder_layers(skeleton)
+    head = skeleton.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    heads = int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    names = [target.name for target in checked.targets]
+    groups = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"))
+    settings = checked.recipe.lora
+    ranks = [settings.r * sum(name in group for name in names) for group in (*groups, ("down_proj",))]
+    return Shape(
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        inner=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        queries=heads * size,
+        keys=int(getattr(config, "num_key_value_heads", None) or heads) * size,
+        heads=heads,
+        vocabulary=int(config.vocab_size),
+        linear=linear,
+        weights=sum(p.numel() for p in skeleton.parameters()),
+        adapter=sum(target.parameters for target in checked.targets),
+        ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
+        by_hand=bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora",
+        head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
+        dropout=settings.dropout > 0,
+    )
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """What memory depends on in a micro-batch."""
+
+    tokens: int
+    predicting: int
+    scores: int
+    """Of one head, kept for the backward pass: those of all groups of queries that are written out."""
+    largest_scores: int
+    """Of one head, in the largest group."""
+    collected: int
+    """Queries in groups, with padding."""
+    collected_keys: int
+    fused_queries: int
+    """Queries in groups that torch's fused attention computes; it keeps copies."""
+    fused_keys: int
+
+
+def load_of(documents: Sequence[Any], *, share_prefix: bool, n_lanes: int | None = None) -> Load:
+    """The load of a micro-batch, from its layout."""
+    tree = trie.lay_out(documents, share_prefix=share_prefix)
+    n_tokens = len(tree.token_ids)
+    gather = attention.Gather(tree, torch.device("cpu"))
+    shares = lanes.shares(n_tokens, n_lanes or lanes.count_for(n_tokens))
+    groups = [group.area for rows in shares for group in gather.plan(None, rows).groups]
+    written = [area for area in groups if area[2] <= attention.LONGEST_WRITTEN]
+    fused = [area for area in groups if area[2] > attention.LONGEST_WRITTEN]
+    return Load(
+        tokens=n_tokens,
+        predicting=len({where for where, _, _ in tree.pairs}),
+        scores=sum(n * queries * keys for n, queries, keys in written),
+        largest_scores=max((n * queries * keys for n, queries, keys in written), default=0),
+        collected=sum(n * queries for n, queries, _ in groups),
+        collected_keys=sum(n * keys for n, _, keys in groups),
+        fused_queries=sum(n * queries for n, queries, _ in fused),
+        fused_keys=sum(n * keys for n, _, keys in fused),
+    )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes at the peak, by what takes them."""
+
+    runtime: int
+    """Interpreter and libraries."""
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the backward pass needs of the forward pass."""
+    logits: int
+    workspace: int
+    """What is needed for a moment, within a layer."""
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step is computed, as far as memory depends on it."""
+
+    tokens_per_micro_batch: int
+    recompute_layers: int
+    weight_bytes: int
+    """Per number: 4 or 2."""
+    nf4: bool = False
+    """The layers' linear weights in 4 bits."""
+
+    def bytes_of(self, shape: Shape) -> int:
+        linear = _NF4_BYTES if self.nf4 else self.weight_bytes
+        return int(shape.linear * linear + (shape.weights - shape.linear) * self.weight_bytes)
+
+
+def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lanes: int) -> Parts:
+    """The layers written by hand, on a CPU: fp32, in memory that is kept from step to step (`engine.decoder`)."""
+    e = 4
+    t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
+    r_qkv, r_o, r_up, r_down = shape.ranks
+    h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
+    # One layer: q, k, v; the input of o with its h; x before the MLP; gate and up; the other adapters' h.
+    layer = (q + 2 * k) + (q + r_o) + h + 2 * i + (r_qkv + r_up + r_down)
+    if shape.head_norms:
+        layer += q + k
+    scores = e * shape.heads * load.scores
+    fused = e * (load.fused_queries * (2 * q) + load.fused_keys * 2 * k)
+    # The last layer's part behind attention has no rows but those that predict.
+    last = (t - u) * (q + r_o + h + 2 * i)
+    activations = e * (kept * t * layer - last) + kept * (scores + fused)
+    activations += e * (shape.layers + 2) * t * h  # every layer's input and the last output
+    if choice.recompute_layers:  # one layer while it passes, one while it is computed again
+        activations += e * 2 * t * layer + 2 * (scores + fused)
+    rows = min(chunk_rows(math.ceil(u / n_lanes), shape.vocabulary, torch.device("cpu"), n_lanes), u)
+    logits = e * n_lanes * rows * shape.vocabulary
+    # Inputs with their h, before and after; the gradient of each; dropped inputs; x, its norm and their gradients.
+    workspace = e * t * (2 * (h + max(r_qkv, r_up, r_o)) + 2 * (i + r_down) + max(i, q) + 4 * h)
+    workspace += e * (load.collected * 5 * q + load.collected_keys * 4 * k + t * 2 * k)  # attention, group by group
+    workspace += 2 * e * shape.heads * load.largest_scores  # gradients of the scores
+    if shape.dropout:
+        workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
+    if choice.weight_bytes < 4:  # the group at work stands in fp32, in every lane
+        workspace += e * n_lanes * max(2 * i * h, (q + 2 * k) * h)
+    own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
+    return Parts(
+        runtime=runtime,
+        weights=choice.bytes_of(shape),
+        adapter=e * (shape.adapter + own_b),  # peft's matrices, and sB beside the weights
+        gradients=e * shape.adapter * n_lanes,
+        optimizer=2 * e * shape.adapter,
+        activations=activations,
+        logits=logits,
+        workspace=workspace,
+    )
+
+
+def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, device: Device) -> Parts:
+    """transformers' own layers over trees, with autograd: what it saves for each token of a layer.
+
+    With e bytes per number: each norm its input in fp32; the inputs of qkv, of gate and up, of o and of down, once
+    each and with a mask of a byte per adapter with dropout; q, k, v and the result of attention with one fp32 number
+    per head; act(gate), its input and up. A recomputed layer keeps its input.
+    """
+    e = 4 if device == "cpu" else 2
+    t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
+    h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
+    mask = 1 if shape.dropout else 0
+    norms = 2 * 4 * h
+    inputs = e * (2 * h + q + i) + mask * (3 * h + 2 * h + q + i)
+    heads = e * (2 * q + 2 * k) + 4 * shape.heads
+    mlp = e * 3 * i
+    if device == "cpu":  # attention group by group keeps scores or copies
+        heads += (4 * shape.heads * load.scores + 4 * (load.fused_queries * 2 * q + load.fused_keys * 2 * k)) // max(
+            t, 1
+        )
+    layer = t * (norms + inputs + heads + mlp + e * sum(shape.ranks))
+    activations = kept * layer + shape.layers * e * t * h
+    one_more = layer if choice.recompute_layers else 0
+    # Gradients on their way down through the widest place: those of gate, up and their product, and the residual.
+    workspace = one_more + e * t * (4 * i + 4 * h)
+    if choice.nf4:  # the weight at work stands in 16 bits
+        workspace += 2 * 2 * i * h
+    rows = chunk_rows(u, shape.vocabulary, torch.device(device))
+    return Parts(
+        runtime=runtime,
+        weights=choice.bytes_of(shape),
+        adapter=4 * shape.adapter,
+        gradients=4 * shape.adapter,
+        optimizer=8 * shape.adapter,
+        activations=activations,
+        logits=(4 + e) * rows * shape.vocabulary,  # fp32 and, for the products, in the weights' type
+        workspace=workspace,
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting that was left to the plan."""
+
+    setting: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will take."""
+
+    machine: Machine
+    fits: bool
+    parts: Parts
+    steps: int
+    tokens: int
+    """That go through the model, shared ones once, over all steps."""
+    seconds: float
+    choices: tuple[Chosen, ...]
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return self.parts.total
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "available_bytes": self.machine.available_bytes,
+            "device": self.machine.device,
+            "machine": self.machine.name,
+            "parts": asdict(self.parts),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "choices": [asdict(choice) for choice in self.choices],
+        }
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The values of the settings that were left open, by dotted name."""
+        return {choice.setting: choice.value for choice in self.choices}
+
+    def too_large(self) -> OutOfMemory:
+        """What to say where it does not fit."""
+        needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
+        largest = max(asdict(self.parts).items(), key=lambda item: item[1])
+        fix = "--set model.quantize=nf4 holds the weights in 4 bits. " if self.machine.device == "cuda" else ""
+        return OutOfMemory(
+            "the plan",
+            f"{needed:.1f} GiB needed at the least, most of it for {largest[0]} ({largest[1] / 2**30:.1f} GiB)",
+            f"{there:.1f} GiB that are free ({self.machine.name})",
+            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, close other programs, or "
+            "try it --anyway.",
+        )
+
+
+def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings replaced, by dotted name."""
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        part = getattr(recipe, section).model_copy(update={field: value})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def plan(checked: Checked, machine: Machine | None = None) -> Plan:
+    """What the recipe's training will take on a machine (default: this one), with what is best for its memory chosen
+    where the recipe leaves it open.
+
+    In this order, until it fits: everything is kept for the backward pass; smaller micro-batches; some layers are
+    recomputed; all of them; on a CPU, weights in 16 bits. Where nothing fits, what takes least is given, with `fits`
+    False.
+    """
+    machine = machine or this_machine()
+    recipe, shape = checked.recipe, shape_of(checked)
+    sample = _Sample(checked)
+    parts, choice = Parts(0, 0, 0, 0, 0, 0, 0, 0), Choice(0, 0, 4)
+    for choice in _candidates(recipe, shape, machine.device):
+        parts = _peak(shape, sample.heaviest(choice.tokens_per_micro_batch), choice, machine)
+        if parts.total <= machine.available_bytes:
+            break
+    tokens, predicting = sample.per_step(choice.tokens_per_micro_batch)
+    again = choice.recompute_layers / shape.layers
+    operations = (4 + 2 * again) * shape.linear * tokens + 4 * predicting * shape.width * shape.vocabulary
+    seconds = sample.n_steps * operations / (machine.flops * _REACHED[machine.device])
+    return Plan(
+        machine,
+        parts.total <= machine.available_bytes,
+        parts,
+        sample.n_steps,
+        round(sample.n_steps * tokens),
+        seconds,
+        tuple(_explained(recipe, choice, shape, machine)),
+    )
+
+
+def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine) -> Parts:
+    def parts(load: Load) -> Parts:
+        if machine.device == "cpu" and shape.by_hand:
+            return parts_by_hand(shape, load, choice, machine.runtime_bytes, lanes.count_for(load.tokens))
+        return parts_of_graph(shape, load, choice, machine.runtime_bytes, machine.device)
+
+    return max(map(parts, loads), key=lambda each: each.total)
+
+
+def _candidates(recipe: Recipe, shape: Shape, device: Device) -> Iterator[Choice]:
+    """From the fastest to the smallest."""
+    engine = recipe.engine
+    most = TOKENS[device]
+    budgets = [most >> n for n in range(3 if device == "cpu" else 5)]
+    if engine.tokens_per_micro_batch != "auto":
+        budgets = [engine.tokens_per_micro_batch]
+    asked = engine.recompute_layers
+    layers = list(range(shape.layers + 1))
+    if asked != "auto":
+        layers = [{"none": 0, "all": shape.layers}[asked] if isinstance(asked, str) else min(asked, shape.layers)]
+    sizes = {"auto": (4, 2) if device == "cpu" else (2,), "float32": (4,)}.get(recipe.model.dtype, (2,))
+    nf4 = recipe.model.quantize == "nf4"
+    for size in sizes:
+        for budget in budgets:
+            yield Choice(budget, layers[0], size, nf4)
+        for recomputed in layers[1:]:
+            yield Choice(budgets[-1], recomputed, size, nf4)
+
+
+def _explained(recipe: Recipe, choice: Choice, shape: Shape, machine: Machine) -> Iterator[Chosen]:
+    """What was left open, as it was chosen."""
+    memory = f"{machine.available_bytes / 2**30:.1f} GiB"
+    if recipe.engine.tokens_per_micro_batch == "auto":
+        usual = choice.tokens_per_micro_batch == TOKENS[machine.device]
+        why = "larger ones are not faster" if usual else f"larger ones do not fit {memory}"
+        yield Chosen("engine.tokens_per_micro_batch", choice.tokens_per_micro_batch, why)
+    if recipe.engine.recompute_layers == "auto":
+        n = choice.recompute_layers
+        why = f"without it {memory} are not enough" if n else "everything fits"
+        yield Chosen("engine.recompute_layers", n, why)
+    if recipe.model.dtype == "auto":
+        name = "float32" if choice.weight_bytes == 4 else "bfloat16"
+        why = "what the card computes in" if machine.device == "cuda" else "weights of 32 bits fit"
+        if machine.device == "cpu" and choice.weight_bytes == 2:
+            why = f"weights of 32 bits do not fit {memory}; sums are still in 32"
+        yield Chosen("model.dtype", name, why)
+
+
+class _Sample:
+    """Some of a training's steps laid out: those with the longest rows and the most tokens, and others evenly."""
+
+    def __init__(self, checked: Checked) -> None:
+        settings = checked.recipe.train
+        rows, _ = hold_out(checked)
+        self._share = checked.recipe.engine.share_prefix
+        self._steps = Steps(rows, settings.examples_per_step, settings.seed, checked.data.digest)
+        self.n_steps = len(self._steps) * settings.epochs
+        size = settings.examples_per_step
+        tokens, longest = [], []
+        chosen: list[list[int]] = []
+        for epoch in range(settings.epochs):
+            order = self._steps.order(epoch)
+            for start in range(0, len(order), size):
+                some = order[start : start + size]
+                chosen.append(some)
+                tokens.append(int(rows.n_tokens[some].sum()))
+                longest.append(int(rows.longest[some].max()))
+        heavy = sorted(range(len(chosen)), key=lambda n: tokens[n])[-4:]
+        heavy += sorted(range(len(chosen)), key=lambda n: longest[n])[-4:]
+        evenly = range(0, len(chosen), max(1, len(chosen) // _STEPS_LAID_OUT))
+        self._evenly = [self._documents(rows, chosen[n]) for n in evenly]
+        self._heavy = [self._documents(rows, chosen[n]) for n in dict.fromkeys(heavy)]
+        self._loads: dict[int, list[Load]] = {}
+
+    @staticmethod
+    def _documents(rows: Any, numbers: Sequence[int]) -> tuple[Any, ...]:
+        return Step(tuple(document for n in numbers for document in rows[n].documents)).documents
+
+    def heaviest(self, budget: int) -> list[Load]:
+        """The loads of the largest micro-batches."""
+        if budget not in self._loads:
+            cuts = [
+                part
+                for documents in (*self._heavy, *self._evenly)
+                for part in trie.cut(documents, budget, share_prefix=self._share)
+            ]
+            sized = sorted(cuts, key=self._tokens, reverse=True)[:6]
+            self._loads[budget] = [load_of(part, share_prefix=self._share) for part in sized]
+        return self._loads[budget]
+
+    def per_step(self, budget: int) -> tuple[float, float]:
+        """Tokens that go through the model and supervised tokens, on average."""
+        tokens = [
+            sum(map(self._tokens, trie.cut(documents, budget, share_prefix=self._share))) for documents in self._evenly
+        ]
+        predicting = [sum(document.n_supervised for document in documents) for documents in self._evenly]
+        return sum(tokens) / len(tokens), sum(predicting) / len(predicting)
+
+    def _tokens(self, documents: Sequence[Any]) -> int:
+        return len(trie.lay_out(documents, share_prefix=self._share).token_ids)
+
+
+def fitting(checked: Checked, sizes: Sequence[int]) -> list[tuple[int, Plan]]:
+    """For each of some memories in GiB, the plan on a card that has as much: in 16 bits, or where that does not fit in
+    4 bits."""
+    found: list[tuple[int, Plan]] = []
+    for gib in sizes:
+        machine = Machine("cuda", gib << 30, CARDS[1].flops, f"{gib} GiB")
+        made = plan(checked, machine)
+        if not made.fits:
+            smaller = applied(checked.recipe, {"model.quantize": "nf4"})
+            four_bits = plan(replace(checked, recipe=smaller), machine)
+            made = replace(
+                four_bits,
+                choices=(*four_bits.choices, Chosen("model.quantize", "nf4", "weights of 16 bits do not fit")),
+            )
+        found.append((gib, made))
+    return found

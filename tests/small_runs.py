@@ -1,0 +1,64 @@
+"""Small trainings for tests: their settings, as a function call and as a process, and what they wrote down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tunesmith import recipe, rundir
+from tunesmith.trainer import Watcher
+
+FLAGS = {
+    "eval.hold_out": 0.1,
+    "train.examples_per_step": 4,
+    "train.learning_rate": 1e-2,
+    "train.epochs": 2,
+    "train.save_every": "3 steps",
+    "train.keep_checkpoints": 2,
+}
+
+
+def settings(model: Path, data: Path, **flags: Any) -> recipe.Recipe:
+    return recipe.resolve(None, {"model.name": str(model), "data.path": str(data), **FLAGS, **flags})[0]
+
+
+class Notes(Watcher):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl and held_out.jsonl hold, without clocks, memory and notes."""
+    lines = rundir.read_lines(run / "metrics.jsonl") + rundir.read_lines(run / "held_out.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes", "notes")} for line in lines]
+
+
+def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TUNESMITH_OFFLINE": "1"},
+        **more,
+    )
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not true() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def flags_of(model: Path, data: Path, **flags: Any) -> list[str]:
+    pairs = {**FLAGS, **flags}.items()
+    sets = [part for name, value in pairs for part in ("--set", f"{name}={value}")]
+    return ["--model", str(model), "--data", str(data), *sets, "--json"]

@@ -1,0 +1,253 @@
+"""What is watched while training: each guard lets a good run pass and stops a bad one."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import tunesmith
+from small_runs import Notes, numbers, settings
+from tunesmith import guards, rundir
+from tunesmith import model as models
+from tunesmith.engine.decoder import Decoder
+from tunesmith.engine.layers import Activation
+from tunesmith.errors import OutOfMemory, ProofError
+from tunesmith.recipe import ModelSettings
+from tunesmith.training import resume, train
+
+
+def attached(model: Path, seed: int = 0) -> PeftModel:
+    from tunesmith.hub import LocalModel
+
+    base = models.load_base(LocalModel(model, "folder", None, None), ModelSettings(name=str(model)))
+    return models.attach(base, settings(model, model).lora, seed, "base")
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def assert_stopped_at(run: Path, step: int) -> dict[str, Any]:
+    """No adapter, the checkpoints before the step whole, nothing written down for it; returns not_finite.json."""
+    assert not (run / "adapter").exists()
+    assert len(rundir.read_lines(run / "metrics.jsonl")) == step - 1
+    assert all(rundir.is_whole(point) for point in run.glob("checkpoints/*"))
+    assert not list(run.rglob("*.partial"))
+    written = json.loads((run / "not_finite.json").read_text())
+    assert len(written["rows"]) == 4 and all(
+        row["token_ids"] and "talk.jsonl:" in row["row"] for row in written["rows"]
+    )
+    return written
+
+
+def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
+    tiny_model: Path,
+    talk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted from step 7 on in what the layers written by hand compute; plain layers do not have it."""
+    run, forward = tmp_path / "run", Activation.forward
+
+    def broken(self: Activation, gate_up: Tensor, out: Tensor) -> None:
+        forward(self, gate_up, out)
+        if len(rundir.read_lines(run / "metrics.jsonl")) == 6:
+            out[0, 0] = math.nan
+
+    monkeypatch.setattr(Activation, "forward", broken)
+    with pytest.raises(ProofError) as raised:
+        train(settings(tiny_model, talk), run)
+    assert raised.value.exit_code == 3 and "step 7" in raised.value.where and "talk.jsonl:" in raised.value.where
+    assert "try `resume`" in assert_stopped_at(run, 7)["first"]
+    assert [point.name for point in sorted(run.glob("checkpoints/*"))] == ["step-000003", "step-000006"]
+    monkeypatch.undo()
+    resume(run)
+    whole = train(settings(tiny_model, talk), tmp_path / "whole")
+    assert numbers(run) == numbers(whole.path)
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    sets = ("--set", "eval.hold_out=0", "--set", "train.examples_per_step=4")
+    ended = tunesmith("train", "--model", broken, "--data", talk, "--out", tmp_path / "run", *sets, "--json")
+    assert ended.code == 3 and "Traceback" not in ended.err
+    assert "model.layers.1.mlp.down_proj.weight holds a weight that is not finite" in ended.err
+    assert_stopped_at(tmp_path / "run", 1)
+    (state,) = json.loads(tunesmith("runs", tmp_path, "--json").out)["runs"]
+    assert (state["state"], state["exit_code"]) == ("failed", 3)
+
+
+def test_a_learning_rate_without_measure_is_stopped(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = {"train.learning_rate": 1.0, "train.max_grad_norm": 0, "lora.alpha": 1e30, "eval.hold_out": 0}
+    with pytest.raises(ProofError) as raised:
+        train(settings(tiny_model, talk, **flags), run)
+    step = len(rundir.read_lines(run / "metrics.jsonl")) + 1
+    assert f"step {step}" in raised.value.where
+    assert_stopped_at(run, step)
+
+
+def test_the_first_place_that_went_wrong_is_found_among_many(tiny_model: Path, talk: Path) -> None:
+    """A huge but finite weight in layer 0 overflows there first; layer 1 is not finite either."""
+    from tunesmith.checking import check
+
+    model = attached(tiny_model)
+    documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:2]]
+    assert "finite numbers for the same rows" in guards.first_not_finite(model, documents)
+    weight = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").weight
+    with torch.no_grad():
+        weight.mul_(1e38).mul_(100)
+        weight.clamp_(-3e38, 3e38)
+    assert "that of model.layers.0.mlp.up_proj for" in guards.first_not_finite(model, documents)
+
+
+# --- adapters that learn nothing --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_a_gradient_is_named(tiny_model: Path) -> None:
+    model = attached(tiny_model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    guards.require_gradients(model)
+    name = next(name for name in trained if "layers.1.mlp.up_proj.lora_B" in name)
+    trained[name].grad = torch.zeros_like(trained[name])
+    with pytest.raises(ProofError, match=r"layers\.1\.mlp\.up_proj"):
+        guards.require_gradients(model)
+    trained[name].grad = None
+    with pytest.raises(ProofError, match="1 adapter matrices"):
+        guards.require_gradients(model)
+
+
+def test_an_adapter_that_stands_still_is_named(tiny_model: Path) -> None:
+    model = attached(tiny_model)
+    before = guards.signatures(model)
+    assert len(before) == 14
+    with pytest.raises(ProofError, match="14 adapter matrices still after step 2"):
+        guards.require_moved(model, before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter[0, 0] += 1e-7
+    guards.require_moved(model, before)
+
+
+# --- losses that look wrong -------------------------------------------------------------------------------------------
+
+
+def said(losses: list[float]) -> list[tuple[int, str]]:
+    watch = guards.Losses()
+    return [(number, text) for number, loss in enumerate(losses, 1) if (text := watch.odd(loss))]
+
+
+def test_a_loss_that_falls_and_wobbles_is_not_odd() -> None:
+    assert said([4 * 0.97**n + 0.4 * (-1) ** n for n in range(100)]) == []
+
+
+def test_a_loss_that_explodes_is_called_out_once() -> None:
+    ((step, text),) = said([2.0] * 20 + [3.0 + 0.5 * n for n in range(30)])
+    assert 21 < step < 30 and "learning_rate" in text
+
+
+def test_a_loss_at_zero_is_called_out_once() -> None:
+    ((step, text),) = said([1.0] * 10 + [1e-5] * 60)
+    assert 20 < step < 60 and "by heart" in text
+
+
+# --- memory runs out --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As if no micro-batch of more than 100 tokens had room from step 3 on; holds the sizes that were tried."""
+    gradient, sizes = Decoder.gradient, list[int]()
+
+    def limited(self: Decoder, batch: Any, sight: Any, n_supervised: int, **more: Any) -> Tensor:
+        sizes.append(len(batch.input_ids))
+        result = gradient(self, batch, sight, n_supervised, **more)
+        if len(batch.input_ids) > 100 and len(sizes) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return result
+
+    monkeypatch.setattr(Decoder, "gradient", limited)
+    return sizes
+
+
+def test_memory_that_runs_out_shrinks_the_micro_batch_and_redoes_the_step(
+    tiny_model: Path,
+    talk: Path,
+    tmp_path: Path,
+    little_memory: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = {"lora.dropout": 0.0, "engine.share_prefix": False}
+    notes = Notes()
+    short = train(settings(tiny_model, talk, **flags), tmp_path / "short", watcher=notes)
+    assert max(little_memory[-20:]) <= 100 < max(little_memory[:8])
+    (note,) = [text for text in notes.texts if "Memory ran out" in text]
+    lines = rundir.read_lines(short.path / "metrics.jsonl")
+    assert [line["notes"] for line in lines if "notes" in line] == [[note]]
+    assert note in (short.path / "report.html").read_text()
+    monkeypatch.undo()
+    whole = train(settings(tiny_model, talk, **flags), tmp_path / "whole")
+    losses = [[line["loss"] for line in rundir.read_lines(r.path / "metrics.jsonl")] for r in (short, whole)]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4  # observed 1.0e-5 after 18 steps of rate 1e-2
+
+
+def test_a_row_that_alone_is_too_much_is_named(
+    tiny_model: Path,
+    talk: Path,
+    tmp_path: Path,
+    little_memory: list[int],
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(talk.read_text() + json.dumps({"instruction": "Count.", "output": "1 2 3 " * 40}) + "\n")
+    with pytest.raises(OutOfMemory, match=r"long\.jsonl:41") as raised:
+        train(settings(tiny_model, data, **{"eval.hold_out": 0}), tmp_path / "run")
+    assert raised.value.exit_code == 2 and "tokens" in raised.value.found
+
+
+def test_a_real_limit_of_memory_shrinks_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+    """A limit of the system for this process's data, set before the first step: 7,200 tokens at once do not fit."""
+    data = tmp_path / "rows.jsonl"
+    row = {"instruction": "Say it.", "output": "again and " * 45}
+    data.write_text("".join(json.dumps({**row, "instruction": f"Say it {i}."}) + "\n" for i in range(64)))
+    script = f"""
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_runs import settings
+from tunesmith import rundir
+from tunesmith.trainer import Watcher
+from tunesmith.training import train
+class Limits(Watcher):
+    def began(self, n_steps, run):
+        used = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmData"))) << 10
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), -1))
+    def noted(self, text): print(text)
+flags = {{"lora.dropout": 0.0, "eval.hold_out": 0, "train.epochs": 1, "train.examples_per_step": 16,
+         "engine.tokens_per_micro_batch": 100_000}}
+for name, watcher in (("whole", None), ("short", Limits())):
+    recipe = settings(Path({str(tiny_model)!r}), Path({str(data)!r}), **flags)
+    run = train(recipe, Path({str(tmp_path)!r}) / name, watcher=watcher)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "Memory ran out" in ended.stdout
+    lines = [rundir.read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "short")]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)) < 1e-4

@@ -1,0 +1,172 @@
+"""The plan: its terms against what a step really keeps, what it chooses, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, tunesmith
+from small_runs import settings
+from tunesmith import model as models
+from tunesmith import planning
+from tunesmith.checking import Checked, check
+from tunesmith.engine.step import Engine
+from tunesmith.errors import OutOfMemory, RecipeError
+from tunesmith.planning import Choice, Machine
+from tunesmith.training import train
+
+GIB = 1 << 30
+
+
+def checked(model: Path, data: Path, **flags: Any) -> Checked:
+    return check(settings(model, data, **flags))
+
+
+def machine(gib: float, device: Any = "cpu") -> Machine:
+    return Machine(device, int(gib * GIB), 1e11, "a machine")
+
+
+# --- it is true -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def middling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that its buffers are more than their page."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "middling", **sizes, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lora", [{}, {"lora.dropout": 0.0, "lora.r": 32}], ids=str)
+def test_what_a_step_keeps_is_what_the_plan_says(
+    middling_model: Path, talk: Path, share: bool, lora: dict[str, Any]
+) -> None:
+    """All memory that the layers written by hand hold after a step against the plan's terms for it."""
+    rows = checked(middling_model, talk, **{"engine.share_prefix": share, "engine.self_check": False, **lora})
+    documents = [row.documents[0] for row in rows.rows[:16]]
+    model = models.attach(models.load_base(rows.found, rows.recipe.model), rows.recipe.lora, 0, "base")
+    engine = Engine(model, rows.recipe.engine)
+    engine.gradient(documents, 1)
+    assert engine._decoder is not None and len(engine._parts(documents)) == 1
+    held: dict[tuple[int, str], int] = {}
+    every = [engine._decoder._joint, *(memory.buffers for memory in engine._decoder._memories)]
+    for number, buffers in enumerate(every):
+        for name, *shape in buffers._taken:
+            held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))
+    load = planning.load_of(documents, share_prefix=share)
+    load = replace(load, scores=0, largest_scores=0)  # those lie elsewhere
+    parts = planning.parts_by_hand(planning.shape_of(rows), load, Choice(1024, 0, 4), 0, len(every) - 1)
+    planned = parts.activations + parts.logits + parts.workspace
+    assert 0.95 < planned / sum(held.values()) < 1.1
+
+
+def test_train_writes_down_what_was_planned(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    run = train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "run")
+    plan = json.loads((run.path / "manifest.json").read_text())["plan"]
+    assert plan["peak_memory_bytes"] == sum(plan["parts"].values())
+    assert f"(plan: {plan['peak_memory_bytes'] / GIB:.2f})" in (run.path / "report.html").read_text()
+
+
+# --- what it chooses --------------------------------------------------------------------------------------------------
+
+
+def chosen(made: planning.Plan) -> tuple[Any, ...]:
+    names = ("engine.tokens_per_micro_batch", "engine.recompute_layers", "model.dtype")
+    return tuple(made.chosen.get(name) for name in names)
+
+
+def test_less_memory_means_smaller_parts_then_recomputing_then_16_bits(middling_model: Path, talk: Path) -> None:
+    rows = checked(middling_model, talk, **{"train.examples_per_step": 40, "eval.hold_out": 0})
+    plans = [planning.plan(rows, machine(0.1 * 0.93**n)) for n in range(50)]
+    seen = list(dict.fromkeys(chosen(made) for made in plans if made.fits))
+    assert seen[0] == (1024, 0, "float32")
+    assert seen == sorted(seen, key=lambda c: (c[2] == "bfloat16", c[1], -c[0]))
+    assert {c[1] for c in seen} >= {0, 4} and seen[-1][2] == "bfloat16"
+    needs = [made.peak_memory_bytes for made in plans]
+    assert needs == sorted(needs, reverse=True)
+    assert all(made.peak_memory_bytes <= made.machine.available_bytes for made in plans if made.fits)
+    assert not plans[-1].fits
+
+
+def test_what_is_set_is_not_chosen(tiny_model: Path, talk: Path) -> None:
+    flags = {"engine.tokens_per_micro_batch": 77, "engine.recompute_layers": "none", "model.dtype": "float32"}
+    made = planning.plan(checked(tiny_model, talk, **flags), machine(0.001))
+    assert made.chosen == {} and not made.fits
+
+
+def test_what_does_not_fit_is_refused_unless_it_is_wanted_anyway(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    made = planning.plan(checked(tiny_model, talk), machine(0.001))
+    error = made.too_large()
+    assert isinstance(error, OutOfMemory) and error.exit_code == 2
+    assert "--anyway" in error.fix and "0.0 GiB that are free" in error.expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_choices_of_the_beginning_hold_when_a_run_goes_on(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    run = train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "run")
+    plan = json.loads((run.path / "manifest.json").read_text())["plan"]
+    assert {choice["setting"] for choice in plan["choices"]} == {
+        "engine.tokens_per_micro_batch",
+        "engine.recompute_layers",
+        "model.dtype",
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_what_the_contract_says(tiny_model: Path, talk: Path) -> None:
+    ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--json")
+    assert ended.code == 0, ended.err
+    names = {"fits", "peak_memory_bytes", "available_bytes", "parts", "steps", "seconds", "choices"}
+    assert names <= ended.json.keys()
+    parts = {"runtime", "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"}
+    assert ended.json["parts"].keys() == parts
+    assert all(choice.keys() == {"setting", "value", "why"} for choice in ended.json["choices"])
+    assert ended.json["steps"] == 9 and ended.json["fits"]
+    assert "plan" in ended.err and "workspace" in ended.err
+
+
+def test_a_card_and_a_memory_can_be_named(tiny_model: Path, talk: Path) -> None:
+    made = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "rtx 4090", "--json").json
+    assert (made["available_bytes"], made["device"], made["parts"]["runtime"]) == (24 * GIB, "cuda", 0)
+    ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "RTX 1", "--json")
+    assert ended.code == 2 and "one of RTX 3060" in ended.err
+    assert planning.this_machine(1 << 20).available_bytes == 1 << 20
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert planning.parse_bytes("24GiB") == planning.parse_bytes(" 24 G ") == 24 * GIB
+    assert planning.parse_bytes("1.5 gb") == 1_500_000_000
+    for wrong in ("", "24", "GiB", "-1GiB", "0GiB", "1e3GiB", "1.2.3GiB"):
+        with pytest.raises(RecipeError):
+            planning.parse_bytes(wrong)
+
+
+@needs_shared
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "phi-3-mini-april"])
+def test_every_model_of_the_tutorials_can_be_planned(family: str, talk: Path) -> None:
+    """On a card of 24 GiB all but Phi-4 fit with weights of 16 bits; Phi-4 fits with 4 bits."""
+    rows = checked(SHARED / "models" / family, talk)
+    shape = planning.shape_of(rows)
+    config = AutoConfig.from_pretrained(SHARED / "models" / family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+    made = dict(planning.fitting(rows, [24, 80]))
+    assert made[24].fits and made[80].fits
+    assert (made[24].chosen.get("model.quantize") == "nf4") == (family == "phi-4")
+    assert made[80].parts.weights == 2 * shape.weights
+
+
+def test_weights_of_4_bits_take_their_scales_too() -> None:
+    shape = planning.Shape(1, 1, 1, 1, 1, 1, 1, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0),
+                           by_hand=False, head_norms=False, dropout=False)  # fmt: skip
+    assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)
