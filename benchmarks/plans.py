@@ -127,11 +127,11 @@ def measure(setting: Setting, model: str, data: Path, out: Path) -> dict[str, An
 
 
 def write_rows(data: Path, short: Path, long: Path) -> None:
-    """64 rows as they are, and 24 that each join thirty replies."""
+    """32 rows as they are, and 8 that each join fifteen replies."""
     rows = json.loads(data.read_text(encoding="utf-8"))
     chance = random.Random(0)
-    short.write_text(json.dumps(rows[:64], ensure_ascii=False), encoding="utf-8")
-    joined = [{**rows[n], "output": " ".join(row["output"] for row in chance.sample(rows, 30))} for n in range(24)]
+    short.write_text(json.dumps(rows[:32], ensure_ascii=False), encoding="utf-8")
+    joined = [{**rows[n], "output": " ".join(row["output"] for row in chance.sample(rows, 15))} for n in range(8)]
     long.write_text(json.dumps(joined, ensure_ascii=False), encoding="utf-8")
 
 

@@ -168,5 +168,5 @@ def test_every_model_of_the_tutorials_can_be_planned(family: str, talk: Path) ->
 
 def test_weights_of_4_bits_take_their_scales_too() -> None:
     shape = planning.Shape(1, 1, 1, 1, 1, 1, 1, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0),
-                           by_hand=False, head_norms=False, dropout=False)  # fmt: skip
+                           stored_bytes=2, by_hand=False, head_norms=False, dropout=False)  # fmt: skip
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

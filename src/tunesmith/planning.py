@@ -38,7 +38,7 @@ Device = Literal["cpu", "cuda"]
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 # Bytes that libraries take once they compute, beyond those they take when they are imported.
-_AT_WORK_BYTES = 100 << 20
+_AT_WORK_BYTES = 180 << 20
 # Share of the machine's rate for large products that a step's floor of operations reaches.
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
@@ -88,7 +88,7 @@ class Machine:
     """Of large matrix products, per second."""
     name: str
     runtime_bytes: int = 0
-    """What interpreter and libraries take of it."""
+    """What interpreter and libraries take of it before they compute."""
 
 
 def this_machine(memory_bytes: int | None = None) -> Machine:
@@ -97,7 +97,7 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
-    runtime = psutil.Process().memory_info().rss + _AT_WORK_BYTES
+    runtime = psutil.Process().memory_info().rss
     return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
 
 
@@ -170,6 +170,8 @@ class Shape:
     adapter: int
     ranks: tuple[int, int, int, int]
     """Of the adapters of qkv, o, gate and up, down."""
+    stored_bytes: int
+    """Per number, in the model's files."""
     by_hand: bool
     """There are layers written by hand for it (`engine.decoder`)."""
     head_norms: bool
@@ -201,6 +203,7 @@ def shape_of(checked: Checked) -> Shape:
         weights=sum(p.numel() for p in skeleton.parameters()),
         adapter=sum(target.parameters for target in checked.targets),
         ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
+        stored_bytes=(checked.config.dtype or torch.bfloat16).itemsize,
         by_hand=bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora",
         head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
         dropout=settings.dropout > 0,
@@ -287,6 +290,15 @@ class Choice:
     def bytes_of(self, shape: Shape) -> int:
         linear = _NF4_BYTES if self.nf4 else self.weight_bytes
         return int(shape.linear * linear + (shape.weights - shape.linear) * self.weight_bytes)
+
+
+def loading(shape: Shape, choice: Choice, runtime: int) -> Parts:
+    """When the weights are read, on a CPU: what is copied or converted stands there twice, once as pages of the file.
+    Weights of 16 bits that are in the file as such stay there."""
+    weights = choice.bytes_of(shape)
+    copied = (choice.weight_bytes == 4 and shape.by_hand) or choice.weight_bytes != shape.stored_bytes
+    of_file = shape.weights * shape.stored_bytes if copied else 0
+    return Parts(runtime, weights + of_file, 0, 0, 0, 0, 0, 0)
 
 
 def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lanes: int) -> Parts:
@@ -472,12 +484,17 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
 
 
 def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine) -> Parts:
-    def parts(load: Load) -> Parts:
-        if machine.device == "cpu" and shape.by_hand:
-            return parts_by_hand(shape, load, choice, machine.runtime_bytes, lanes.count_for(load.tokens))
-        return parts_of_graph(shape, load, choice, machine.runtime_bytes, machine.device)
-
-    return max(map(parts, loads), key=lambda each: each.total)
+    if machine.device == "cuda":
+        moments = [parts_of_graph(shape, load, choice, 0, "cuda") for load in loads]
+    else:
+        runtime = machine.runtime_bytes + _AT_WORK_BYTES
+        moments = [loading(shape, choice, machine.runtime_bytes)]
+        for load in loads:
+            if shape.by_hand:
+                moments.append(parts_by_hand(shape, load, choice, runtime, lanes.count_for(load.tokens)))
+            else:
+                moments.append(parts_of_graph(shape, load, choice, runtime, "cpu"))
+    return max(moments, key=lambda each: each.total)
 
 
 def _candidates(recipe: Recipe, shape: Shape, device: Device) -> Iterator[Choice]:

@@ -24,7 +24,7 @@ from tunesmith.engine.batch import Batch
 from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.engine.layers import Activation, InFloat32, Linears, Masks, Norm, NotCovered, arithmetic, rotate
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
-from tunesmith.engine.memory import Buffers, empty
+from tunesmith.engine.memory import Buffers, Pieces
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))
@@ -70,15 +70,16 @@ class _Micro(NamedTuple):
 
 
 class _Layer:
-    def __init__(self, number: int, layer: nn.Module) -> None:
+    def __init__(self, number: int, layer: nn.Module, pieces: Pieces) -> None:
         self.number = number
         module = cast("Any", layer)
         attention, mlp = module.self_attn, module.mlp
         fused = hasattr(attention, "qkv_proj")
-        self.qkv = Linears([attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Linears([attention.o_proj])
-        self.gate_up = Linears([mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj])
-        self.down = Linears([mlp.down_proj])
+        of_heads = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = Linears(of_heads, pieces)
+        self.o = Linears([attention.o_proj], pieces)
+        self.gate_up = Linears([mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj], pieces)
+        self.down = Linears([mlp.down_proj], pieces)
         self.norm, self.norm_middle = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
         self.head_norms = (Norm(attention.q_norm), Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
         self.activation = Activation(mlp.activation_fn if fused else mlp.act_fn)
@@ -133,9 +134,10 @@ class Decoder:
         head = causal.lm_head
         if type(head) is not nn.Linear or head.bias is not None:
             raise NotCovered("an output layer that is not one plain matrix")
+        pieces = Pieces(head.weight.device)
         if head.weight.dtype == arithmetic(head.weight.dtype):
-            _unmap(causal, head)
-        written = [_Layer(number, layer) for number, layer in enumerate(layers)]
+            _unmap(causal, head, pieces)
+        written = [_Layer(number, layer, pieces) for number, layer in enumerate(layers)]
         adapters = [a for layer in written for group in layer.linears for a in group.adapters]
         self._trained = [parameter for adapter in adapters for parameter in (adapter.a, adapter.b)]
         covered = set(map(id, self._trained))
@@ -209,15 +211,16 @@ class Decoder:
         return self._lanes[count]
 
 
-def _unmap(model: nn.Module, head: nn.Linear) -> None:
+def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces) -> None:
     """Copies what `Linears` will not. Weights read from a file are mapped, and a single one that stays so keeps the
     pages of all others that were read among this process's memory: those of the whole base a second time."""
+    copied = set[int]()  # a tied one once
     for module in model.modules():
         copied_later = {"weight"} if isinstance(module, nn.Linear) and module is not head else set()
         for name, parameter in module.named_parameters(recurse=False):
-            if name not in copied_later and not parameter.requires_grad:
-                kept = empty(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = kept.copy_(parameter.data)
+            if name not in copied_later and not parameter.requires_grad and id(parameter) not in copied:
+                copied.add(id(parameter))
+                parameter.data = pieces.take(*parameter.shape, dtype=parameter.dtype).copy_(parameter.data)
 
 
 # --- one lane of a micro-batch ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tunesmith.engine.memory import Buffers, Take, empty
+from tunesmith.engine.memory import Buffers, Pieces, Take
 from tunesmith.engine.products import mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
@@ -58,7 +58,7 @@ class _Adapter(NamedTuple):
 class Linears:
     """Linear layers with the same input as one product."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], pieces: Pieces) -> None:
         bases = [_base(module) for module in modules]
         self.inputs = bases[0].in_features
         self._widths = [base.out_features for base in bases]
@@ -75,7 +75,7 @@ class Linears:
             self._stored = [base.weight.data for base in bases]
             self._b = first.new_zeros(self.outputs, self.ranks, dtype=dtype)
         else:
-            self._weight = empty(self.outputs, self.inputs + self.ranks, dtype=dtype, device=first.device).zero_()
+            self._weight = pieces.take(self.outputs, self.inputs + self.ranks, dtype=dtype).zero_()
             self._b = self._weight[:, self.inputs :]
             for base, place in zip(bases, self._weight[:, : self.inputs].split(self._widths), strict=True):
                 place.copy_(base.weight.data)

@@ -6,11 +6,14 @@ processor a lookup per page: 6 to 8 % of a step's matrix products (2 AVX2 cores,
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import mmap
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -38,6 +41,37 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     flat = torch.frombuffer(pages, dtype=dtype)  # keeps the mapping alive
     first = -flat.data_ptr() % _PAGE // dtype.itemsize
     return flat[first : first + math.prod(shape)].view(shape)
+
+
+class Pieces:
+    """Tensors behind each other in a few large pieces of memory: apart, each would leave some of its last page unused,
+    116 MiB for the weights of SmolLM2. They stay as long as one of them does."""
+
+    _BYTES = 64 << 20
+    _ALIGNED = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rest: dict[torch.dtype, Tensor] = {}
+
+    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor with arbitrary content."""
+        n = math.prod(shape)
+        step = self._ALIGNED // dtype.itemsize
+        reserved = -(-n // step) * step
+        rest = self._rest.get(dtype)
+        if rest is None or len(rest) < reserved:
+            rest = empty(max(reserved, self._BYTES // dtype.itemsize), dtype=dtype, device=self._device)
+        self._rest[dtype] = rest[reserved:]
+        return rest[:n].view(shape)
+
+
+def give_back() -> None:
+    """Lets the system have what the C library keeps of freed memory: after a computation of another kind than those to
+    come, 200 MiB for SmolLM2."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def ran_out(error: BaseException) -> bool:

@@ -279,6 +279,7 @@ class Engine:
                     self._take_tree()
                 else:
                     self._take_padded()
+        memory.give_back()
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(self.way, encoding="utf-8")
 
