@@ -9,6 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -187,6 +188,39 @@ def test_repeats_are_those_with_equal_ids(tmp_path: Path, renderer: Renderer) ->
     path.write_text("".join(json.dumps({"instruction": text, "output": "x"}) + "\n" for text in said))
     data = records.open_file(path)
     assert Rows(cache.rendered(data, renderer), data).repeats() == [(2, 0), (4, 1), (5, 0)]
+
+
+def rows_of(tmp_path: Path, renderer: Renderer, said: list[tuple[str, str]]) -> Rows:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in said))
+    data = records.open_file(path)
+    return Rows(cache.rendered(data, renderer), data)
+
+
+def test_contradictions_have_one_prompt_and_several_replies(tmp_path: Path, renderer: Renderer) -> None:
+    said = [("a", "x"), ("b", "x"), ("a", "x"), ("a", "y"), ("c", "x"), ("b", "z"), ("a", "x ")]
+    found = rows_of(tmp_path, renderer, said)
+    assert found.contradictions() == [(3, 0), (5, 1), (6, 0)]
+    assert found.repeats() == [(2, 0)]
+
+
+def test_rows_that_stand_among_others_are_found(tmp_path: Path, renderer: Renderer) -> None:
+    said = [("a", "x"), ("b", "x"), ("a", "x"), ("c", "x"), ("b", "x"), ("a", "y"), ("d", "x"), ("d", "x")]
+    found = rows_of(tmp_path, renderer, said)
+    held = np.array([False, False, True, False, True, True, True, True])
+    held_out, training = found.pick(held), found.pick(~held)
+    pairs = held_out.among(training)
+    assert [(held_out.lines[row], training.lines[other]) for row, other in pairs] == [(3, 1), (5, 2)]
+
+
+def test_lengths_count_every_row_once(tmp_path: Path, renderer: Renderer) -> None:
+    from tunesmith.checking import lengths
+
+    found = rows_of(tmp_path, renderer, [("a", "x" * n) for n in (1, 2, 3, 60, 200)])
+    shares = lengths(found)
+    assert sum(count for _, count in shares) == 5 and shares[-1] == (int(found.longest.max()), 1)
+    for bound, _ in shares:
+        assert sum(count for limit, count in shares if limit <= bound) == (found.longest <= bound).sum()
 
 
 def test_the_ledger_of_a_large_file_counts_every_row(large: Path, tiny_model: Path) -> None:

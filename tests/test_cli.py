@@ -112,8 +112,8 @@ def test_offline_and_not_here_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_public_names_are_these_and_all_resolve() -> None:
-    things = {"Chat", "Checked", "Message", "Recipe", "Reply", "Run", "TunesmithError", "Watcher"}
-    assert set(library.__all__) == things | {"check", "load", "resolve", "train"}
+    things = {"Chat", "Checked", "Message", "Plan", "Recipe", "Reply", "Run", "TunesmithError", "Watcher"}
+    assert set(library.__all__) == things | {"check", "load", "plan", "resolve", "resume", "train"}
     assert all(callable(getattr(library, name)) for name in library.__all__)
 
 

@@ -108,12 +108,12 @@ def test_a_lane_that_fails_ends_all_and_the_next_step_is_right(monkeypatch: pyte
 
     def failing(*given: Any) -> Any:
         if threading.current_thread().name.endswith(str(number)):
-            raise MemoryError("no more")
+            raise ArithmeticError("no more")
         return backward(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(layers.Linears, "backward", failing)
-        with pytest.raises(MemoryError, match="no more"):
+        with pytest.raises(ArithmeticError, match="no more"):
             take(made)
     found = take(made)
     assert found.loss == expected.loss and torch.equal(found.gradient, expected.gradient)
@@ -187,6 +187,9 @@ def test_every_lane_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch
         torch.set_num_threads(before)
 
 
-def test_shares_are_all_tokens_once() -> None:
-    assert [list(share) for share in shares(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert shares(5, 1) == [range(5)]
+def test_shares_are_all_tokens_once_and_cost_the_same() -> None:
+    assert shares(torch.ones(7), 3) == [range(3), range(3, 5), range(5, 7)]
+    assert shares(torch.ones(5), 1) == [range(5)]
+    assert shares(torch.tensor([1.0, 1.0, 1.0, 1.0, 4.0]), 2) == [range(4), range(4, 5)]
+    assert shares(torch.tensor([0.1, 0.1, 0.1, 9.0]), 3) == [range(2), range(2, 3), range(3, 4)]
+    assert shares(torch.tensor([9.0, 0.1, 0.1, 0.1]), 3) == [range(1), range(1, 2), range(2, 4)]

@@ -108,7 +108,7 @@ def test_same_recipe_twice_gives_the_same_bytes(tiny_model: Path, talk: Path, tm
 
 def test_the_run_folder_holds_what_the_contract_says(run: Run) -> None:
     names = {path.name for path in run.path.iterdir()}
-    files = {"recipe.yaml", "manifest.json", "ledger.jsonl", "metrics.jsonl", "held_out.jsonl", "report.html"}
+    files = {"recipe.yaml", "manifest.json", "ledger.jsonl", "metrics.jsonl", "held_out.jsonl", "state.json", "report.html"}
     assert names == files | {"checkpoints", "adapter"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert adapter | {"README.md", "load_and_chat.py"} <= {path.name for path in run.adapter.iterdir()}
@@ -154,9 +154,9 @@ def test_held_out_rows_are_never_trained_on(run: Run, tiny_model: Path, talk: Pa
 
 def test_checkpoints_are_whole_and_thinned_out(run: Run) -> None:
     points = sorted((run.path / "checkpoints").iterdir())
-    assert [point.name for point in points] == ["step-000020", "step-000025"]
+    assert [point.name for point in points] == ["step-000025", "step-000027"]
     digests = json.loads((points[-1] / "files.json").read_text())
-    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    state = {"trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert state | {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(digests)
     assert all(rundir.sha256(points[-1] / name) == entry["sha256"] for name, entry in digests.items())
 

@@ -40,6 +40,8 @@ class Checked:
     """At most one a row, in the order of the file."""
     repeats: list[tuple[Origin, Origin]]
     """Rows that say the same as an earlier one, with that one."""
+    contradictions: list[tuple[Origin, Origin]]
+    """Rows with the prompt of an earlier one and another reply, with that one."""
 
     @property
     def ok(self) -> bool:
@@ -103,8 +105,11 @@ def check(
         kept = np.ones(len(rows), dtype=bool)
         kept[[again for again, _ in pairs]] = False
         rows = rows.pick(kept)
+    contradictions = [(rows.origin(again), rows.origin(first)) for again, first in rows.contradictions()]
     faults.sort(key=lambda fault: fault.origin.line)
-    return Checked(recipe, found, config, renderer, targets, data, table.num_rows, rows, faults, repeats)
+    return Checked(
+        recipe, found, config, renderer, targets, data, table.num_rows, rows, faults, repeats, contradictions
+    )
 
 
 def _too_long(recipe: Recipe, rows: Rows, limit: int) -> list[Fault]:
@@ -128,6 +133,23 @@ def hold_out(checked: Checked) -> tuple[Rows, Rows]:
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count)] = True
     return rows.pick(~held), rows.pick(held)
+
+
+def held_out_in_training(checked: Checked) -> list[tuple[Origin, Origin]]:
+    """Held-out rows that stand among those trained on as well, with the first of these: what is measured on them is
+    memory."""
+    training, held_out = hold_out(checked)
+    return [(held_out.origin(row), training.origin(other)) for row, other in held_out.among(training)]
+
+
+def lengths(rows: Rows) -> list[tuple[int, int]]:
+    """How many rows have at most so many tokens, and more than the bound before: [(bound, rows), ...]; the last bound
+    is the longest row, the limit that loses nothing."""
+    longest = int(rows.longest.max(initial=0))
+    bounds = [2**n for n in range(4, 31) if 2**n < longest]
+    bounds = [*bounds, longest]
+    counts, _ = np.histogram(rows.longest, [0.5, *(bound + 0.5 for bound in bounds)])
+    return [(bound, count) for bound, count in zip(bounds, counts.tolist(), strict=True) if count or bound == longest]
 
 
 def ledger(checked: Checked, training: Rows, held_out: Rows) -> Iterator[dict[str, str | int]]:

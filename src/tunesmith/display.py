@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.checking import Checked
+from tunesmith.checking import Checked, held_out_in_training, lengths
 from tunesmith.planning import Plan
 from tunesmith.rows import Row
 from tunesmith.shown import tokens
@@ -51,6 +51,10 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
             "set_aside": checked.n_set_aside,
             "repeats": len(checked.repeats),
         },
+        "repeats": _pairs_json(checked.repeats),
+        "contradictions": _pairs_json(checked.contradictions),
+        "held_out_in_training": _pairs_json(held_out_in_training(checked)),
+        "lengths": [{"at_most": bound, "rows": count} for bound, count in lengths(rows)],
         "faults": [fault_json(fault) for fault in checked.faults],
         "tokens": {
             "total": int(rows.n_tokens.sum()),
@@ -60,6 +64,10 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
         "targets": [{"name": t.name, "layers": t.layers, "parameters": t.parameters} for t in checked.targets],
         "shown": [_shown_json(checked, row) for row in rows[:show]],
     }
+
+
+def _pairs_json(pairs: Sequence[tuple[Origin, Origin]]) -> list[dict[str, int]]:
+    return [{"line": row.line, "first": first.line} for row, first in pairs]
 
 
 def _shown_json(checked: Checked, row: Row) -> dict[str, Any]:
@@ -130,13 +138,18 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
         facts.add_row(
             "tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}"
         )
-    if checked.repeats:
-        again = ", ".join(f"{again.line} = {first.line}" for again, first in checked.repeats[:5])
-        facts.add_row(
-            "repeats",
-            f"{len(checked.repeats):,} rows say the same as an earlier one (lines {again}"
-            f"{' …' if len(checked.repeats) > 5 else ''})",
-        )
+    if checked.rows:
+        facts.add_row("lengths", _histogram(lengths(checked.rows)))
+    for name, pairs, what in (
+        ("repeats", checked.repeats, "say the same as an earlier one"),
+        ("contradictions", checked.contradictions, "have the prompt of an earlier one and another reply"),
+        ("held out", held_out_in_training(checked), "of those held out stand in the training part too"),
+    ):
+        if pairs:
+            sign = "≠" if name == "contradictions" else "="
+            lines = ", ".join(f"{row.line} {sign} {first.line}" for row, first in pairs[:5])
+            more = " …" if len(pairs) > 5 else ""
+            facts.add_row(name, f"[yellow]{len(pairs):,} rows {what}[/] (lines {lines}{more})")
     console.print(facts)
     if checked.rows and show:
         console.print()
@@ -159,6 +172,13 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
                 )
             )
     show_faults(console, checked.faults)
+
+
+def _histogram(found: Sequence[tuple[int, int]]) -> str:
+    """How many rows have at most so many tokens, as bars, and the limit that loses nothing."""
+    most = max(count for _, count in found)
+    bars = "  ".join(f"≤{bound:,} {_BARS[round(count / most * 7)]} {count:,}" for bound, count in found)
+    return f"{bars}  (data.max_length={found[-1][0]} loses nothing)"
 
 
 def coloured(checked: Checked, row: Row) -> Text:

@@ -236,7 +236,7 @@ def load_of(documents: Sequence[Any], *, share_prefix: bool, n_lanes: int | None
     tree = trie.lay_out(documents, share_prefix=share_prefix)
     n_tokens = len(tree.token_ids)
     gather = attention.Gather(tree, torch.device("cpu"))
-    shares = lanes.shares(n_tokens, n_lanes or lanes.count_for(n_tokens))
+    shares = lanes.shares(torch.ones(n_tokens), n_lanes or lanes.count_for(n_tokens))
     groups = [group.area for rows in shares for group in gather.plan(None, rows).groups]
     written = [area for area in groups if area[2] <= attention.LONGEST_WRITTEN]
     fused = [area for area in groups if area[2] > attention.LONGEST_WRITTEN]

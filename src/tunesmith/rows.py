@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("n_supervised", pa.int64()),
         ("longest", pa.int64()),  # tokens of the longest document
         ("key", pa.binary(_KEY_BYTES)),  # equal where the documents' token ids are
+        ("prompt_key", pa.binary(_KEY_BYTES)),  # equal where the ids in front of the last reply are
         ("fault", pa.struct([(part, pa.string()) for part in _FAULT_PARTS])),
     ]
 )
@@ -72,14 +73,14 @@ def _batch(chunk: Sequence[Conversation | Fault], renderer: Renderer) -> pa.Reco
             record["n_tokens"] = sum(len(document.token_ids) for document in result)
             record["n_supervised"] = sum(document.n_supervised for document in result)
             record["longest"] = max(len(document.token_ids) for document in result)
-            record["key"] = _key(result)
+            record["key"] = _key([document.token_ids for document in result])
+            record["prompt_key"] = _key([result[-1].prompt_ids])
         records.append(record)
     return pa.RecordBatch.from_pylist(records, SCHEMA)
 
 
-def _key(documents: Iterable[Rendered]) -> bytes:
-    ids = str([document.token_ids for document in documents]).encode()
-    return hashlib.blake2b(ids, digest_size=_KEY_BYTES).digest()
+def _key(ids: Sequence[Sequence[int]]) -> bytes:
+    return hashlib.blake2b(str(list(map(tuple, ids))).encode(), digest_size=_KEY_BYTES).digest()
 
 
 def faults_of(table: pa.Table, records: Records) -> list[Fault]:
@@ -150,15 +151,36 @@ class Rows(Sequence[Row]):
 
     def repeats(self) -> list[tuple[int, int]]:
         """Rows with the same token ids as an earlier one, each with the first of them; ascending."""
-        keys = np.frombuffer(b"".join(self._column("key")), dtype=np.uint64).reshape(-1, 2)
-        order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal rows the first comes first
-        same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-        pairs, first = [], 0
-        for place in np.flatnonzero(same):
-            first = first if place and same[place - 1] else order[place]
-            pairs.append((int(order[place + 1]), int(first)))
-        return sorted(pairs)
+        return _equal(self._keys("key"))
+
+    def contradictions(self) -> list[tuple[int, int]]:
+        """Rows with the prompt of an earlier one and another reply, each with the first row of it; ascending."""
+        keys = self._keys("key")
+        return [
+            (again, first) for again, first in _equal(self._keys("prompt_key")) if (keys[again] != keys[first]).any()
+        ]
+
+    def among(self, others: Rows) -> list[tuple[int, int]]:
+        """Rows with the same token ids as one of `others`, each with the first of those; ascending."""
+        keys = np.concatenate([others._keys("key"), self._keys("key")])
+        n = len(others)
+        return [(again - n, first) for again, first in _equal(keys) if first < n <= again]
+
+    def _keys(self, name: str) -> np.ndarray:
+        """(rows, 2) uint64."""
+        return np.frombuffer(b"".join(self._column(name)), dtype=np.uint64).reshape(-1, 2)
 
     def _column(self, name: str) -> np.ndarray:
         column = self._table.column(name)
         return column.take(pa.array(self._numbers)).to_numpy()
+
+
+def _equal(keys: np.ndarray) -> list[tuple[int, int]]:
+    """Indices of keys (n, 2) that equal an earlier one, each with the first of them; ascending."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first comes first
+    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    pairs, first = [], 0
+    for place in np.flatnonzero(same):
+        first = first if place and same[place - 1] else order[place]
+        pairs.append((int(order[place + 1]), int(first)))
+    return sorted(pairs)

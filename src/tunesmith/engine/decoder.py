@@ -192,12 +192,21 @@ class Decoder:
         if dropout and self._dropout:
             widest = max(linears.inputs for linears in model.layers[0].linears)
             masks = Masks(self._dropout, n_tokens * widest, len(model.layers), self._joint)
-        rows = shares(n_tokens, lanes.count)
+        rows = shares(self._costs(batch), lanes.count)
         micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
         if n_supervised is not None:
             memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
         losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
+
+    def _costs(self, batch: Batch) -> Tensor:
+        """(T,) what each token costs: the last layer's end and the head are for those that predict something alone."""
+        layers, head = self._model.layers, self._model.head
+        last = sum(linears.inputs * linears.outputs for linears in layers[-1].linears[1:])
+        every = sum(group.inputs * group.outputs for layer in layers for group in layer.linears) - last
+        costs = torch.ones(len(batch.input_ids), dtype=torch.float64)
+        costs[batch.predict_from] += (head.numel() + last) / every
+        return costs
 
     def _lanes_for(self, n_tokens: int) -> Lanes:
         count = count_for(n_tokens)

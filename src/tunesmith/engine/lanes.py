@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from tunesmith.engine import products
 
@@ -98,7 +99,11 @@ def count_for(n_tokens: int) -> int:
     return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and (n == 1 or n * _LEAST_TOKENS <= n_tokens))
 
 
-def shares(n_tokens: int, count: int) -> Sequence[range]:
-    """Consecutive tokens for each lane, as many for one as for another."""
-    bounds = [n_tokens * i // count for i in range(count + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+def shares(costs: Tensor, count: int) -> Sequence[range]:
+    """Consecutive tokens for each lane, one at the least, so that their costs (T,) add up to about the same."""
+    total = costs.double().cumsum(0)
+    wanted = total[-1] * torch.arange(1, count) / count
+    bounds = [0]
+    for lane, behind in enumerate((torch.searchsorted(total, wanted) + 1).tolist(), 1):
+        bounds.append(min(max(behind, bounds[-1] + 1), len(costs) - count + lane))
+    return [range(start, stop) for start, stop in itertools.pairwise([*bounds, len(costs)])]

@@ -1,0 +1,125 @@
+"""Disks, clocks and folders that misbehave while a run is saved or gone on with: what was complete stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Ended, tunesmith
+from small_runs import flags_of, numbers, settings
+from test_bad_input import small_disk  # noqa: F401
+from tunesmith import rundir
+from tunesmith.training import Run, resume, train
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(settings(tiny_model, talk), tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (run, other)]
+    assert weights[0] == weights[1] and numbers(run) == numbers(other)
+
+
+@pytest.mark.parametrize("small_disk", [6000], indirect=True)
+def test_a_disk_that_was_full_is_gone_on_with_when_there_is_room(
+    tiny_model: Path,
+    talk: Path,
+    undisturbed: Run,
+    small_disk: Path,  # noqa: F811
+) -> None:
+    """The third checkpoint does not fit; the two before it are whole, and the run ends as if nothing had happened."""
+    out, filler = small_disk / "run", small_disk / "filler"
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_runs import settings
+from tunesmith.trainer import Watcher
+from tunesmith.training import train
+class Fills(Watcher):
+    def stepped(self, metrics, n_steps):
+        if metrics.step == 8:
+            with open({str(filler)!r}, "wb", buffering=0) as file:
+                try:
+                    while file.write(b"0" * 4096):
+                        pass
+                except OSError:
+                    pass
+train(settings(Path({str(tiny_model)!r}), Path({str(talk)!r})), Path({str(out)!r}), watcher=Fills())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert ended.code == 1 and "RunError" in ended.err and "disk" in ended.err  # a script's own traceback
+    assert not list(out.rglob("*.partial"))
+    points = sorted(out.glob("checkpoints/*"))
+    assert [point.name for point in points] == ["step-000003", "step-000006"]
+    assert all(map(rundir.is_whole, points))
+    again = tunesmith("resume", out, "--json")
+    assert again.code == 2 and "no space left on device" in again.err
+    assert all(map(rundir.is_whole, points))
+    filler.unlink()
+    resume(out)
+    assert_same(out, undisturbed.path)
+
+
+def test_a_disk_that_is_read_only_is_said(undisturbed: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed.path, out)
+    shutil.rmtree(out / "adapter")
+    bound = shutil.which("mount") and subprocess.run(
+        ["mount", "--bind", "-o", "ro", str(out), str(out)], capture_output=True, check=False
+    )
+    if not bound or bound.returncode:
+        pytest.skip("a read-only disk can only be mounted by root, on Linux")
+    try:
+        if os.access(out, os.W_OK):
+            subprocess.run(["mount", "-o", "remount,ro,bind", str(out)], check=True)
+        ended = tunesmith("resume", out, "--json")
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+    assert ended.code == 2 and "read-only file system" in ended.err and "Traceback" not in ended.err
+    assert all(map(rundir.is_whole, out.glob("checkpoints/*")))
+    resume(out)
+    assert_same(out, undisturbed.path)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    """Checkpoints are told apart by their step, never by their time; minutes are counted on another clock."""
+    out = tmp_path / "run"
+    clock = tmp_path / "clock"
+    clock.mkdir()
+    (clock / "sitecustomize.py").write_text(
+        "import time\nreal = time.time\ntime.time = lambda: 2 * 1.7e9 - real()\n"  # runs backwards
+    )
+    flags = flags_of(tiny_model, talk)
+    ended = tunesmith("train", *flags, "--out", out, PYTHONPATH=str(clock))
+    assert ended.code == 0, ended.err
+    points = sorted(out.glob("checkpoints/*"))
+    os.utime(points[0], (4e9, 4e9))
+    shutil.rmtree(points[-1])
+    shutil.rmtree(out / "adapter")
+    (out / "report.html").unlink()
+    ended = tunesmith("resume", out, PYTHONPATH=str(clock))
+    assert ended.code == 0, ended.err
+    assert_same(out, undisturbed.path)
+
+
+def test_a_data_file_that_is_gone_or_another_is_named(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copyfile(talk, data)
+    train(settings(tiny_model, data, **{"train.epochs": 1}), out)
+    data.write_text(talk.read_text() + '{"instruction": "One more.", "output": "Yes."}\n')
+    ended = tunesmith("resume", out, "--set", "train.epochs=2", "--json")
+    assert ended.code == 2 and "another state of the data" in ended.err
+    data.unlink()
+    ended = tunesmith("resume", out, "--set", "train.epochs=2", "--json")
+    assert ended.code == 2 and str(data) in ended.err
