@@ -3,12 +3,14 @@ of real tokenizers where it is at hand."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from warm import Warm
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -133,9 +137,27 @@ class Ended:
         return json.loads(self.out)
 
 
+_NO_NETWORK = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200"}
+_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE"}
+"""What no library looks at when it is imported, or is the same for all."""
+
+
+@cache
+def _warm() -> Warm:
+    warm = Warm({**os.environ, **_NO_NETWORK}).__enter__()
+    atexit.register(warm.__exit__, None, None, None)
+    return warm
+
+
 def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Ended:
-    """Runs the command line as a process of its own, without network."""
-    env = {**os.environ, "TUNESMITH_OFFLINE": "1", "COLUMNS": "200", **environment}
+    """Runs the command line as a process of its own, without network; one that starts warm where the environment is
+    nothing special."""
+    env = {**os.environ, **_NO_NETWORK, **environment}
+    if set(environment) <= _READ_LATE and environment.get("OMP_NUM_THREADS") in (
+        None,
+        os.environ.get("OMP_NUM_THREADS"),
+    ):
+        return Ended(*_warm().run([str(argument) for argument in arguments], cwd, env, timeout))
     ended = subprocess.run(
         [sys.executable, "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,

@@ -138,7 +138,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool]]:
 def test_gather_is_the_reference(
     monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], size: int, window: int | None, core: str
 ) -> None:
-    monkeypatch.setattr(attention, "_LONGEST_WRITTEN", 0 if core == "_Fused" else 10**9)
+    monkeypatch.setattr(attention, "LONGEST_WRITTEN", 0 if core == "_Fused" else 10**9)
     met = recorded(monkeypatch)
     given = tensors(SMALL, heads, size)
     for kind in ["plain"] if core == "_Fused" else STYLES:
@@ -199,7 +199,7 @@ def test_however_gather_cuts_and_groups_it_is_the_reference(
     expected = results(tree, "reference", given, asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_LONGEST_MASKED", longest_masked)
-        patch.setattr(attention, "_LONGEST_WRITTEN", longest_written)
+        patch.setattr(attention, "LONGEST_WRITTEN", longest_written)
         patch.setattr(attention, "_WASTE_FLOOR", waste)
         assert worst(results(tree, "gather", given, asked), expected) < 1e-12  # observed 1.1e-15
 

@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import Ended, byte_tokenizer, tunesmith
-from tunesmith import rundir
+from tunesmith import recipe, rundir
+from tunesmith.training import resume, train
 
 GOOD = {"instruction": "Who are you?", "output": "I am Bo."}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
@@ -459,9 +460,6 @@ SMALL = "--set lora.r=1 --set lora.targets=k_proj"
     ("kib", "settings", "where"),
     [
         (1, SMALL, "recipe.yaml"),  # 1.1 KB, written by Python
-        (5, SMALL, "adapter"),  # tokenizer.json 5.7 KB, written by tokenizers
-        (8, SMALL, "report.html"),  # 10 KB
-        (40, "", "adapter"),  # adapter_model.safetensors 69 KB, written by safetensors
         (100, "--set train.save_every='1 steps'", "checkpoints/step-000001"),  # optimizer.pt 140 KB, written by torch
     ],
 )
@@ -477,3 +475,29 @@ def test_a_file_that_can_not_grow_leaves_nothing_half_written(
     assert_message(Ended(ended.returncode, ended.stdout, ended.stderr), run / where, "a disk that can be written to")
     assert_whole(run, with_adapter=where == "report.html")
     assert not (run / where).exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash for ulimit")
+@pytest.mark.parametrize(
+    ("kib", "settings", "where"),
+    [
+        (5, {"lora.r": 1, "lora.targets": "k_proj"}, "adapter"),  # tokenizer.json 5.7 KB, written by tokenizers
+        (8, {"lora.r": 1, "lora.targets": "k_proj"}, "report.html"),  # 10 KB
+        (40, {}, "adapter"),  # adapter_model.safetensors 69 KB, written by safetensors
+    ],
+)
+def test_an_adapter_that_can_not_be_written_to_its_end_is_not_there(
+    tiny_model: Path, rows: Path, tmp_path: Path, kib: int, settings: dict[str, Any], where: str
+) -> None:
+    """After the last checkpoint; going on is what is left to do when there is room."""
+    flags = {"model.name": str(tiny_model), "data.path": str(rows), "train.epochs": 2, "eval.hold_out": 0, **settings}
+    run = train(recipe.resolve(None, flags)[0], tmp_path / "run").path
+    shutil.rmtree(run / "adapter")
+    (run / "report.html").unlink()
+    command = ["bash", "-c", f"ulimit -f {kib}; exec '{sys.executable}' -m tunesmith resume '{run}' --json"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert_message(Ended(ended.returncode, ended.stdout, ended.stderr), run / where, "a disk that can be written to")
+    assert_whole(run, with_adapter=where == "report.html")
+    assert not (run / where).exists()
+    resume(run)
+    assert_whole(run, with_adapter=True)

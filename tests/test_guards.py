@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import tunesmith
+from conftest import save_tiny_model, tunesmith
 from small_runs import Notes, numbers, settings
 from tunesmith import guards, rundir
 from tunesmith import model as models
@@ -222,11 +222,15 @@ def test_a_row_that_alone_is_too_much_is_named(
     assert raised.value.exit_code == 2 and "tokens" in raised.value.found
 
 
-def test_a_real_limit_of_memory_shrinks_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_real_limit_of_memory_shrinks_the_micro_batch(tmp_path: Path) -> None:
     """A limit of the system for this process's data, set before the first step: 7,200 tokens at once do not fit."""
-    data = tmp_path / "rows.jsonl"
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+    model, data = save_tiny_model(tmp_path / "model", **sizes), tmp_path / "rows.jsonl"
     row = {"instruction": "Say it.", "output": "again and " * 45}
-    data.write_text("".join(json.dumps({**row, "instruction": f"Say it {i}."}) + "\n" for i in range(64)))
+    data.write_text("".join(json.dumps({**row, "instruction": f"Say it {i}."}) + "\n" for i in range(32)))
+    flags = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.epochs": 1, "train.examples_per_step": 16}
+    flags["engine.tokens_per_micro_batch"] = 100_000
+    train(settings(model, data, **flags), tmp_path / "whole")
     script = f"""
 import resource, sys
 from pathlib import Path
@@ -238,13 +242,10 @@ from tunesmith.training import train
 class Limits(Watcher):
     def began(self, n_steps, run):
         used = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmData"))) << 10
-        resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), -1))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (200 << 20), -1))
     def noted(self, text): print(text)
-flags = {{"lora.dropout": 0.0, "eval.hold_out": 0, "train.epochs": 1, "train.examples_per_step": 16,
-         "engine.tokens_per_micro_batch": 100_000}}
-for name, watcher in (("whole", None), ("short", Limits())):
-    recipe = settings(Path({str(tiny_model)!r}), Path({str(data)!r}), **flags)
-    run = train(recipe, Path({str(tmp_path)!r}) / name, watcher=watcher)
+recipe = settings(Path({str(model)!r}), Path({str(data)!r}), **{flags!r})
+train(recipe, Path({str(tmp_path)!r}) / "short", watcher=Limits())
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr

@@ -84,7 +84,8 @@ def chosen(made: planning.Plan) -> tuple[Any, ...]:
 
 def test_less_memory_means_smaller_parts_then_recomputing_then_16_bits(middling_model: Path, talk: Path) -> None:
     rows = checked(middling_model, talk, **{"train.examples_per_step": 40, "eval.hold_out": 0})
-    plans = [planning.plan(rows, machine(0.1 * 0.93**n)) for n in range(50)]
+    least = planning._AT_WORK_BYTES / GIB
+    plans = [planning.plan(rows, machine(least + 0.12 * 0.93**n)) for n in range(50)]
     seen = list(dict.fromkeys(chosen(made) for made in plans if made.fits))
     assert seen[0] == (1024, 0, "float32")
     assert seen == sorted(seen, key=lambda c: (c[2] == "bfloat16", c[1], -c[0]))

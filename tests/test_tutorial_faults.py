@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from conftest import CHATML, FAMILIES, ROOT, SHARED, byte_tokenizer, needs_shared, save_tiny_model, tunesmith
-from tunesmith import chat, hub, model, recipe, rundir, training
+from tunesmith import chat, hub, model, recipe, rundir
 from tunesmith.checking import check
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
@@ -34,6 +34,7 @@ from tunesmith.model import open_renderer
 from tunesmith.recipe import ModelSettings, TemplateSettings
 from tunesmith.render import Renderer
 from tunesmith.template import probe
+from tunesmith.trainer import StepTrainer
 from tunesmith.training import Run, train
 from tunesmith.types import Conversation, Message, Origin, Rendered
 
@@ -159,7 +160,7 @@ def test_a_run_of_one_step_learns_something(epochs: int, tiny_model: Path, rows:
 
 def test_what_is_overridden_has_trainers_own_signature() -> None:
     """Fault 34: a compute_loss without num_items_in_batch is a TypeError in today's Trainer."""
-    ours = training._StepTrainer
+    ours = StepTrainer
     overridden = [name for name in vars(ours) if callable(getattr(ours, name)) and hasattr(Trainer, name)]
     assert {"training_step", "get_batch_samples", "get_train_dataloader"} <= set(overridden)
     assert "compute_loss" not in overridden

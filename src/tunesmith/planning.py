@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -203,7 +203,7 @@ def shape_of(checked: Checked) -> Shape:
         weights=sum(p.numel() for p in skeleton.parameters()),
         adapter=sum(target.parameters for target in checked.targets),
         ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
-        stored_bytes=(checked.config.dtype or torch.bfloat16).itemsize,
+        stored_bytes=cast("torch.dtype", checked.config.dtype or torch.bfloat16).itemsize,
         by_hand=bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora",
         head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
         dropout=settings.dropout > 0,

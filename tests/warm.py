@@ -1,0 +1,122 @@
+"""Commands as processes of their own that need not import everything anew: they are forked from one that has.
+
+A fresh process spends seven of its eight seconds importing torch, transformers and peft. Here the imports are done once
+per test worker; each command is a fork that has read nothing else, runs the command line's `main` with its own
+arguments, environment, folder, standard output and standard error, and ends with its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+# What the command line itself sets before it imports anything.
+BEFORE_IMPORTS = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "GOMP_SPINCOUNT": "3000",
+}
+
+
+class Warm:
+    """A process that has imported everything; `run` forks it."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._address = str(Path(self._folder.name) / "socket")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), self._address], env={**environment, **BEFORE_IMPORTS}
+        )
+        while not Path(self._address).exists():
+            assert self._process.poll() is None, "the warm process could not be started"
+            time.sleep(0.05)
+
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def run(
+        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float
+    ) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+            socket.socket(socket.AF_UNIX) as connection,
+        ):
+            connection.settimeout(timeout)
+            connection.connect(self._address)
+            request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
+            socket.send_fds(connection, [request.encode() + b"\n"], [out.fileno(), err.fileno()])
+            answers = connection.makefile()
+            pid = int(answers.readline())
+            try:
+                code = int(answers.readline())
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise
+            out.seek(0)
+            err.seek(0)
+            return code, out.read(), err.read()
+
+
+def serve(address: str) -> None:
+    import tunesmith.demo
+    import tunesmith.display
+    import tunesmith.doctor
+    import tunesmith.talk  # noqa: F401
+    from tunesmith import cli
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    while True:
+        connection, _ = listener.accept()
+        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 2)
+        while not message.endswith(b"\n"):
+            message += connection.recv(1 << 16)
+        request = json.loads(message)
+        pid = os.fork()
+        if not pid:
+            listener.close()
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            for descriptor, own in zip((nothing, *descriptors), (0, 1, 2), strict=True):
+                os.dup2(descriptor, own)
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            os.chdir(request["cwd"])
+            sys.argv = ["tunesmith", *request["arguments"]]
+            code: object = 1
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code if isinstance(code, int) else 1)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.sendall(f"{pid}\n".encode())
+        _, status = os.waitpid(pid, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        connection.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
