@@ -19,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tunesmith.training import Run
 from warm import Warm
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,15 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i % 13 + 1)))} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small training that nobody stopped; do not write into it."""
+    from small_runs import settings
+    from tunesmith.training import train
+
+    return train(settings(tiny_model, talk), tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 @pytest.fixture

@@ -41,6 +41,12 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes", "notes")} for line in lines]
 
 
+def assert_same(run: Path, other: Path) -> None:
+    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (run, other)]
+    assert weights[0] == weights[1]
+    assert numbers(run) == numbers(other)
+
+
 def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *map(str, arguments)],

@@ -11,20 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import Ended, tunesmith
-from small_runs import flags_of, numbers, settings
+from small_runs import assert_same, flags_of, settings
 from test_bad_input import small_disk  # noqa: F401
 from tunesmith import rundir
 from tunesmith.training import Run, resume, train
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(settings(tiny_model, talk), tmp_path_factory.mktemp("runs") / "undisturbed")
-
-
-def assert_same(run: Path, other: Path) -> None:
-    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (run, other)]
-    assert weights[0] == weights[1] and numbers(run) == numbers(other)
 
 
 @pytest.mark.parametrize("small_disk", [6000], indirect=True)

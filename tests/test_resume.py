@@ -18,18 +18,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import save_tiny_model, tunesmith
-from small_runs import Notes, flags_of, numbers, settings, start, until
+from small_runs import Notes, assert_same, flags_of, numbers, settings, start, until
 from tunesmith import recipe, rundir
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import Run, resume, train
 
 STEPS = 18
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(settings(tiny_model, talk), tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 class Power(BaseException):
@@ -51,12 +46,6 @@ def killed(model: Path, talk: Path, out: Path, at_step: int, **flags: Any) -> Pa
     with pytest.raises(Power):
         train(settings(model, talk, **flags), out, watcher=Killed(at_step))
     return out
-
-
-def assert_same(run: Path, other: Path) -> None:
-    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (run, other)]
-    assert weights[0] == weights[1]
-    assert numbers(run) == numbers(other)
 
 
 @pytest.mark.parametrize("at_step", [1, 4, 9, 10, STEPS])  # before any checkpoint … at the end
