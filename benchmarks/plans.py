@@ -4,7 +4,8 @@
 
 SmolLM2-135M and a random Qwen3 of 200 million numbers with its tokenizer; short and long rows, sharing on and off,
 recomputation on and off, small micro-batches, weights of 16 bits. Every row is a process of its own: `tunesmith train`
-on a few steps, which plans first and measures its resident set in the end. Writes JSON and prints a table.
+on a few steps, which plans first and measures its resident set in the end. Writes JSON and prints a table; with --only
+some are measured again, in the file of the same day.
 """
 
 from __future__ import annotations
@@ -84,9 +85,13 @@ def main() -> int:
         "settings": found,
         "worst": max(abs(each["planned"] / each["measured"] - 1) for each in found),
     }
-    if not arguments.only:
-        path = arguments.out / f"plans-{result['date']}.json"
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = arguments.out / f"plans-{result['date']}.json"
+    if arguments.only and path.exists():
+        again = {each["name"]: each for each in found}
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        result["settings"] = found = [again.get(each["name"], each) for each in before]
+        result["worst"] = max(abs(each["planned"] / each["measured"] - 1) for each in found)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print("| setting | planned, MiB | measured, MiB | planned / measured |\n|---|---|---|---|")
     print("\n".join(map(line, found)))
     print(f"worst: {result['worst']:.1%}")

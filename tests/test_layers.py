@@ -24,7 +24,7 @@ LAYERS = [
     {"engine.attention", "engine.batch", "engine.layers"},
     {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"engine.products"},
-    {"steps"},
+    {"steps", "machines"},
     {"cache", "rows", "runs"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types", "interrupts"},

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, tunesmith
 from small_runs import settings
+from tunesmith import machines, planning
 from tunesmith import model as models
-from tunesmith import planning
 from tunesmith.checking import Checked, check
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, RecipeError
-from tunesmith.planning import Choice, Machine
+from tunesmith.machines import Machine
+from tunesmith.planning import Choice
 from tunesmith.training import train
 
 GIB = 1 << 30
@@ -140,15 +141,15 @@ def test_a_card_and_a_memory_can_be_named(tiny_model: Path, talk: Path) -> None:
     assert (made["available_bytes"], made["device"], made["parts"]["runtime"]) == (24 * GIB, "cuda", 0)
     ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "RTX 1", "--json")
     assert ended.code == 2 and "one of RTX 3060" in ended.err
-    assert planning.this_machine(1 << 20).available_bytes == 1 << 20
+    assert machines.this_machine(1 << 20).available_bytes == 1 << 20
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
-    assert planning.parse_bytes("24GiB") == planning.parse_bytes(" 24 G ") == 24 * GIB
-    assert planning.parse_bytes("1.5 gb") == 1_500_000_000
+    assert machines.parse_bytes("24GiB") == machines.parse_bytes(" 24 G ") == 24 * GIB
+    assert machines.parse_bytes("1.5 gb") == 1_500_000_000
     for wrong in ("", "24", "GiB", "-1GiB", "0GiB", "1e3GiB", "1.2.3GiB"):
         with pytest.raises(RecipeError):
-            planning.parse_bytes(wrong)
+            machines.parse_bytes(wrong)
 
 
 @needs_shared

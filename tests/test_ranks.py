@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,6 +79,19 @@ def test_two_processes_train_like_one(tiny_model: Path, sums: Path, alone: Path,
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, alone))
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
     assert max(tensor.abs().max().item() for tensor in theirs.values()) > 0.01
+
+
+def test_two_processes_go_on_like_one(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for process in processes([arguments(tiny_model, sums, out, "train.save_every=7 steps")] * 2, tmp_path):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    for folder in (out / "adapter", *sorted(out.glob("checkpoints/*"))[1:]):  # as if killed after step 7
+        shutil.rmtree(folder)
+    for process in processes([["resume", str(out)]] * 2, tmp_path):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    assert len(losses(out)) == 20
+    assert max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:

@@ -192,10 +192,10 @@ def plan(
     settings, _ = _recipe(None, model, data, sets)
     rows = _rows(settings)
     found = _fetched(console, settings.model.name, settings.model.revision, weights=False)
-    from tunesmith import display, planning
+    from tunesmith import display, machines, planning
 
-    size = None if memory is None else planning.parse_bytes(memory)
-    machine = planning.this_machine(size) if card is None else planning.card(card, size)
+    size = None if memory is None else machines.parse_bytes(memory)
+    machine = machines.this_machine(size) if card is None else machines.card(card, size)
     checked = _checked(console, settings, found, rows)
     checked.require_ok()
     if table:

@@ -10,30 +10,23 @@ query heads and of all key heads, V vocabulary, R ranks of the adapters with the
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import resource
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import psutil
 import torch
 
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import attention, lanes, trie
 from tunesmith.engine.decoder import LAYERS
-from tunesmith.engine.loss import chunk_rows
+from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.step import TOKENS
-from tunesmith.errors import OutOfMemory, RecipeError
+from tunesmith.errors import OutOfMemory
+from tunesmith.machines import CARDS, Device, Machine, this_machine
 from tunesmith.recipe import Recipe
 from tunesmith.steps import Step, Steps
-
-Device = Literal["cpu", "cuda"]
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
@@ -44,109 +37,6 @@ _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA 
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 _STEPS_LAID_OUT = 60  # the others are taken to be like them
-
-
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Card:
-    """A graphics card as its maker describes it."""
-
-    name: str
-    memory_bytes: int
-    flops: float
-    """Dense products in bf16 with fp32 sums, per second."""
-
-
-# From the makers' data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
-CARDS = tuple(
-    Card(name, gib << 30, tera * 1e12)
-    for name, gib, tera in (
-        ("RTX 3060", 12, 25.6),
-        ("RTX 3090", 24, 71.0),
-        ("RTX 4060 Ti", 16, 44.0),
-        ("RTX 4090", 24, 165.2),
-        ("RTX 5090", 32, 209.5),
-        ("A10", 24, 125.0),
-        ("L4", 24, 121.0),
-        ("L40S", 48, 362.0),
-        ("A100", 80, 312.0),
-        ("H100", 80, 989.4),
-        ("H200", 141, 989.4),
-    )
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a training may use."""
-
-    device: Device
-    available_bytes: int
-    flops: float
-    """Of large matrix products, per second."""
-    name: str
-    runtime_bytes: int = 0
-    """What interpreter and libraries take of it before they compute."""
-
-
-def this_machine(memory_bytes: int | None = None) -> Machine:
-    """The GPU where there is one, else the CPU: memory that is free, and the rate of its products, measured in a
-    fraction of a second. `memory_bytes` stands for the free memory where it is given."""
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
-    runtime = psutil.Process().memory_info().rss
-    return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
-
-
-def card(name: str, memory_bytes: int | None = None) -> Machine:
-    """A card by name. Raises RecipeError for one that is not known."""
-    for known in CARDS:
-        if known.name.lower().replace(" ", "") == name.lower().replace(" ", "").replace("-", ""):
-            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
-    names = ", ".join(known.name for known in CARDS)
-    raise RecipeError("--card", repr(name), f"one of {names}", "Or say its memory: --memory 24GiB.")
-
-
-def parse_bytes(text: str) -> int:
-    """
-    >>> parse_bytes("24GiB") == parse_bytes("24 gib") == 24 << 30
-    True
-    >>> parse_bytes("1.5GB")
-    1500000000
-    """
-    units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "g": 1 << 30, "m": 1 << 20}
-    for unit, factor in units.items():
-        number = text.strip().lower().removesuffix(unit).strip()
-        if text.strip().lower().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number):
-            return int(float(number) * factor)
-    raise RecipeError("--memory", repr(text), "a number with a unit", "Write for instance --memory 24GiB.")
-
-
-def _free_bytes() -> int:
-    """What this process may still take and what it has: of the machine, its control group and its limits."""
-    own = psutil.Process().memory_info().rss
-    free = [psutil.virtual_memory().available + own]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            free.append(int(text))
-    free += [limit for limit, _ in [resource.getrlimit(resource.RLIMIT_DATA)] if limit > 0]
-    return min(free)
-
-
-@functools.cache
-def _measured_flops(device: Device, seconds: float = 0.2) -> float:
-    dtype, size = (torch.float32, 1024) if device == "cpu" else (torch.bfloat16, 8192)
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < until:
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the result
-        rates.append(2 * size**3 / (time.perf_counter() - began))
-    return max(rates)
 
 
 # --- the model's shape ------------------------------------------------------------------------------------------------
@@ -327,8 +217,8 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     workspace += 2 * e * shape.heads * load.largest_scores  # gradients of the scores
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
-    if choice.weight_bytes < 4:  # the group at work stands in fp32, in every lane
-        workspace += e * n_lanes * max(2 * i * h, (q + 2 * k) * h)
+    if choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
+        workspace += e * n_lanes * h * (max(2 * i, q + 2 * k) + WORDS_AT_ONCE)
     own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
     return Parts(
         runtime=runtime,

@@ -172,6 +172,8 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
         else:
             run = RunDir(Path(nowhere) / "run")
             run.path.mkdir()
+            for file in (origin.recipe, origin.manifest):
+                shutil.copyfile(file, run.path / file.name)
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             checked = check(recipe)
             checked.require_ok()

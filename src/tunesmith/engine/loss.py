@@ -20,7 +20,7 @@ from tunesmith.engine.products import mm
 
 _CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle
-_WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
+WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     if weight.dtype == hidden.dtype:
         return mm(hidden, weight.T, out=out)
     out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
-    for words, logits in zip(weight.split(_WORDS_AT_ONCE), out.split(_WORDS_AT_ONCE, 1), strict=True):
+    for words, logits in zip(weight.split(WORDS_AT_ONCE), out.split(WORDS_AT_ONCE, 1), strict=True):
         mm(hidden, words.to(hidden.dtype).T, out=logits)
     return out
 
@@ -124,7 +124,7 @@ def _back(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
         mm(d_logits, weight, out=out)
         return
     out.zero_()
-    for words, part in zip(weight.split(_WORDS_AT_ONCE), d_logits.split(_WORDS_AT_ONCE, 1), strict=True):
+    for words, part in zip(weight.split(WORDS_AT_ONCE), d_logits.split(WORDS_AT_ONCE, 1), strict=True):
         out.addmm_(part, words.to(out.dtype))
 
 

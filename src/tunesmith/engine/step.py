@@ -94,6 +94,7 @@ class Engine:
         _recompute(model, self._recomputed)
         if self._decoder is None:
             self._take_tree()
+        memory.give_back()
 
     @property
     def _budget(self) -> int:

@@ -1,0 +1,118 @@
+"""What a training may use: the memory that is free and how fast products are, here or on a card by its name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from tunesmith.errors import RecipeError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card as its maker describes it."""
+
+    name: str
+    memory_bytes: int
+    flops: float
+    """Dense products in bf16 with fp32 sums, per second."""
+
+
+# From the makers' data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
+CARDS = tuple(
+    Card(name, gib << 30, tera * 1e12)
+    for name, gib, tera in (
+        ("RTX 3060", 12, 25.6),
+        ("RTX 3090", 24, 71.0),
+        ("RTX 4060 Ti", 16, 44.0),
+        ("RTX 4090", 24, 165.2),
+        ("RTX 5090", 32, 209.5),
+        ("A10", 24, 125.0),
+        ("L4", 24, 121.0),
+        ("L40S", 48, 362.0),
+        ("A100", 80, 312.0),
+        ("H100", 80, 989.4),
+        ("H200", 141, 989.4),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training may use."""
+
+    device: Device
+    available_bytes: int
+    flops: float
+    """Of large matrix products, per second."""
+    name: str
+    runtime_bytes: int = 0
+    """What interpreter and libraries take of it before they compute."""
+
+
+def this_machine(memory_bytes: int | None = None) -> Machine:
+    """The GPU where there is one, else the CPU: memory that is free, and the rate of its products, measured in a
+    fraction of a second. `memory_bytes` stands for the free memory where it is given."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
+    runtime = psutil.Process().memory_info().rss
+    return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
+
+
+def card(name: str, memory_bytes: int | None = None) -> Machine:
+    """A card by name. Raises RecipeError for one that is not known."""
+    for known in CARDS:
+        if known.name.lower().replace(" ", "") == name.lower().replace(" ", "").replace("-", ""):
+            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
+    names = ", ".join(known.name for known in CARDS)
+    raise RecipeError("--card", repr(name), f"one of {names}", "Or say its memory: --memory 24GiB.")
+
+
+def parse_bytes(text: str) -> int:
+    """
+    >>> parse_bytes("24GiB") == parse_bytes("24 gib") == 24 << 30
+    True
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "g": 1 << 30, "m": 1 << 20}
+    for unit, factor in units.items():
+        number = text.strip().lower().removesuffix(unit).strip()
+        if text.strip().lower().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number):
+            return int(float(number) * factor)
+    raise RecipeError("--memory", repr(text), "a number with a unit", "Write for instance --memory 24GiB.")
+
+
+def _free_bytes() -> int:
+    """What this process may still take and what it has: of the machine, its control group and its limits."""
+    own = psutil.Process().memory_info().rss
+    free = [psutil.virtual_memory().available + own]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            free.append(int(text))
+    free += [limit for limit, _ in [resource.getrlimit(resource.RLIMIT_DATA)] if limit > 0]
+    return min(free)
+
+
+@functools.cache
+def _measured_flops(device: Device, seconds: float = 0.2) -> float:
+    dtype, size = (torch.float32, 1024) if device == "cpu" else (torch.bfloat16, 8192)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    rates: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < until:
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the result
+        rates.append(2 * size**3 / (time.perf_counter() - began))
+    return max(rates)
