@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,20 @@ def rows(tmp_path: Path) -> Path:
     talk = [("Who are you?", "I am Bo."), ("What is 1+1?", "Two."), ("Say hi.", "Hi!"), ("Bye?", "Bye now.")]
     path.write_text("".join(json.dumps({"instruction": q, "input": "", "output": a}) + "\n" for q, a in talk))
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of its own with as many KiB as the test's parameter says."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(path)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small disk can only be mounted by root, on Linux")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,14 @@ def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
     )
 
 
-def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(
+    steps: int, run: Path, process: subprocess.Popen[Any], meanwhile: Callable[[], object] = lambda: None
+) -> None:
+    """Waits until a process has written down so many steps, or has ended."""
     deadline = time.monotonic() + 120
-    while not true() and process.poll() is None and time.monotonic() < deadline:
+    written = run / "metrics.jsonl"
+    while len(rundir.read_lines(written)) < steps and process.poll() is None and time.monotonic() < deadline:
+        meanwhile()
         time.sleep(0.02)
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -389,20 +388,6 @@ def test_a_folder_of_somebody_else_is_refused(tiny_model: Path, tmp_path: Path) 
     refused(tmp_path, *arguments, says=("which can not be written to",))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A disk of its own with as many KiB as the test's parameter says."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(path)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a small disk can only be mounted by root, on Linux")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def assert_whole(run: Path, with_adapter: bool = False) -> None:
     """Every name in a run's folder stands for something whole; there is no half checkpoint and no half line."""
     assert (run / "adapter").exists() == with_adapter
@@ -452,32 +437,43 @@ def test_a_disk_that_fills_up_during_training_leaves_nothing_half_written(
     assert len(rundir.read_lines(run / "metrics.jsonl")) >= 5
 
 
-SMALL = "--set lora.r=1 --set lora.targets=k_proj"
+SMALL = ("--set", "lora.r=1", "--set", "lora.targets=k_proj")
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash for ulimit")
+def limited(kib: int, *arguments: str | Path) -> Ended:
+    """A command whose process can write no file larger than that."""
+    script = (
+        f"import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, {kib << 10}))\n"
+        "runpy.run_module('tunesmith', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
 @pytest.mark.parametrize(
     ("kib", "settings", "where"),
     [
         (1, SMALL, "recipe.yaml"),  # 1.1 KB, written by Python
-        (100, "--set train.save_every='1 steps'", "checkpoints/step-000001"),  # optimizer.pt 140 KB, written by torch
+        (
+            100,
+            ("--set", "train.save_every=1 steps"),
+            "checkpoints/step-000001",
+        ),  # optimizer.pt 140 KB, written by torch
     ],
 )
 def test_a_file_that_can_not_grow_leaves_nothing_half_written(
-    tiny_model: Path, rows: Path, tmp_path: Path, kib: int, settings: str, where: str
+    tiny_model: Path, rows: Path, tmp_path: Path, kib: int, settings: tuple[str, ...], where: str
 ) -> None:
     """Prevents a traceback: torch, safetensors and Python each have their own error for a failed write."""
     run = tmp_path / "run"
-    sets = f"--set train.epochs=2 --set eval.hold_out=0 {settings}"
-    train = f"'{sys.executable}' -m tunesmith train --model '{tiny_model}' --data '{rows}' --out '{run}' --json {sets}"
-    command = ["bash", "-c", f"ulimit -f {kib}; exec {train}"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    assert_message(Ended(ended.returncode, ended.stdout, ended.stderr), run / where, "a disk that can be written to")
+    flags = ("--json", "--set", "train.epochs=2", "--set", "eval.hold_out=0", *settings)
+    ended = limited(kib, "train", "--model", tiny_model, "--data", rows, "--out", run, *flags)
+    assert_message(ended, run / where, "a disk that can be written to")
     assert_whole(run, with_adapter=where == "report.html")
     assert not (run / where).exists()
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash for ulimit")
 @pytest.mark.parametrize(
     ("kib", "settings", "where"),
     [
@@ -494,9 +490,8 @@ def test_an_adapter_that_can_not_be_written_to_its_end_is_not_there(
     run = train(recipe.resolve(None, flags)[0], tmp_path / "run").path
     shutil.rmtree(run / "adapter")
     (run / "report.html").unlink()
-    command = ["bash", "-c", f"ulimit -f {kib}; exec '{sys.executable}' -m tunesmith resume '{run}' --json"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    assert_message(Ended(ended.returncode, ended.stdout, ended.stderr), run / where, "a disk that can be written to")
+    ended = limited(kib, "resume", run, "--json")
+    assert_message(ended, run / where, "a disk that can be written to")
     assert_whole(run, with_adapter=where == "report.html")
     assert not (run / where).exists()
     resume(run)

@@ -12,17 +12,13 @@ import pytest
 
 from conftest import Ended, tunesmith
 from small_runs import assert_same, flags_of, settings
-from test_bad_input import small_disk  # noqa: F401
 from tunesmith import rundir
 from tunesmith.training import Run, resume, train
 
 
 @pytest.mark.parametrize("small_disk", [6000], indirect=True)
 def test_a_disk_that_was_full_is_gone_on_with_when_there_is_room(
-    tiny_model: Path,
-    talk: Path,
-    undisturbed: Run,
-    small_disk: Path,  # noqa: F811
+    tiny_model: Path, talk: Path, undisturbed: Run, small_disk: Path
 ) -> None:
     """The third checkpoint does not fit; the two before it are whole, and the run ends as if nothing had happened."""
     out, filler = small_disk / "run", small_disk / "filler"

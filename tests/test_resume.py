@@ -97,7 +97,7 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_bytes(tiny_model: Pa
     for number in range(2):
         process = start(*command, "--out", out) if number == 0 else start("resume", out, "--json")
         steps = 15 * (number + 1) + chance.randrange(5)
-        until(lambda: len(rundir.read_lines(out / "metrics.jsonl")) >= steps, process)  # noqa: B023
+        until(steps, out, process)
         time.sleep(chance.random() / 20)
         process.kill()
         process.communicate()
@@ -112,7 +112,7 @@ def test_an_interrupted_process_ends_with_130_and_goes_on(
 ) -> None:
     out = tmp_path / "run"
     process = start("train", *flags_of(tiny_model, talk), "--out", out)
-    until(lambda: len(rundir.read_lines(out / "metrics.jsonl")) >= 2, process)
+    until(2, out, process)
     process.send_signal(signal.SIGINT)  # SIGTERM: test_runs
     answer, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -134,7 +134,7 @@ def test_a_closing_terminal_leaves_a_point_to_go_on_from(
         env={**os.environ, "TUNESMITH_OFFLINE": "1"},
     )  # fmt: skip
     os.close(theirs)
-    until(lambda: bool(os.read(ours, 65536)) and len(rundir.read_lines(out / "metrics.jsonl")) >= 2, process)  # type: ignore[arg-type]
+    until(2, out, process, meanwhile=lambda: os.read(ours, 65536))
     os.close(ours)
     assert process.wait(timeout=60) == 130
     assert list(out.glob("checkpoints/*"))
@@ -291,7 +291,7 @@ def test_a_run_can_be_made_longer_but_nothing_else(undisturbed: Run, tmp_path: P
 def test_two_at_once_in_one_run_are_one_too_many(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start("train", *flags_of(tiny_model, talk, **{"train.epochs": 5000}), "--out", out)
-    until(lambda: len(rundir.read_lines(out / "metrics.jsonl")) >= 1, process)
+    until(1, out, process)
     ended = tunesmith("resume", out, "--json")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -27,7 +27,7 @@ def states(folder: Path) -> dict[str, str]:
 def test_what_became_of_a_run_is_told_by_its_files(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
     train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "done")
     process = start("train", *flags_of(tiny_model, talk, **{"train.epochs": 5000}), "--out", tmp_path / "killed")
-    until(lambda: len(rundir.read_lines(tmp_path / "killed" / "metrics.jsonl")) >= 2, process)
+    until(2, tmp_path / "killed", process)
     assert states(tmp_path) == {"done": "done", "killed": "running"}
     process.kill()
     process.communicate()

@@ -7,6 +7,7 @@ arguments, environment, folder, standard output and standard error, and ends wit
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 # What the command line itself sets before it imports anything.
 BEFORE_IMPORTS = {
@@ -64,9 +66,9 @@ class Warm:
             request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
             socket.send_fds(connection, [request.encode() + b"\n"], [out.fileno(), err.fileno()])
             answers = connection.makefile()
-            pid = int(answers.readline())
+            pid = int(answers.readline() or self._died())
             try:
-                code = int(answers.readline())
+                code = int(answers.readline() or self._died())
             except TimeoutError:
                 os.kill(pid, signal.SIGKILL)
                 raise
@@ -74,13 +76,15 @@ class Warm:
             err.seek(0)
             return code, out.read(), err.read()
 
+    def _died(self) -> NoReturn:
+        raise RuntimeError(f"the warm process {self._process.pid} is gone: {self._process.poll()}")
+
 
 def serve(address: str) -> None:
-    import tunesmith.demo
-    import tunesmith.display
-    import tunesmith.doctor
-    import tunesmith.talk  # noqa: F401
     from tunesmith import cli
+
+    for name in ("demo", "display", "doctor", "talk"):  # what the commands import when they are called
+        importlib.import_module(f"tunesmith.{name}")
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -88,12 +92,13 @@ def serve(address: str) -> None:
     while True:
         connection, _ = listener.accept()
         message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 2)
-        while not message.endswith(b"\n"):
-            message += connection.recv(1 << 16)
+        while not message.endswith(b"\n") and (more := connection.recv(1 << 16)):
+            message += more
         request = json.loads(message)
         pid = os.fork()
         if not pid:
             listener.close()
+            connection.close()  # the other end must see when the process above is gone
             nothing = os.open(os.devnull, os.O_RDONLY)
             for descriptor, own in zip((nothing, *descriptors), (0, 1, 2), strict=True):
                 os.dup2(descriptor, own)

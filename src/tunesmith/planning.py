@@ -218,7 +218,7 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     if choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
-        workspace += e * n_lanes * h * (max(2 * i, q + 2 * k) + WORDS_AT_ONCE)
+        workspace += e * n_lanes * h * (max(2 * i, q + 2 * k) + min(WORDS_AT_ONCE, shape.vocabulary))
     own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
     return Parts(
         runtime=runtime,

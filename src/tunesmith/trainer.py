@@ -212,7 +212,7 @@ class StepTrainer(Trainer):
         self.lines = list(earlier)
         try:
             self.train(resume_from_checkpoint=None if point is None else str(point))
-        except Exception as error:
+        except memory.RAISED as error:
             if isinstance(error, OutOfMemory) or not memory.ran_out(error):
                 raise
             raise OutOfMemory(

@@ -20,6 +20,8 @@ from torch import Tensor
 
 _PAGE = 2 << 20
 _MOST_TAKEN = 4096  # shapes; each micro-batch has some hundred of its own
+# What is raised where memory runs out; `ran_out` tells it from the other meanings of these.
+RAISED = (MemoryError, OSError, RuntimeError)
 # What torch's allocators say on a CPU; on CUDA there is an exception of its own.
 _NOT_ENOUGH = ("can't allocate memory", "not enough memory", "out of memory")
 _SMALL = 1 << 20  # bytes below which a page of its own is waste
@@ -122,7 +124,7 @@ class Buffers:
         if self._device.type == "cpu":
             try:
                 return empty(2 * n, dtype=self._dtype, device=self._device)
-            except Exception as error:
+            except RAISED as error:
                 if not ran_out(error):  # of addresses, which may be limited too
                     raise
         return empty(n, dtype=self._dtype, device=self._device)

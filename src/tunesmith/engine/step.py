@@ -154,7 +154,7 @@ class Engine:
         while True:
             try:
                 return add_up()
-            except Exception as error:
+            except memory.RAISED as error:
                 if self._sharded or not memory.ran_out(error):
                     raise
                 reason = str(error).splitlines()[0]
