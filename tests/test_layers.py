@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tunesmith"
 # From the top down; a module may import those of its own line and of the lines below.
 LAYERS = [
     {"cli", "__main__"},
-    {"display", "talk", "doctor"},
-    {"demo"},
+    {"display", "talk", "doctor", "evaluation_page", "judging"},
+    {"demo", "evaluate"},
+    {"harness", "scores"},
     {"training", "chat", "report", "adapter_files", "shown"},
     {"trainer"},
     {"planning"},

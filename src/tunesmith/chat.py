@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,10 @@ class Chat:
     def tuned(self) -> bool:
         """There is an adapter that can be switched off."""
         return isinstance(self.model, PeftModel)
+
+    def switched(self, *, base: bool) -> AbstractContextManager[Any]:
+        """While it holds, the model is the base alone if asked for."""
+        return self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
 
     def reply(
         self,
@@ -129,8 +133,7 @@ class Chat:
         # Padding stands in front, where it is masked, so its id has no effect.
         input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        off = self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
-        with torch.inference_mode(), off:
+        with torch.inference_mode(), self.switched(base=base):
             generate: Any = self.model.generate
             output = generate(
                 input_ids=input_ids.to(self.model.device),

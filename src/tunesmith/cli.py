@@ -5,6 +5,7 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import typer
 
 from tunesmith import recipe as recipes
 from tunesmith import records, rundir
-from tunesmith.errors import DataError, RecipeError, TunesmithError
+from tunesmith.errors import DataError, MissingExtra, RecipeError, TunesmithError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -382,6 +383,53 @@ def chat(
         print()
 
 
+@app.command(name="eval")
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="Other rows than the run's held-out ones.", show_default=False),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="An OpenAI-compatible server whose model compares the answers.", show_default=False
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Its name at that server; default: the first.", show_default=False)
+    ] = None,
+    judge_key: Annotated[
+        str, typer.Option(envvar="TUNESMITH_JUDGE_KEY", help="The key of that server.", show_default=False)
+    ] = "none",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Tasks of lm-evaluation-harness as well, where it is installed.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Base against tuned on rows that were not trained on: one page, one verdict."""
+    console = _start(verbose, as_json)
+    opened = rundir.open_run(run)
+    _require_extra("eval", "sacrebleu")
+    from tunesmith import display, evaluation_page, harness, judging
+    from tunesmith.evaluate import evaluate
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if names:
+        harness.require()
+    asked = None if judge is None else judging.judge_at(judge, judge_model, judge_key)
+    with console.status("") as status:
+        evaluation = evaluate(run, data, asked, names, tell=status.update)
+    page = evaluation_page.write(opened, evaluation)
+    display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
+    if as_json:
+        _print_json(evaluation.as_dict())
+
+
 @app.command()
 def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The models that have a short name."""
@@ -579,6 +627,12 @@ def _speaks() -> bool:
 def _print_json(value: dict[str, Any]) -> None:
     if _speaks():
         print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _require_extra(extra: str, package: str) -> None:
+    """Raises MissingExtra where a package of an extra is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(f"tunesmith {sys.argv[1]}", extra)
 
 
 def _epochs(sets: list[str]) -> int | None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import ROUNDED, SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -25,6 +25,9 @@ from tunesmith.shown import tokens
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import Run
 from tunesmith.types import Fault, Origin
+
+if TYPE_CHECKING:
+    from tunesmith.evaluate import Evaluation
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LEARNED, _GIVEN = "#052e16 on #86efac", "grey62"
@@ -361,6 +364,20 @@ def show_fitting(console: Console, plans: Sequence[tuple[int, Plan]]) -> None:
             "4 bits (model.quantize=nf4)" if chosen.get("model.quantize") == "nf4" else "16 bits",
         )
     console.print(table)
+
+
+def show_evaluation(console: Console, evaluation: Evaluation, lines: Sequence[Sequence[str]], page: Path) -> None:
+    """The verdict, the table, and the answers that changed most."""
+    colour = {"better": "green", "worse": "red"}.get(evaluation.verdict, "yellow")
+    console.print(f"[bold {colour}]{escape(evaluation.sentence)}[/]", highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(f"{evaluation.rows} rows")
+    for name in ("base", "tuned"):
+        table.add_column(name, justify="right")
+    for name, _, base, tuned in lines:
+        table.add_row(name, base, tuned)
+    console.print(table)
+    console.print(f"Answers side by side, worst first: {page}", highlight=False, soft_wrap=True)
 
 
 def show_run(console: Console, run: Run) -> None:

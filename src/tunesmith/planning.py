@@ -36,6 +36,13 @@ _AT_WORK_BYTES = 180 << 20
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+# Layers with the same input.
+_GROUPS = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
 _STEPS_LAID_OUT = 60  # the others are taken to be like them
 
 
@@ -66,6 +73,10 @@ class Shape:
     """There are layers written by hand for it (`engine.decoder`)."""
     head_norms: bool
     dropout: bool
+    masks: int
+    """Numbers that dropout masks in a token of a layer: the inputs of all adapters."""
+    fused: bool
+    """q, k and v come out of one product."""
 
 
 def shape_of(checked: Checked) -> Shape:
@@ -78,13 +89,15 @@ def shape_of(checked: Checked) -> Shape:
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     names = [target.name for target in checked.targets]
-    groups = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"))
+    width, inner = int(config.hidden_size), int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    adapters = [sum(name in group for name in names) for group in _GROUPS]
     settings = checked.recipe.lora
-    ranks = [settings.r * sum(name in group for name in names) for group in (*groups, ("down_proj",))]
+    ranks = [settings.r * count for count in adapters]
+    inputs = (width, heads * size, width, inner)
     return Shape(
         layers=int(config.num_hidden_layers),
-        width=int(config.hidden_size),
-        inner=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        width=width,
+        inner=inner,
         queries=heads * size,
         keys=int(getattr(config, "num_key_value_heads", None) or heads) * size,
         heads=heads,
@@ -97,6 +110,8 @@ def shape_of(checked: Checked) -> Shape:
         by_hand=bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora",
         head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
         dropout=settings.dropout > 0,
+        masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
+        fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
     )
 
 
@@ -236,29 +251,32 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
     """transformers' own layers over trees, with autograd: what it saves for each token of a layer.
 
     With e bytes per number: each norm its input in fp32; the inputs of qkv, of gate and up, of o and of down, once
-    each and with a mask of a byte per adapter with dropout; q, k, v and the result of attention with one fp32 number
-    per head; act(gate), its input and up. A recomputed layer keeps its input.
+    each, and a byte per number that dropout masks; q and k once they are turned, v and the result of attention with
+    one fp32 number per head, and all of qkv where they are parts of it; gate, up and act(gate). A recomputed layer
+    keeps its input.
     """
     e = 4 if device == "cpu" else 2
     t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
     h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
-    mask = 1 if shape.dropout else 0
     norms = 2 * 4 * h
-    inputs = e * (2 * h + q + i) + mask * (3 * h + 2 * h + q + i)
-    heads = e * (2 * q + 2 * k) + 4 * shape.heads
+    inputs = e * (2 * h + q + i) + shape.masks
+    heads = e * (2 * q + 2 * k + shape.fused * (q + k)) + 4 * shape.heads
     mlp = e * 3 * i
-    if device == "cpu":  # attention group by group keeps scores or copies
-        heads += (4 * shape.heads * load.scores + 4 * (load.fused_queries * 2 * q + load.fused_keys * 2 * k)) // max(
-            t, 1
-        )
     layer = t * (norms + inputs + heads + mlp + e * sum(shape.ranks))
-    activations = kept * layer + shape.layers * e * t * h
-    one_more = layer if choice.recompute_layers else 0
-    # Gradients on their way down through the widest place: those of gate, up and their product, and the residual.
-    workspace = one_more + e * t * (4 * i + 4 * h)
+    if device == "cpu":  # attention group by group keeps scores or copies
+        layer += 4 * shape.heads * load.scores + 4 * (load.fused_queries * 2 * q + load.fused_keys * 2 * k)
+    activations = kept * layer + choice.recompute_layers * e * t * h + 4 * t * h
+    rows = chunk_rows(u, shape.vocabulary, torch.device(device))
+    logits = (4 + e) * rows * shape.vocabulary  # fp32 and, for the products, in the weights' type
+    # On the way down the last norm's input, output and gradients in fp32; or those of gate, up and their product, when
+    # what the product's layer kept is gone. By then the logits are gone.
+    product = t * 2 * e * i
+    workspace = max(t * 5 * 4 * h, product)
+    if choice.recompute_layers:  # the lowest ones, so what the others kept is gone when they are computed again
+        workspace = max(workspace, product + layer - kept * layer)
+    workspace = max(workspace - logits, 0)
     if choice.nf4:  # the weight at work stands in 16 bits
         workspace += 2 * 2 * i * h
-    rows = chunk_rows(u, shape.vocabulary, torch.device(device))
     return Parts(
         runtime=runtime,
         weights=choice.bytes_of(shape),
@@ -266,7 +284,7 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
         gradients=4 * shape.adapter,
         optimizer=8 * shape.adapter,
         activations=activations,
-        logits=(4 + e) * rows * shape.vocabulary,  # fp32 and, for the products, in the weights' type
+        logits=logits,
         workspace=workspace,
     )
 

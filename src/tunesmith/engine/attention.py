@@ -31,7 +31,7 @@ INTERFACE = "tunesmith"
 _LONGEST_MASKED = 256  # queries of a masked piece; more waste the half of the scores that nobody sees
 LONGEST_WRITTEN = 320  # keys; beyond, scores are not worth their memory
 _WASTE = 1.25  # scores computed per score needed, before another group is opened
-_WASTE_FLOOR = 128 * 128  # scores that are cheaper to waste than a group
+_WASTE_FLOOR = 64 * 64  # scores that are cheaper to waste than a group
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Legend: T tokens of a lane, U predicting positions of a lane, H width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -200,12 +201,12 @@ class Decoder:
         return torch.stack(losses).sum(), memories
 
     def _costs(self, batch: Batch) -> Tensor:
-        """(T,) what each token costs: the last layer's end and the head are for those that predict something alone."""
-        layers, head = self._model.layers, self._model.head
+        """(T,) what each token costs a lane: the last layer's end is for those that predict something alone."""
+        layers = self._model.layers
         last = sum(linears.inputs * linears.outputs for linears in layers[-1].linears[1:])
         every = sum(group.inputs * group.outputs for layer in layers for group in layer.linears) - last
         costs = torch.ones(len(batch.input_ids), dtype=torch.float64)
-        costs[batch.predict_from] += (head.numel() + last) / every
+        costs[batch.predict_from] += last / every
         return costs
 
     def _lanes_for(self, n_tokens: int) -> Lanes:
@@ -289,13 +290,13 @@ class _Lane:
             inputs.append(x)
             if state is not None:
                 saved[number] = state
-        normed = torch.empty_like(x)
-        rstd = model.norm.forward(x, normed)
-        loss, d_normed = self._loss(normed)
+        normed = micro.joint.take("normed", len(micro.batch.predict_from), x.shape[1])
+        rstd = model.norm.forward(x, normed[self._first : self._behind])
+        loss = self._loss(normed)
         if n_supervised is None:
             return loss
         d_x = torch.zeros_like(x)
-        model.norm.backward(d_normed.div_(n_supervised), x, rstd, d_x)
+        model.norm.backward(normed[self._first : self._behind].div_(n_supervised), x, rstd, d_x)
         for number in range(last, model.lowest - 1, -1):
             layer, state = layers[number], saved.pop(number, None)
             if state is None:
@@ -305,18 +306,28 @@ class _Lane:
             d_x = self._backward(layer, state, d_x, d_input=number > model.lowest)
         return loss
 
-    def _loss(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        head, lanes = self._model.head, self._micro.lanes
-        space = self._take("logits", chunk_rows(len(normed), len(head), head.device, lanes.count) * len(head))
-        labels = self._micro.batch.labels.part(self._first, self._behind)
-        return loss_and_gradient(
-            normed,
+    def _loss(self, normed: Tensor) -> Tensor:
+        """The loss of an equal part of all predicting tokens, whoever's they are; their gradient takes the place of
+        `normed`. Lanes have as many tokens as each other, but not as many of those that predict."""
+        head, lanes, batch = self._model.head, self._micro.lanes, self._micro.batch
+        every = range(lanes.count)
+        lanes.tell(self._number, "normed")
+        lanes.hear(every, "normed")
+        start, stop = (len(normed) * number // lanes.count for number in (self._number, self._number + 1))
+        n_rows = math.ceil(len(normed) / lanes.count)
+        loss, gradient = loss_and_gradient(
+            normed[start:stop],
             head,
-            labels,
+            batch.labels.part(start, stop),
             with_gradient=self._micro.n_supervised is not None,
-            space=space,
+            space=self._take("logits", chunk_rows(n_rows, len(head), head.device, lanes.count) * len(head)),
             at_once=lanes.count,
         )
+        if self._micro.n_supervised is not None:
+            normed[start:stop] = gradient
+            lanes.tell(self._number, "gradient of normed")
+            lanes.hear(every, "gradient of normed")
+        return loss
 
     def _is_last(self, layer: _Layer) -> bool:
         return layer.number == len(self._model.layers) - 1

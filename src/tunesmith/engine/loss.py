@@ -44,10 +44,15 @@ class Labels:
         )
 
 
-def summed_cross_entropy(logits_UV: Tensor, labels: Labels) -> Tensor:
-    """Cross entropy in fp32 (fp64 for such logits) over all targets; a scalar with a graph."""
+def cross_entropy(logits_UV: Tensor, labels: Labels) -> Tensor:
+    """(N,) cross entropy in fp32 (fp64 for such logits) of each target, with a graph."""
     log_probabilities = F.log_softmax(_exact(logits_UV), dim=-1)
-    return -(log_probabilities[labels.row, labels.target] * labels.count).sum()
+    return -log_probabilities[labels.row, labels.target] * labels.count
+
+
+def summed_cross_entropy(logits_UV: Tensor, labels: Labels) -> Tensor:
+    """Cross entropy over all targets; a scalar with a graph."""
+    return cross_entropy(logits_UV, labels).sum()
 
 
 class HeadLoss(torch.autograd.Function):

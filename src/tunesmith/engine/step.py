@@ -8,6 +8,7 @@ layers, rows side by side; works for every model. Before the first step of a mod
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -27,7 +28,7 @@ from tunesmith import hub
 from tunesmith.engine import attention, batch, lora, memory, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
-from tunesmith.engine.loss import HeadLoss, summed_cross_entropy
+from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory
 from tunesmith.recipe import EngineSettings
@@ -158,7 +159,9 @@ class Engine:
                 if self._sharded or not memory.ran_out(error):
                     raise
                 reason = str(error).splitlines()[0]
-            # Out here the exception is gone, and with it what its frames held.
+            # Out here the exception is gone, and with it what its frames held; threads' exceptions and frames hold each
+            # other.
+            gc.collect()
             if self._decoder is not None:
                 self._decoder.forget()
             if self._device.type == "cuda":
@@ -375,22 +378,43 @@ def summed_loss(model: nn.Module, inputs: batch.Batch | batch.Padded) -> Tensor:
     where it lets us select them; they are the truth that other ways are compared with. A tree goes through the output
     layer in chunks where that is one plain matrix.
     """
-    causal = cast("Any", model.get_base_model() if isinstance(model, PeftModel) else model)
+    causal = _causal(model)
     if isinstance(inputs, batch.Batch):
-        arguments: dict[str, Any] = {"input_ids": inputs.input_ids[None], "position_ids": inputs.position_ids[None]}
         body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
         if body is not None and _plain_head(causal.config, head):
-            hidden = body(**arguments, use_cache=False).last_hidden_state[0].index_select(0, inputs.predict_from)
+            hidden = (
+                body(**_arguments(inputs), use_cache=False).last_hidden_state[0].index_select(0, inputs.predict_from)
+            )
             softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
             return cast("Tensor", HeadLoss.apply(hidden, head.weight, inputs.labels, softcap))
-    else:
-        arguments = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    if "logits_to_keep" in inspect.signature(causal.forward).parameters:
-        logits = model(**arguments, use_cache=False, logits_to_keep=inputs.predict_from).logits
-        return summed_cross_entropy(logits.flatten(0, -2), inputs.labels)
+    return summed_cross_entropy(_logits(model, inputs), inputs.labels)
+
+
+def losses(model: nn.Module, documents: Sequence[Rendered]) -> list[float]:
+    """Each document's loss, summed over what is learned, by the model's own layers and logits, side by side."""
+    inputs = batch.pad(documents, next(model.parameters()).device)
+    with torch.inference_mode():
+        each = cross_entropy(_logits(model, inputs), inputs.labels)
+    return [part.sum().item() for part in each.split([document.n_supervised for document in documents])]
+
+
+def _logits(model: nn.Module, inputs: batch.Batch | batch.Padded) -> Tensor:
+    """(U, V), at predicting positions."""
+    arguments = _arguments(inputs)
+    if "logits_to_keep" in inspect.signature(_causal(model).forward).parameters:
+        return model(**arguments, use_cache=False, logits_to_keep=inputs.predict_from).logits.flatten(0, -2)
     logits = model(**arguments, use_cache=False).logits
-    at = inputs.predict_from if isinstance(inputs, batch.Padded) else (0, inputs.predict_from)
-    return summed_cross_entropy(logits[at], inputs.labels)
+    return logits[inputs.predict_from if isinstance(inputs, batch.Padded) else (0, inputs.predict_from)]
+
+
+def _arguments(inputs: batch.Batch | batch.Padded) -> dict[str, Tensor]:
+    if isinstance(inputs, batch.Batch):
+        return {"input_ids": inputs.input_ids[None], "position_ids": inputs.position_ids[None]}
+    return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+
+
+def _causal(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _plain_head(config: Any, head: nn.Module | None) -> bool:

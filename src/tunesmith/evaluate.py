@@ -1,0 +1,413 @@
+"""Is the tuned model better than its base, on rows that it never saw, and what did that cost?
+
+The verdict follows from these rules, and from nothing else:
+
+* It is *worse* when the loss of the held-out replies rose, or when they are no likelier after their own question than
+  after another row's although they are for the base: it has unlearned to listen.
+* It is *better* when that loss fell and the replies are likelier after their own question.
+* Else there is *no difference*.
+* *Rose*, *fell* and *likelier* mean: the interval in which the mean lies in 95 of 100 draws of rows is wholly on one
+  side of zero.
+* Beside the verdict it is said if it *forgot* (of a hundred general questions it answers fewer rightly, by at least
+  five, and a sign test gives that less than one chance in twenty), if it *copies* (more than half of the long runs of
+  words in its replies stand in training rows and not in the row's own answer, and twice as many as the base has), if it
+  *does not stop* (fewer than nine of ten replies end by themselves, and fewer than the base's), and if it *repeats
+  itself* (a tenth of what it writes stands earlier in the same reply, and twice as much as the base's).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith import chat as chats
+from tunesmith import harness, rundir, scores
+from tunesmith import recipe as recipes
+from tunesmith.chat import Chat, Reply
+from tunesmith.checking import check, hold_out
+from tunesmith.engine.step import losses
+from tunesmith.errors import RunError
+from tunesmith.rows import Row
+from tunesmith.types import Message, Rendered
+
+Verdict = Literal["better", "no difference", "worse"]
+GENERAL = Path(__file__).parent / "general" / "questions.jsonl"
+ASKED_AT_MOST = 100
+"""Held-out rows whose replies are written and compared; the loss is measured on all of them."""
+
+_GENERAL_TOKENS = 48
+_TOKENS_AT_ONCE = 1024
+_TRAINING_ROWS = 100_000  # whose replies are looked through for copies
+
+
+@dataclass(frozen=True)
+class General:
+    """A short question that has nothing to do with anybody's data, and what a right answer holds."""
+
+    question: str
+    answers: tuple[str, ...]
+
+    def right(self, reply: str) -> bool:
+        return any(_holds(reply, answer) for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of the base, or of the tuned model."""
+
+    loss: float
+    """Nats per supervised token of the held-out rows."""
+    loss_interval: tuple[float, float]
+    listening: float
+    """By how many nats per token a reply is likelier after its own question than after another row's."""
+    listening_interval: tuple[float, float]
+    likeness: float
+    """chrF to the row's own answer, 0 to 1."""
+    exact: float | None
+    """Share of replies with the words of the row's own answer, among rows whose answer is short."""
+    stopped: float
+    """Share of replies that ended by themselves."""
+    repetition: float
+    copied: float | None
+    """Share of long runs of words that stand in training rows; None where no reply was long enough."""
+    general: int
+    """General questions answered rightly."""
+    tokens_per_second: float
+    """Written, with several replies side by side."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out row, its own answer, and those of both models."""
+
+    where: str
+    question: str
+    reference: str
+    base: str
+    tuned: str
+    base_likeness: float
+    tuned_likeness: float
+    base_loss: float
+    """Nats per token of the row's own answer."""
+    tuned_loss: float
+    judged: str | None = None
+    """What a judge preferred, where there was one: base, tuned or neither."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base against tuned."""
+
+    rows: int
+    data: str
+    base: Side
+    tuned: Side
+    change_interval: tuple[float, float]
+    """Of tuned loss minus base loss, by row."""
+    verdict: Verdict
+    sentence: str
+    """The verdict with its reasons."""
+    answers: tuple[Answer, ...]
+    """Worst first."""
+    general: tuple[tuple[str, str, bool, str, bool], ...]
+    """Question, the base's reply and whether it is right, the tuned model's and whether it is."""
+    judge: dict[str, int] | None = None
+    tasks: dict[str, dict[str, float]] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = asdict(self)
+        for side in ("base", "tuned"):
+            fields[side]["perplexity"] = getattr(self, side).perplexity
+        return fields
+
+
+def evaluate(
+    path: Path,
+    data: Path | None = None,
+    judge: Callable[[Sequence[Answer]], list[str]] | None = None,
+    tasks: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Measures a finished run on its held-out rows, or on all rows of another file.
+
+    `judge` says for each answer who was preferred; `tasks` are those of lm-evaluation-harness to do as well; `tell` is
+    told what is being done. Raises RunError when the run has no adapter or no held-out rows, DataError when the file
+    has faults; ProofError as `chat.load` does.
+    """
+    run = rundir.open_run(path)
+    recipe, _ = recipes.resolve(run.recipe)
+    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    own = Path(recipe.data.path if Path(recipe.data.path).is_file() else manifest["data"]["path"])
+    recipe = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": manifest["base"]["folder"], "revision": None}),
+            "data": recipe.data.model_copy(update={"path": str(own)}),
+        }
+    )
+    tell("Reading the rows …")
+    checked = check(recipe)
+    if checked.data.digest != manifest["data"]["sha256"]:
+        raise RunError(str(own), "other rows than at training", "the file that was trained on", "Put it back.")
+    trained, held_out = hold_out(checked)
+    rows: Sequence[Row] = held_out
+    if data is not None:
+        other = check(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(data)})}))
+        other.require_ok()
+        rows = other.rows
+    if len(rows) < 2:
+        raise RunError(
+            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: --data FILE."
+        )
+    known = scores.long_runs(
+        message.content
+        for number in range(min(len(trained), _TRAINING_ROWS))
+        for message in trained[number].conversation.messages
+        if message.role == "assistant"
+    )
+    tell("Loading the model …")
+    chat = chats.load(path)
+    evaluation = _measure(chat, list(rows), str(data or own), known, judge, tell)
+    if tasks:
+        tell("lm-evaluation-harness …")
+        evaluation = replace(evaluation, tasks=harness.measure(chat, tasks))
+    return evaluation
+
+
+def _measure(
+    chat: Chat,
+    rows: Sequence[Row],
+    data: str,
+    known: frozenset[scores.Run],
+    judge: Callable[[Sequence[Answer]], list[str]] | None,
+    tell: Callable[[str], None],
+) -> Evaluation:
+    documents = [document for row in rows for document in row.documents]
+    n_supervised = [document.n_supervised for document in documents]
+    right, wrong = _own_and_other_questions([row.documents[-1] for row in rows])
+    n_replied = [document.n_supervised for document in right]
+    asked = rows[:ASKED_AT_MOST]
+    sides: list[Side] = []
+    by_row: list[list[float]] = []
+    likeness: list[list[float]] = []
+    replies: list[list[Reply]] = []
+    general: list[list[tuple[str, bool]]] = []
+    for base in (True, False):
+        name = "base" if base else "tuned model"
+        tell(f"Measuring the {name} on {len(rows)} rows …")
+        own = _losses(chat, right, base)
+        every = own if right == documents else _losses(chat, documents, base)
+        per_token = [loss / n for loss, n in zip(every, n_supervised, strict=True)]
+        gains = [(b - a) / n for a, b, n in zip(own, _losses(chat, wrong, base), n_replied, strict=True)]
+        tell(f"The {name} answers {len(asked)} rows and {len(questions())} general questions …")
+        written, seconds = _answer(chat, asked, base)
+        answered = _answer_general(chat, base)
+        like = [scores.likeness(r.text, _reference(row)) for r, row in zip(written, asked, strict=True)]
+        sides.append(
+            Side(
+                loss=sum(every) / sum(n_supervised),
+                loss_interval=scores.interval(per_token, n_supervised),
+                listening=sum(g * n for g, n in zip(gains, n_replied, strict=True)) / sum(n_replied),
+                listening_interval=scores.interval(gains, n_replied),
+                likeness=_mean(like),
+                exact=_exact(written, asked),
+                stopped=_mean([float(reply.stopped_by == "stop") for reply in written]),
+                repetition=_mean([scores.repetition(reply.text) for reply in written]),
+                copied=_copied(written, asked, known),
+                general=sum(flag for _, flag in answered),
+                tokens_per_second=sum(len(reply.token_ids) for reply in written) / seconds,
+            )
+        )
+        by_row.append(per_token)
+        likeness.append(like)
+        replies.append(written)
+        general.append(answered)
+    changes = [tuned - base for base, tuned in zip(*by_row, strict=True)]
+    change = scores.interval(changes, n_supervised)
+    lost = sum(b and not t for (_, b), (_, t) in zip(*general, strict=True))
+    gained = sum(t and not b for (_, b), (_, t) in zip(*general, strict=True))
+    verdict, sentence = conclude(sides[0], sides[1], change, lost, gained)
+    # A row of several documents is shown with the loss of its last one.
+    last = [n - 1 for n in itertools.accumulate(len(row.documents) for row in rows)]
+    answers = [
+        Answer(
+            str(row.conversation.origin),
+            row.conversation.messages[-2].content,
+            _reference(row),
+            replies[0][i].text,
+            replies[1][i].text,
+            likeness[0][i],
+            likeness[1][i],
+            by_row[0][last[i]],
+            by_row[1][last[i]],
+        )
+        for i, row in enumerate(asked)
+    ]
+    preferred = None
+    if judge is not None:
+        tell(f"A judge compares {len(answers)} pairs, each in both orders …")
+        votes = judge(answers)
+        answers = [replace(a, judged=vote) for a, vote in zip(answers, votes, strict=True)]
+        preferred = {name: votes.count(name) for name in ("tuned", "base", "neither")}
+    return Evaluation(
+        rows=len(rows),
+        data=data,
+        base=sides[0],
+        tuned=sides[1],
+        change_interval=change,
+        verdict=verdict,
+        sentence=sentence,
+        answers=tuple(sorted(answers, key=lambda answer: answer.base_loss - answer.tuned_loss)),
+        general=tuple((q.question, *b, *t) for q, b, t in zip(questions(), general[0], general[1], strict=True)),
+        judge=preferred,
+    )
+
+
+def conclude(base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int) -> tuple[Verdict, str]:
+    """The verdict and its sentence, by the rules above. `lost` and `gained`: general questions that only the base, or
+    only the tuned model, answers rightly."""
+    figures = f"loss {base.loss:.2f} → {tuned.loss:.2f}"
+    listens, listened = tuned.listening_interval[0] > 0, base.listening_interval[0] > 0
+    verdict: Verdict
+    if change[0] > 0:
+        verdict, sentence = "worse", f"Worse than the base: stop here because the loss rose on your data ({figures})"
+    elif listened and not listens:
+        verdict = "worse"
+        sentence = "Worse than the base: stop here because its answers no longer depend on the questions"
+    elif change[1] < 0 and listens:
+        verdict, sentence = "better", f"Better on your data ({figures})"
+    elif change[1] < 0:
+        verdict = "no difference"
+        sentence = (
+            f"No better than the base: it has the tone of your data ({figures}), but neither model's answers depend on "
+            "the questions of these rows (do the rows' answers belong to their questions?)"
+        )
+    else:
+        verdict, sentence = "no difference", f"No difference that {figures} on so few rows could show"
+    harms = list(_harms(base, tuned, lost, gained))
+    if harms:
+        return verdict, f"{sentence}{', but' if verdict == 'better' else ';'} {'; '.join(harms)}."
+    return verdict, f"{sentence}, nothing forgotten." if verdict == "better" else f"{sentence}."
+
+
+def _harms(base: Side, tuned: Side, lost: int, gained: int) -> list[str]:
+    found = []
+    if lost - gained >= 5 and _chance(lost, gained) < 0.05:
+        found.append(f"it forgot: {tuned.general} general questions right, {base.general} before")
+    if tuned.copied is not None and tuned.copied > max(0.5, 2 * (base.copied or 0)):
+        found.append(f"it copies: {tuned.copied:.0%} of its long runs of words stand in training rows")
+    if tuned.stopped < min(0.9, base.stopped):
+        found.append(f"only {tuned.stopped:.0%} of its answers end by themselves, {base.stopped:.0%} before")
+    if tuned.repetition > max(0.1, 2 * base.repetition):
+        found.append(f"it repeats itself: {tuned.repetition:.0%} of what it writes")
+    return found
+
+
+def _chance(lost: int, gained: int) -> float:
+    """Of losing at least so many of the questions that changed, were losing and gaining equally likely (sign test)."""
+    n = lost + gained
+    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def _own_and_other_questions(documents: Sequence[Rendered]) -> tuple[list[Rendered], list[Rendered]]:
+    """Each document with its last reply alone learned, and that reply after the prompt of the next document that asks
+    something else."""
+    right, wrong = [], []
+    for number, document in enumerate(documents):
+        start, stop = document.replies[-1]
+        reply = document.token_ids[start:stop]
+        others = (*documents[number + 1 :], *documents[:number])
+        other = next((o.prompt_ids for o in others if o.prompt_ids != document.prompt_ids), document.prompt_ids)
+        right.append(
+            document
+            if len(document.replies) == 1
+            else Rendered(document.token_ids[:stop], ((start, stop),), document.origin)
+        )
+        wrong.append(Rendered(other + reply, ((len(other), len(other) + len(reply)),), document.origin))
+    return right, wrong
+
+
+def _losses(chat: Chat, documents: Sequence[Rendered], base: bool) -> list[float]:
+    """Each document's loss, summed over what is learned."""
+    order = sorted(range(len(documents)), key=lambda n: len(documents[n].token_ids))
+    found: dict[int, float] = {}
+    start = 0
+    with chat.switched(base=base):
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and len(documents[order[stop]].token_ids) * (stop + 1 - start) <= _TOKENS_AT_ONCE:
+                stop += 1
+            some = order[start:stop]
+            found |= zip(some, losses(chat.model, [documents[n] for n in some]), strict=True)
+            start = stop
+    return [found[number] for number in range(len(documents))]
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+
+def _answer(chat: Chat, rows: Sequence[Row], base: bool) -> tuple[list[Reply], float]:
+    """Greedy replies to the rows' last turns, at most twice as long as the longest answer of the rows; and seconds."""
+    longest = max(row.documents[-1].replies[-1][1] - row.documents[-1].replies[-1][0] for row in rows)
+    talks = [row.conversation.messages[:-1] for row in rows]
+    began = time.perf_counter()
+    written = chat.replies(talks, temperature=0, max_tokens=min(max(64, 2 * longest), chats.MAX_TOKENS), base=base)
+    return written, time.perf_counter() - began
+
+
+def _answer_general(chat: Chat, base: bool) -> list[tuple[str, bool]]:
+    talks = [[Message("user", question.question)] for question in questions()]
+    written = chat.replies(talks, temperature=0, max_tokens=_GENERAL_TOKENS, base=base)
+    return [(r.text, question.right(r.text)) for r, question in zip(written, questions(), strict=True)]
+
+
+@cache
+def questions() -> tuple[General, ...]:
+    """The hundred general questions."""
+    items = [json.loads(line) for line in GENERAL.read_text(encoding="utf-8").splitlines()]
+    return tuple(General(item["question"], tuple(item["answers"])) for item in items)
+
+
+def _holds(reply: str, answer: str) -> bool:
+    """Whether the answer stands in the reply as a word; in capitals where it is written in capitals."""
+    flags = 0 if answer.isupper() else re.IGNORECASE
+    start = r"(?<![A-Za-z0-9])" if answer[0].isascii() else ""
+    end = r"(?![A-Za-z0-9])" if answer[-1].isascii() else ""
+    return re.search(start + re.escape(answer) + end, reply, flags) is not None
+
+
+def _reference(row: Row) -> str:
+    return row.conversation.messages[-1].content.strip()
+
+
+def _exact(replies: Sequence[Reply], rows: Sequence[Row]) -> float | None:
+    hits = [
+        float(scores.same(reply.text, _reference(row)))
+        for reply, row in zip(replies, rows, strict=True)
+        if len(scores.words(_reference(row))) <= scores.SHORT_WORDS
+    ]
+    return _mean(hits) if hits else None
+
+
+def _copied(replies: Sequence[Reply], rows: Sequence[Row], known: frozenset[scores.Run]) -> float | None:
+    shares = [scores.copied(r.text, _reference(row), known) for r, row in zip(replies, rows, strict=True)]
+    found = [share for share in shares if share is not None]
+    return _mean(found) if found else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,54 @@
+"""lm-evaluation-harness on base and tuned model, where somebody wants figures that others have as well."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.chat import Chat
+from tunesmith.errors import RecipeError
+
+
+def require() -> None:
+    """Raises RecipeError where the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            "--tasks", "no lm-evaluation-harness", "the package lm_eval", "Run: pip install 'lm_eval[hf]'"
+        )
+
+
+def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`{"TASK METRIC": {"base": …, "tuned": …}}`. A task is a name that the harness knows, or a YAML file of its kind.
+
+    Prompts are written with the chat template. Raises RecipeError for a task that is not known.
+    """
+    require()
+    lm_eval, models, catalogue = (
+        importlib.import_module(f"lm_eval{part}") for part in ("", ".models.huggingface", ".tasks")
+    )
+    known = catalogue.TaskManager()
+    wanted: list[Any] = []
+    for task in tasks:
+        if Path(task).is_file():
+            wanted.append(yaml.safe_load(Path(task).read_text(encoding="utf-8")))
+        elif task in known.all_tasks:
+            wanted.append(task)
+        else:
+            expected = "a name that `lm_eval ls tasks` lists, or a YAML file"
+            raise RecipeError("--tasks", repr(task), expected, "Check the spelling.")
+    model = models.HFLM(pretrained=chat.model, tokenizer=chat.renderer.template.tokenizer)
+    table: dict[str, dict[str, float]] = {}
+    for side in ("base", "tuned"):
+        with chat.switched(base=side == "base"):
+            results = lm_eval.simple_evaluate(model=model, tasks=wanted, task_manager=known, apply_chat_template=True)
+        for task, figures in results["results"].items():
+            for metric, value in figures.items():
+                name = metric.removesuffix(",none")
+                if isinstance(value, float) and "stderr" not in name:
+                    table.setdefault(f"{task} {name}", {})[side] = value
+    return table

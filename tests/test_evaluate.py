@@ -1,0 +1,292 @@
+"""The verdict on a run: what is counted, the rules, the page, and the judge."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from markupsafe import escape
+
+from conftest import tunesmith
+from small_runs import settings
+from tunesmith import cli, scores
+from tunesmith import evaluate as evaluations
+from tunesmith.chat import load
+from tunesmith.engine.step import losses
+from tunesmith.errors import MissingExtra, ModelError, RunError
+from tunesmith.evaluate import Answer, General, Side, conclude, evaluate
+from tunesmith.judging import judge_at
+from tunesmith.training import Run, train
+from tunesmith.types import Origin, Rendered
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_words_or_signs_of_scripts_without_spaces() -> None:
+    assert scores.words("Hello, 世界! It's 10 o'clock.") == ["hello", "世", "界", "it", "s", "10", "o", "clock"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "share"),
+    [("", 0), ("one two three", 0), ("a b c d e f g h", 0), ("a b c d a b c d", 1 / 5), ("la la la la la la", 2 / 3)],
+)
+def test_repetition_is_the_share_of_runs_that_were_there_before(reply: str, share: float) -> None:
+    assert scores.repetition(reply) == pytest.approx(share)
+
+
+def test_copied_is_what_stands_in_training_rows_and_not_in_the_own_answer() -> None:
+    text = "the quick brown fox jumps over the lazy dog and runs"
+    known = scores.long_runs([text])
+    assert scores.copied(text, "something else", known) == 1
+    assert scores.copied(text, text, known) is None  # right, whoever else says it
+    assert scores.copied("too short", "", known) is None
+    assert scores.copied("the quick brown fox jumps over the lazy cat today ok", "", known) == pytest.approx(1 / 4)
+
+
+def test_likeness_is_1_for_the_same_text_and_0_for_one_without_a_common_letter() -> None:
+    assert scores.likeness("Hello there", "Hello there") == pytest.approx(1)
+    assert scores.likeness("xyz", "abc") == 0
+    assert scores.same("Yes!", " yes ") and not scores.same("Yes, of course", "yes")
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
+    few, many = ([float(i % 5) for i in range(n)] for n in (20, 2000))
+    low, high = scores.interval(few)
+    assert low < 2 < high
+    assert scores.interval(many)[1] - scores.interval(many)[0] < (high - low) / 5
+    half = [1.0] * 20 + [3.0] * 20
+    assert scores.interval(half, [1.0] * 20 + [1e6] * 20) == pytest.approx((3, 3), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "reply", "right"),
+    [
+        (("7", "seven"), "There are seven days.", True),
+        (("7", "seven"), "There are 17 days.", False),
+        (("Paris",), "it is paris.", True),
+        (("CAT",), "cat", False),
+        (("CAT",), "It is CAT!", True),
+        (("十二",), "一年有十二个月。", True),
+        (("Au",), "Because.", False),
+    ],
+)
+def test_a_general_answer_is_right_if_it_holds_the_word(answers: tuple[str, ...], reply: str, right: bool) -> None:
+    assert General("?", answers).right(reply) == right
+
+
+def test_there_are_a_hundred_general_questions_and_none_twice() -> None:
+    asked = [question.question for question in evaluations.questions()]
+    assert len(asked) == len(set(asked)) == 100
+    assert not any(
+        question.right(question.question) for question in evaluations.questions() if len(question.answers) > 9
+    )
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_has_the_loss_that_transformers_gives_it(undisturbed: Run) -> None:
+    model = load(undisturbed.path).model
+    generator = torch.Generator().manual_seed(0)
+    documents = []
+    for n in (9, 30, 17):
+        ids = tuple(torch.randint(256, (n,), generator=generator).tolist())
+        documents.append(Rendered(ids, ((3, 5), (n - 3, n)), Origin("made", n)))
+    found = losses(model, documents)
+    for document, loss in zip(documents, found, strict=True):
+        ids = torch.tensor([document.token_ids])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0]
+        places = [i for i, learned in enumerate(document.supervised) if learned]
+        expected = sum(F.cross_entropy(logits[i - 1], ids[0, i]).item() for i in places)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_question_is_never_the_own_one() -> None:
+    def document(prompt: tuple[int, ...], reply: tuple[int, ...]) -> Rendered:
+        return Rendered(prompt + reply, ((len(prompt), len(prompt) + len(reply)),), Origin("made", 1))
+
+    documents = [document((1, 2), (7,)), document((1, 2), (8, 9)), document((3,), (6,))]
+    right, wrong = evaluations._own_and_other_questions(documents)
+    assert right == documents
+    assert [other.token_ids for other in wrong] == [(3, 7), (3, 8, 9), (1, 2, 6)]
+    assert [other.n_supervised for other in wrong] == [1, 2, 1]
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+BASE = Side(3.0, (2.9, 3.1), 0.3, (0.2, 0.4), 0.2, None, 0.95, 0.01, 0.0, 50, 100.0)
+GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listening_interval=(0.6, 1.0), likeness=0.5)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "change", "lost", "gained", "verdict", "says"),
+    [
+        (BASE, GOOD, (-1.1, -0.9), 3, 3, "better", "nothing forgotten"),
+        (BASE, GOOD, (-1.1, 0.1), 3, 3, "no difference", "few rows"),
+        (BASE, GOOD, (0.1, 0.3), 3, 3, "worse", "stop here because the loss rose"),
+        (BASE, replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9), 0, 0, "worse", "depend on the questions"),
+        (
+            replace(BASE, listening_interval=(-0.1, 0.1)), replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9),
+            0, 0, "no difference", "belong to their questions",
+        ),
+        (BASE, replace(GOOD, general=20), (-1.1, -0.9), 32, 2, "better", "but it forgot: 20 general"),
+        (BASE, replace(GOOD, general=46), (-1.1, -0.9), 20, 16, "better", "nothing forgotten"),  # chance
+        (BASE, replace(GOOD, copied=0.8), (-1.1, -0.9), 0, 0, "better", "it copies: 80%"),
+        (BASE, replace(GOOD, stopped=0.5), (-1.1, -0.9), 0, 0, "better", "only 50% of its answers end"),
+        (BASE, replace(GOOD, repetition=0.4), (-1.1, -0.9), 0, 0, "better", "repeats itself: 40%"),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_rules(
+    base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int, verdict: str, says: str
+) -> None:
+    found, sentence = conclude(base, tuned, change, lost, gained)
+    assert found == verdict and says in sentence
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(undisturbed: Run) -> None:
+    ended = tunesmith("eval", undisturbed.path, "--json")
+    assert ended.code == 0, ended.err
+    found = ended.json
+    assert found["rows"] == 4 and found["verdict"] in ("better", "no difference", "worse")
+    assert found["tuned"]["loss"] < found["base"]["loss"]
+    assert found["tuned"]["loss_interval"][0] < found["tuned"]["loss"] < found["tuned"]["loss_interval"][1]
+    assert len(found["answers"]) == 4 and len(found["general"]) == 100
+    changes = [answer["base_loss"] - answer["tuned_loss"] for answer in found["answers"]]
+    assert changes == sorted(changes)  # worst first
+    assert json.loads((undisturbed.path / "eval.json").read_text()) == found
+    page, report = ((undisturbed.path / name).read_text() for name in ("eval.html", "report.html"))
+    assert escape(found["sentence"]) in page and escape(found["sentence"]) in report
+    assert report.count("<h2>Evaluation</h2>") == 1
+    again = tunesmith("eval", undisturbed.path, "--json")
+    for side in ("base", "tuned"):
+        again.json[side].pop("tokens_per_second")
+    assert again.json["tuned"]["loss"] == found["tuned"]["loss"]
+    assert (undisturbed.path / "report.html").read_text().count("<h2>Evaluation</h2>") == 1
+
+
+def test_the_loss_is_that_of_the_training_s_own_measurement(undisturbed: Run) -> None:
+    """Two ways to the same number: the engine's, and transformers' own layers side by side."""
+    found = evaluate(undisturbed.path)
+    assert undisturbed.held_out_loss is not None
+    assert found.base.loss == pytest.approx(undisturbed.held_out_loss[0], rel=1e-5)
+    assert found.tuned.loss == pytest.approx(undisturbed.held_out_loss[1], rel=1e-5)
+
+
+def test_rows_of_another_file_can_be_measured(undisturbed: Run, rows: Path) -> None:
+    found = evaluate(undisturbed.path, rows)
+    assert found.rows == 4 and {a.question for a in found.answers} == {
+        "Who are you?", "What is 1+1?", "Say hi.", "Bye?"
+    }  # fmt: skip
+
+
+def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = train(settings(tiny_model, rows, **{"eval.hold_out": 0, "train.epochs": 1}), tmp_path / "run")
+    with pytest.raises(RunError, match="--data FILE"):
+        evaluate(run.path)
+
+
+def test_data_that_is_no_longer_the_same_is_refused(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    data = tmp_path / "talk.jsonl"
+    data.write_text(talk.read_text())
+    run = train(settings(tiny_model, data, **{"train.epochs": 1}), tmp_path / "run")
+    data.write_text(talk.read_text().replace("Count to 3.", "Count to three."))
+    ended = tunesmith("eval", run.path)
+    assert ended.code == 2 and "other rows than at training" in ended.err
+
+
+def test_a_missing_package_is_named_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tunesmith", "eval"])
+    with pytest.raises(MissingExtra, match=r"pip install 'tunesmith\[eval\]'"):
+        cli._require_extra("eval", "a_package_that_nobody_has")
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def judge_server(choose: Any) -> Iterator[tuple[str, list[str]]]:
+    """A server that speaks as much of OpenAI's API as a judge needs; what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def answer(self, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.answer(
+                {"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "me"}]}
+            )
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(request["messages"][0]["content"])
+            message = {"role": "assistant", "content": choose(asked[-1])}
+            self.answer(
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": request["model"],
+                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                }
+            )
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def prefers_gold(question: str) -> str:
+    first, second = question.split("[Answer A]")[1].split("[Answer B]")
+    return "A" if "gold" in first else "B" if "gold" in second else "C"
+
+
+ANSWERS = [
+    Answer("rows:1", "q1", "gold", "tin", "gold", 0, 1, 2, 1),
+    Answer("rows:2", "q2", "gold", "gold", "tin", 1, 0, 1, 2),
+    Answer("rows:3", "q3", "gold", "tin", "tin", 0, 0, 1, 1),
+]
+
+
+def test_a_judge_sees_each_pair_in_both_orders_and_not_whose_they_are() -> None:
+    with judge_server(prefers_gold) as (url, asked):
+        assert judge_at(url)(ANSWERS) == ["tuned", "base", "neither"]
+    assert len(asked) == 6
+    assert not any(word in text.lower() for text in asked for word in ("tuned", "base", "adapter"))
+
+
+def test_a_judge_that_always_takes_the_first_decides_nothing() -> None:
+    with judge_server(lambda _: "A") as (url, _):
+        assert judge_at(url)(ANSWERS) == ["neither"] * 3
+
+
+def test_a_judge_that_is_not_there_is_an_error_with_its_address() -> None:
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9/v1"):
+        judge_at("http://127.0.0.1:9/v1")(ANSWERS)
