@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from test_engine import adapted, base, distance, engine, take
 from test_trie import batches
-from tunesmith.engine import decoder, lanes, layers
+from tunesmith.engine import decoder, lanes, layers, loss
 from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.types import Rendered
 
@@ -56,6 +56,20 @@ def test_lanes_of_any_trie_add_up(documents: list[Rendered], count: int, recompu
     with pytest.MonkeyPatch.context() as patch:
         with_lanes(count, patch)
         assert distance(take(made, documents), expected) < 1e-12  # observed 3e-15
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_lanes_share_an_output_layer_that_has_little_memory(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Lanes whose numbers of predicting tokens differ by one may cut them into different numbers of chunks."""
+    made = engine(adapted(base("llama")).double(), "decoder")
+    expected = take(made)
+    assert made._decoder is not None
+    n_words = len(made._decoder._model.head)
+    with_lanes(count, monkeypatch)
+    monkeypatch.setattr(loss, "_LEAST_ROWS", 1)
+    for rows in range(1, 40):
+        monkeypatch.setattr(loss, "_CHUNK_BYTES", {"cpu": 4 * n_words * count * rows})
+        assert distance(take(made), expected) < 1e-12  # observed 3e-16
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])

@@ -11,7 +11,6 @@ Legend: T tokens of a lane, U predicting positions of a lane, H width.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -314,13 +313,12 @@ class _Lane:
         lanes.tell(self._number, "normed")
         lanes.hear(every, "normed")
         start, stop = (len(normed) * number // lanes.count for number in (self._number, self._number + 1))
-        n_rows = math.ceil(len(normed) / lanes.count)
         loss, gradient = loss_and_gradient(
             normed[start:stop],
             head,
             batch.labels.part(start, stop),
             with_gradient=self._micro.n_supervised is not None,
-            space=self._take("logits", chunk_rows(n_rows, len(head), head.device, lanes.count) * len(head)),
+            space=self._take("logits", chunk_rows(stop - start, len(head), head.device, lanes.count) * len(head)),
             at_once=lanes.count,
         )
         if self._micro.n_supervised is not None:
