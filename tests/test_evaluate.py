@@ -23,7 +23,8 @@ from tunesmith import evaluate as evaluations
 from tunesmith.chat import load
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
-from tunesmith.evaluate import Answer, General, Side, conclude, evaluate
+from tunesmith.evaluate import Answer, Side, conclude, evaluate
+from tunesmith.general import General, questions
 from tunesmith.judging import judge_at
 from tunesmith.training import Run, train
 from tunesmith.types import Origin, Rendered
@@ -84,11 +85,9 @@ def test_a_general_answer_is_right_if_it_holds_the_word(answers: tuple[str, ...]
 
 
 def test_there_are_a_hundred_general_questions_and_none_twice() -> None:
-    asked = [question.question for question in evaluations.questions()]
+    asked = [question.question for question in questions()]
     assert len(asked) == len(set(asked)) == 100
-    assert not any(
-        question.right(question.question) for question in evaluations.questions() if len(question.answers) > 9
-    )
+    assert not any(question.right(question.question) for question in questions() if len(question.answers) > 9)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

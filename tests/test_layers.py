@@ -14,7 +14,8 @@ LAYERS = [
     {"cli", "__main__"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate"},
-    {"harness", "scores"},
+    {"export"},
+    {"harness", "scores", "merging"},
     {"training", "chat", "report", "adapter_files", "shown"},
     {"trainer"},
     {"planning"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"steps", "machines"},
     {"cache", "rows", "runs"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
-    {"errors", "types", "interrupts"},
+    {"errors", "types", "interrupts", "general"},
 ]
 WITHOUT_TORCH = {module for layer in LAYERS[-2:] for module in layer} | {"__init__", "cli", "__main__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}

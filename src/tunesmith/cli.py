@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -428,6 +428,35 @@ def evaluate(
     display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
     if as_json:
         _print_json(evaluation.as_dict())
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Literal["adapter", "merged"], typer.Option(help="What to write.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="New folder; default: in the run's own.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: as the base's files.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take a run to where models are served: written, opened again, compared with the live adapter."""
+    console = _start(verbose, as_json)
+    rundir.open_run(run)
+    if out is not None:
+        rundir.check_target(out)
+    from tunesmith import display
+    from tunesmith.export import export
+
+    with console.status("") as status:
+        written = export(run, to, out, dtype, tell=status.update)
+    display.show_export(console, written)
+    if as_json:
+        _print_json(written.as_dict())
 
 
 @app.command()

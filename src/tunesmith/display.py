@@ -28,6 +28,7 @@ from tunesmith.types import Fault, Origin
 
 if TYPE_CHECKING:
     from tunesmith.evaluate import Evaluation
+    from tunesmith.export import Export
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LEARNED, _GIVEN = "#052e16 on #86efac", "grey62"
@@ -378,6 +379,17 @@ def show_evaluation(console: Console, evaluation: Evaluation, lines: Sequence[Se
         table.add_row(name, base, tuned)
     console.print(table)
     console.print(f"Answers side by side, worst first: {page}", highlight=False, soft_wrap=True)
+
+
+def show_export(console: Console, export: Export) -> None:
+    """Where it is, and what it was compared with."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("compared with the live adapter", "found", "bound"):
+        table.add_column(name, justify="left" if name.startswith("compared") else "right")
+    for check in export.checks:
+        table.add_row(check.name, f"[green]{check.value:.4g}[/]", f"{check.bound:.4g}")
+    console.print(table)
+    console.print(f"{export.to}: {export.path}", highlight=False, soft_wrap=True)
 
 
 def show_run(console: Console, run: Run) -> None:

@@ -20,11 +20,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,28 +33,17 @@ from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
+from tunesmith.general import questions
 from tunesmith.rows import Row
 from tunesmith.types import Message, Rendered
 
 Verdict = Literal["better", "no difference", "worse"]
-GENERAL = Path(__file__).parent / "general" / "questions.jsonl"
 ASKED_AT_MOST = 100
 """Held-out rows whose replies are written and compared; the loss is measured on all of them."""
 
 _GENERAL_TOKENS = 48
 _TOKENS_AT_ONCE = 1024
 _TRAINING_ROWS = 100_000  # whose replies are looked through for copies
-
-
-@dataclass(frozen=True)
-class General:
-    """A short question that has nothing to do with anybody's data, and what a right answer holds."""
-
-    question: str
-    answers: tuple[str, ...]
-
-    def right(self, reply: str) -> bool:
-        return any(_holds(reply, answer) for answer in self.answers)
 
 
 @dataclass(frozen=True)
@@ -373,21 +360,6 @@ def _answer_general(chat: Chat, base: bool) -> list[tuple[str, bool]]:
     talks = [[Message("user", question.question)] for question in questions()]
     written = chat.replies(talks, temperature=0, max_tokens=_GENERAL_TOKENS, base=base)
     return [(r.text, question.right(r.text)) for r, question in zip(written, questions(), strict=True)]
-
-
-@cache
-def questions() -> tuple[General, ...]:
-    """The hundred general questions."""
-    items = [json.loads(line) for line in GENERAL.read_text(encoding="utf-8").splitlines()]
-    return tuple(General(item["question"], tuple(item["answers"])) for item in items)
-
-
-def _holds(reply: str, answer: str) -> bool:
-    """Whether the answer stands in the reply as a word; in capitals where it is written in capitals."""
-    flags = 0 if answer.isupper() else re.IGNORECASE
-    start = r"(?<![A-Za-z0-9])" if answer[0].isascii() else ""
-    end = r"(?![A-Za-z0-9])" if answer[-1].isascii() else ""
-    return re.search(start + re.escape(answer) + end, reply, flags) is not None
 
 
 def _reference(row: Row) -> str:
