@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,10 +116,12 @@ def test_another_question_is_never_the_own_one() -> None:
         return Rendered(prompt + reply, ((len(prompt), len(prompt) + len(reply)),), Origin("made", 1))
 
     documents = [document((1, 2), (7,)), document((1, 2), (8, 9)), document((3,), (6,))]
-    right, wrong = evaluations._own_and_other_questions(documents)
+    right, wrong = evaluations._own_and_other_questions(documents, 100)
     assert right == documents
     assert [other.token_ids for other in wrong] == [(3, 7), (3, 8, 9), (1, 2, 6)]
     assert [other.n_supervised for other in wrong] == [1, 2, 1]
+    _, wrong = evaluations._own_and_other_questions(documents, 2)
+    assert [other.token_ids for other in wrong] == [(3, 7), (1, 2, 8, 9), (3, 6)]  # no other one can be read
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -155,8 +158,14 @@ def test_the_verdict_follows_from_the_rules(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(undisturbed: Run) -> None:
-    ended = tunesmith("eval", undisturbed.path, "--json")
+@pytest.fixture
+def finished(undisturbed: Run, tmp_path: Path) -> Path:
+    """A finished run that may be written into."""
+    return Path(shutil.copytree(undisturbed.path, tmp_path / "run"))
+
+
+def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(finished: Path) -> None:
+    ended = tunesmith("eval", finished, "--json")
     assert ended.code == 0, ended.err
     found = ended.json
     assert found["rows"] == 4 and found["verdict"] in ("better", "no difference", "worse")
@@ -165,15 +174,15 @@ def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(undisturbed:
     assert len(found["answers"]) == 4 and len(found["general"]) == 100
     changes = [answer["base_loss"] - answer["tuned_loss"] for answer in found["answers"]]
     assert changes == sorted(changes)  # worst first
-    assert json.loads((undisturbed.path / "eval.json").read_text()) == found
-    page, report = ((undisturbed.path / name).read_text() for name in ("eval.html", "report.html"))
+    assert json.loads((finished / "eval.json").read_text()) == found
+    page, report = ((finished / name).read_text() for name in ("eval.html", "report.html"))
     assert escape(found["sentence"]) in page and escape(found["sentence"]) in report
     assert report.count("<h2>Evaluation</h2>") == 1
-    again = tunesmith("eval", undisturbed.path, "--json")
+    again = tunesmith("eval", finished, "--json")
     for side in ("base", "tuned"):
         again.json[side].pop("tokens_per_second")
     assert again.json["tuned"]["loss"] == found["tuned"]["loss"]
-    assert (undisturbed.path / "report.html").read_text().count("<h2>Evaluation</h2>") == 1
+    assert (finished / "report.html").read_text().count("<h2>Evaluation</h2>") == 1
 
 
 def test_the_loss_is_that_of_the_training_s_own_measurement(undisturbed: Run) -> None:
@@ -189,6 +198,19 @@ def test_rows_of_another_file_can_be_measured(undisturbed: Run, rows: Path) -> N
     assert found.rows == 4 and {a.question for a in found.answers} == {
         "Who are you?", "What is 1+1?", "Say hi.", "Bye?"
     }  # fmt: skip
+
+
+def test_a_run_is_measured_from_another_folder_than_it_was_started_in(
+    tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of model and data were relative to where it was started."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copyfile(talk, tmp_path / "talk.jsonl")
+    monkeypatch.chdir(tmp_path)
+    train(settings(Path("model"), Path("talk.jsonl"), **{"train.epochs": 1}), Path("run"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate(tmp_path / "run").rows == 4
 
 
 def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_command_writes_a_folder_that_needs_nothing_else(finished: Path) -> 
 def test_weights_are_kept_in_the_type_that_is_asked_for(finished: Path, dtype: str, stored: str) -> None:
     written = export(finished, "merged", dtype=dtype)
     with safe_open(written.path / "model.safetensors", framework="pt") as file:
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in set(file.keys())} == {stored}
     assert json.loads((written.path / "config.json").read_text())["dtype"] == dtype
     AutoModelForCausalLM.from_pretrained(written.path, dtype="auto")
 
@@ -144,7 +144,7 @@ def test_an_adapter_of_another_base_is_named(finished: Path, tiny_model: Path, t
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        list(Merged(base, finished / "adapter"))
+        merging.write(Merged(base, finished / "adapter"), tmp_path, None)
 
 
 @pytest.mark.parametrize(

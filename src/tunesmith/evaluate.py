@@ -18,7 +18,6 @@ The verdict follows from these rules, and from nothing else:
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +27,14 @@ from typing import Any, Literal
 
 from tunesmith import chat as chats
 from tunesmith import harness, rundir, scores
-from tunesmith import recipe as recipes
+from tunesmith import model as models
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
 from tunesmith.general import questions
 from tunesmith.rows import Row
+from tunesmith.training import recipe_of
 from tunesmith.types import Message, Rendered
 
 Verdict = Literal["better", "no difference", "worse"]
@@ -134,19 +134,11 @@ def evaluate(
     has faults; ProofError as `chat.load` does.
     """
     run = rundir.open_run(path)
-    recipe, _ = recipes.resolve(run.recipe)
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    own = Path(recipe.data.path if Path(recipe.data.path).is_file() else manifest["data"]["path"])
-    recipe = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"name": manifest["base"]["folder"], "revision": None}),
-            "data": recipe.data.model_copy(update={"path": str(own)}),
-        }
-    )
+    recipe, _, manifest = recipe_of(run)
     tell("Reading the rows …")
     checked = check(recipe)
     if checked.data.digest != manifest["data"]["sha256"]:
-        raise RunError(str(own), "other rows than at training", "the file that was trained on", "Put it back.")
+        raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
     trained, held_out = hold_out(checked)
     rows: Sequence[Row] = held_out
     if data is not None:
@@ -165,7 +157,7 @@ def evaluate(
     )
     tell("Loading the model …")
     chat = chats.load(path)
-    evaluation = _measure(chat, list(rows), str(data or own), known, judge, tell)
+    evaluation = _measure(chat, list(rows), str(data or recipe.data.path), known, judge, tell)
     if tasks:
         tell("lm-evaluation-harness …")
         evaluation = replace(evaluation, tasks=harness.measure(chat, tasks))
@@ -182,7 +174,9 @@ def _measure(
 ) -> Evaluation:
     documents = [document for row in rows for document in row.documents]
     n_supervised = [document.n_supervised for document in documents]
-    right, wrong = _own_and_other_questions([row.documents[-1] for row in rows])
+    right, wrong = _own_and_other_questions(
+        [row.documents[-1] for row in rows], models.context_length(chat.model.config)
+    )
     n_replied = [document.n_supervised for document in right]
     asked = rows[:ASKED_AT_MOST]
     sides: list[Side] = []
@@ -310,15 +304,16 @@ def _chance(lost: int, gained: int) -> float:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def _own_and_other_questions(documents: Sequence[Rendered]) -> tuple[list[Rendered], list[Rendered]]:
+def _own_and_other_questions(documents: Sequence[Rendered], readable: int) -> tuple[list[Rendered], list[Rendered]]:
     """Each document with its last reply alone learned, and that reply after the prompt of the next document that asks
-    something else."""
+    something else, as far as the model can read both."""
     right, wrong = [], []
     for number, document in enumerate(documents):
         start, stop = document.replies[-1]
         reply = document.token_ids[start:stop]
         others = (*documents[number + 1 :], *documents[:number])
-        other = next((o.prompt_ids for o in others if o.prompt_ids != document.prompt_ids), document.prompt_ids)
+        prompts = (o.prompt_ids for o in others if len(o.prompt_ids) + len(reply) <= readable)
+        other = next((prompt for prompt in prompts if prompt != document.prompt_ids), document.prompt_ids)
         right.append(
             document
             if len(document.replies) == 1

@@ -48,6 +48,7 @@ class _Bounds:
     same_reply: float
 
 
+_COARSENESS = (torch.float32, torch.float16, torch.bfloat16)
 _BOUNDS = {
     torch.float32: _Bounds(1e-3, 0.99, 0.9),
     torch.float16: _Bounds(0.25, 0.97, 0.6),
@@ -202,7 +203,7 @@ def _merged(
         with torch.inference_mode():
             written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
         same_replies += tuple(written[0, len(prompt) :].tolist()) == reply
-    bounds = _BOUNDS[kept]
+    bounds = _BOUNDS[max(kept, live.dtype, key=_COARSENESS.index)]  # what is computed in bfloat16 differs by as much
     n = len(live.prompts)
     return [
         _at_least("same token ids of prompts", same_prompts / n, 1),

@@ -43,23 +43,22 @@ class Merged:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weight, in the type of the base's files; those that the adapter changes in fp32.
 
-        Raises ModelError when the adapter has a layer that the base has not.
+        Raises ModelError before the first one when the adapter has a layer that the base has not.
         """
         settings = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(self.adapter / "adapter_model.safetensors", framework="pt") as adapter:
-            left = {key.removeprefix(_PREFIX).rpartition(".lora_A.")[0] for key in adapter.keys() if ".lora_A." in key}  # noqa: SIM118
+            changed = {key.removeprefix(_PREFIX).rpartition(".lora_A.")[0] for key in _names(adapter)} - {""}
+            if absent := sorted({f"{layer}.weight" for layer in changed} - self.shapes().keys()):
+                found, fix = f"an adapter for {absent[0]}", "Use the base that it was trained on."
+                raise ModelError(str(self.base), found, "a weight of that name", fix)
             for path in sorted(self.base.glob("*.safetensors")):
                 with safe_open(path, framework="pt") as base:
-                    for name in base.keys():  # noqa: SIM118
-                        layer = name.removesuffix(".weight")
-                        weight = base.get_tensor(name)
-                        if name.endswith(".weight") and layer in left:
-                            left.remove(layer)
-                            weight = _with_adapter(weight.float(), layer, adapter, settings)
+                    for name in _names(base):
+                        weight, layer = base.get_tensor(name), name.removesuffix(".weight")
+                        if name != layer and layer in changed:
+                            # A copy: what is written into a mapped weight stays in memory until the file is closed.
+                            weight = _with_adapter(weight.to(torch.float32, copy=True), layer, adapter, settings)
                         yield name, weight
-        if left:
-            found = f"an adapter for {sorted(left)[0]}"
-            raise ModelError(str(self.base), found, "a weight of that name", "Use the base that it was trained on.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,10 +74,14 @@ class Merged:
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for path in sorted(self.base.glob("*.safetensors")):
             with safe_open(path, framework="pt") as base:
-                for name in base.keys():  # noqa: SIM118
+                for name in _names(base):
                     part = base.get_slice(name)
                     found[name] = tuple(part.get_shape()), _TYPES[part.get_dtype()]
         return found
+
+
+def _names(file: Any) -> list[str]:
+    return list(file.keys())
 
 
 def _with_adapter(weight: Tensor, layer: str, adapter: Any, settings: Mapping[str, Any]) -> Tensor:

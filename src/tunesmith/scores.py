@@ -60,8 +60,11 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
     percentile bootstrap over rows (Efron 1979), 2,000 draws with one seed."""
     value = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(value), size=(2000, len(value)))
-    means = (value * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+    chance = np.random.default_rng(0)
+    means = np.empty(2000)
+    for number in range(len(means)):
+        drawn = chance.integers(len(value), size=len(value))
+        means[number] = (value[drawn] * weight[drawn]).sum() / weight[drawn].sum()
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 

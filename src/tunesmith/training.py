@@ -157,7 +157,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
         if ranks.is_main:
             rundir.mend(origin, point)
         origin = rundir.open_run(origin.path)
-        recipe, sources, manifest = _recipe_of(origin, epochs)
+        recipe, sources, manifest = recipe_of(origin, epochs)
         if damaged and point is None:
             raise ProofError(
                 str(damaged[-1]),
@@ -321,8 +321,11 @@ class _Work:
 # --- is it the same run? ----------------------------------------------------------------------------------------------
 
 
-def _recipe_of(run: RunDir, epochs: int | None) -> tuple[Recipe, dict[str, recipes.Source], dict[str, Any]]:
-    """A run's recipe as it began, with where its values came from, and its manifest."""
+def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str, recipes.Source], dict[str, Any]]:
+    """A run's recipe as it began, with where its values came from, and its manifest.
+
+    Raises RunError when recipe.yaml is no longer what the run began with, or the manifest can not be read.
+    """
     recipe, _ = recipes.resolve(run.recipe)
     manifest = _read_manifest(run)
     began_with = manifest["recipe"]
