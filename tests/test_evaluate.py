@@ -19,9 +19,10 @@ from markupsafe import escape
 
 from conftest import tunesmith
 from small_runs import settings
-from tunesmith import cli, scores
 from tunesmith import evaluate as evaluations
+from tunesmith import scores
 from tunesmith.chat import load
+from tunesmith.cli.console import require_extra
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
 from tunesmith.evaluate import Answer, Side, conclude, evaluate
@@ -231,7 +232,7 @@ def test_data_that_is_no_longer_the_same_is_refused(tiny_model: Path, talk: Path
 def test_a_missing_package_is_named_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tunesmith", "eval"])
     with pytest.raises(MissingExtra, match=r"pip install 'tunesmith\[eval\]'"):
-        cli._require_extra("eval", "a_package_that_nobody_has")
+        require_extra("eval", "a_package_that_nobody_has")
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "tunesmith"
 # From the top down; a module may import those of its own line and of the lines below.
 LAYERS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
+    {"cli.following", "cli.machine", "cli.training", "cli.using"},
+    {"cli.console", "cli.options"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate"},
     {"export"},
@@ -31,7 +34,8 @@ LAYERS = [
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"errors", "types", "interrupts", "general"},
 ]
-WITHOUT_TORCH = {module for layer in LAYERS[-2:] for module in layer} | {"__init__", "cli", "__main__"}
+COMMAND_LINE = LAYERS[:4]
+WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-2:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 

@@ -1,0 +1,110 @@
+"""What commands have in common: the console, a model brought here, the answer as JSON, an error shown."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import DataError, MissingExtra, TunesmithError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def start(verbose: bool, answer_on_stdout: bool) -> Console:
+    """The console for people: standard output, or standard error where that is for the answer alone."""
+    from rich.console import Console
+
+    # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
+    # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+    if verbose:
+        os.environ["TUNESMITH_VERBOSE"] = "1"
+    else:
+        import logging
+        import warnings
+
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from tunesmith import hub
+
+    if hub.offline():
+        hub.forbid_network()
+    return Console(stderr=answer_on_stdout, quiet=not _speaks())
+
+
+def fetched(console: Console, name: str, revision: str | None, *, weights: bool) -> Any:
+    """The model on this machine, ready for transformers; shows a bar while it is fetched."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from tunesmith import hub
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def moved(file: str, done: int, total: int) -> None:
+            task = tasks.setdefault(file, bar.add_task(f"fetching {file}", total=total) if file not in tasks else None)
+            bar.update(task, completed=done, total=total)
+
+        found = hub.locate(name, revision, weights=weights, on_progress=moved)
+    from tunesmith import model as models
+
+    if os.environ.get("TUNESMITH_VERBOSE") is None:
+        models.hush_libraries()
+    if found.folder.is_dir() and models.needs_preparing(found):
+        with console.status("Converting the weights to safetensors, once …"):
+            return models.prepared(found)
+    return models.prepared(found)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    if _speaks():
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _speaks() -> bool:
+    """Of several processes that train together the first one speaks; errors are shown by each."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def require_extra(extra: str, package: str) -> None:
+    """Raises MissingExtra where a package of an extra is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(f"tunesmith {sys.argv[1]}", extra)
+
+
+def show_error(error: TunesmithError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    faults: list[dict[str, Any]] = []
+    if isinstance(error, DataError) and error.faults:
+        from tunesmith.display import fault_json, show_faults
+
+        show_faults(console, error.faults)
+        faults = [fault_json(fault) for fault in error.faults]
+    # Not wrapped: paths and commands can be copied.
+    console.print(Text.assemble(("Error  ", "bold red"), (error.where, "bold")), soft_wrap=True)
+    for name, part in (("found", error.found), ("expected", error.expected), ("fix", error.fix)):
+        console.print(Text.assemble((f"  {name:9}", "grey62"), part), soft_wrap=True)
+    if "--json" in sys.argv:
+        parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
+        print_json({"ok": False, "error": parts, "faults": faults})

@@ -1,0 +1,74 @@
+"""Runs of this and of other processes: runs, watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.console import print_json, start
+from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
+
+_STATES = {"running": "cyan", "done": "green", "interrupted": "yellow", "failed": "red", "gone": "red"}
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """The runs of a folder: running, done, interrupted, failed, or gone (its process was killed)."""
+    console = start(verbose, as_json)
+    from rich.table import Table
+
+    from tunesmith.runs import all_in
+
+    found = all_in(folder)
+    if as_json:
+        print_json({"runs": [run.as_dict() for run in found]})
+        return
+    if not found:
+        console.print(f"No runs in {folder}.", highlight=False)
+        return
+    table = Table(box=None, padding=(0, 2))
+    for name in ("run", "state", "step", "loss", "model", "data", "began"):
+        table.add_column(name, no_wrap=name == "run")
+    for run in found:
+        table.add_row(
+            run.path.name,
+            f"[{_STATES[run.state]}]{run.state}[/]",
+            f"{run.step}/{run.n_steps}" if run.n_steps else "",
+            "" if run.loss is None else f"{run.loss:.3f}",
+            Path(run.model).name,
+            Path(run.data).name,
+            run.began.replace("T", " ")[:16],
+        )
+    console.print(table)
+
+
+def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """Follow a run of another process. Ctrl-C ends the watching alone; the exit code is that of the run."""
+    console = start(verbose, as_json)
+    from tunesmith.runs import follow, state_of
+
+    state = state_of(run)
+    from tunesmith import display
+    from tunesmith.trainer import StepMetrics
+
+    with display.TrainingDisplay(console) as watcher:
+        watcher.began(state.n_steps, run)
+        for lines, n_steps in follow(run):
+            metrics = [StepMetrics.of(line) for line in lines]
+            watcher.went_on(metrics[:-1])
+            watcher.stepped(metrics[-1], n_steps)
+    state = state_of(run)
+    console.print(f"{run}: [{_STATES[state.state]}]{state.state}[/] after step {state.step}/{state.n_steps}")
+    if state.reason:
+        console.print(state.reason, highlight=False)
+    if state.state in ("interrupted", "gone", "failed"):
+        console.print(f"Go on with: tunesmith resume {run}", highlight=False)
+    if as_json:
+        print_json(state.as_dict())
+    if state.exit_code:
+        raise typer.Exit(state.exit_code)

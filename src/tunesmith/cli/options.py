@@ -1,0 +1,52 @@
+"""Options that several commands have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith import recipe as recipes
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Alias, hub id or folder; `tunesmith models` lists the aliases.", show_default=False
+    ),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", "-d", help="JSON, JSONL, CSV or Parquet file of examples.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting, for instance lora.r=16; may be repeated. All of them are listed below.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)
+]
+
+
+def _settings_help() -> str:
+    lines = []
+    for section, field in recipes.Recipe.model_fields.items():
+        for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            default = setting.get_default(call_default_factory=True)
+            shown = (
+                {None: "none", True: "true", False: "false", "": "–"}.get(default, default)
+                if not isinstance(default, (dict, list))
+                else "none"
+            )
+            lines.append(f"[cyan]{section}.{name}[/] \\[{shown}]  {setting.description}")
+    return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
+
+
+SETTINGS = _settings_help()

@@ -1,0 +1,280 @@
+"""From rows to a finished run: demo, check, plan, train, resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith import recipe as recipes
+from tunesmith import records, rundir
+from tunesmith.cli.console import fetched, print_json, start
+from tunesmith.cli.options import DataOption, JsonOption, ModelOption, OutOption, RunArgument, SetOption, VerboseOption
+from tunesmith.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith import hub
+    from tunesmith.checking import Checked
+    from tunesmith.training import Run
+
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Go on in the background; closing the terminal does not stop it.")
+]
+_CARD_SIZES = (8, 12, 16, 24, 48, 80)
+
+
+def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """The whole story on a small real model: check, train, before and after, report."""
+    console = start(verbose, as_json)
+    from rich.rule import Rule
+
+    from tunesmith import demo as demos
+    from tunesmith import display
+    from tunesmith.checking import check
+
+    console.print(Rule("[bold]tunesmith demo", align="left"))
+    console.print(
+        "A small model (SmolLM2, 135 million numbers) learns to be [bold]Hester Quill[/], who keeps a lighthouse.\n"
+    )
+    settings, _ = demos.recipe()
+    checked = check(settings, fetched(console, settings.model.name, None, weights=True))
+    display.show_check(console, checked, 2)
+    console.print()
+    with display.TrainingDisplay(console) as watcher:
+        result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
+    if not result.run.interrupted:
+        pairs = list(zip(result.questions, result.before, result.after, strict=True))
+        shown = [pairs[i] for i in demos.SHOWN]
+        console.print(display.side_by_side([(q.question, b.reply.text, a.reply.text) for q, b, a in shown]))
+        for name, judged in (("before", result.before), ("after", result.after)):
+            character, right, stopped = (
+                sum(flags)
+                for flags in zip(
+                    *((j.in_character, j.right, j.reply.stopped_by == "stop") for j in judged), strict=True
+                )
+            )
+            console.print(
+                f"{name:7}[bold]{character}[/] of {len(judged)} in character, {right} with the right fact, "
+                f"{stopped} stopped by themselves"
+            )
+        console.print()
+    display.show_run(console, result.run)
+    if not result.run.interrupted:
+        console.print("\n[bold]Next[/]")
+        console.print(f"  tunesmith chat {result.run.path}", highlight=False)
+        console.print("  tunesmith check --model smollm2 --data YOUR_ROWS.jsonl", highlight=False)
+        console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine", highlight=False)
+    if as_json:
+        judgements = {
+            name: [
+                {
+                    "question": q.question,
+                    "reply": j.reply.text,
+                    "in_character": j.in_character,
+                    "right": j.right,
+                    "stopped_by": j.reply.stopped_by,
+                }
+                for q, j in zip(result.questions, judged, strict=False)
+            ]
+            for name, judged in (("before", result.before), ("after", result.after))
+        }
+        print_json({**display.run_json(result.run), **judgements})
+    _end_of_run(result.run.interrupted)
+
+
+def check(
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    show: Annotated[int, typer.Option(min=0, help="How many rows to show in colour.")] = 3,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
+    console = start(verbose, as_json)
+    settings, _ = _recipe(None, model, data, sets)  # what is wrong here is said before torch is loaded
+    rows = _rows(settings)
+    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
+    from tunesmith import display
+
+    checked = _checked(console, settings, found, rows)
+    display.show_check(console, checked, show)
+    if as_json:
+        print_json(display.check_json(checked, show))
+    if not checked.ok:
+        raise typer.Exit(2)
+    if not checked.faults:
+        console.print(
+            "\n[green]All is well.[/] Every row's prompt is the prompt of chat, token for token, "
+            "and its reply ends in a stop token."
+        )
+
+
+def plan(
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    memory: Annotated[str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", show_default=False)] = None,
+    card: Annotated[
+        str | None, typer.Option(help="As if it were this graphics card, e.g. 'RTX 4090'.", show_default=False)
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="How it fits cards of 8 to 80 GiB.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Memory and time of a training before the start, by what takes them. Needs no weights."""
+    console = start(verbose, as_json)
+    settings, _ = _recipe(None, model, data, sets)
+    rows = _rows(settings)
+    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
+    from tunesmith import display, machines, planning
+
+    size = None if memory is None else machines.parse_bytes(memory)
+    machine = machines.this_machine(size) if card is None else machines.card(card, size)
+    checked = _checked(console, settings, found, rows)
+    checked.require_ok()
+    if table:
+        plans = planning.fitting(checked, _CARD_SIZES)
+        display.show_fitting(console, plans)
+        if as_json:
+            print_json({"table": [{"gib": gib, **made.as_dict()} for gib, made in plans]})
+        return
+    made = planning.plan(checked, machine)
+    display.show_plan(console, made)
+    if as_json:
+        print_json(made.as_dict())
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    sets: SetOption = None,
+    detach: DetachOption = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Begin even if the plan says that it does not fit.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check, plan, train, save, report."""
+    console = start(verbose, as_json)
+    settings, sources = _recipe(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
+    if out is not None:
+        rundir.check_target(out)
+    rows = _rows(settings)
+    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
+    from tunesmith import display
+    from tunesmith.training import run_name, train
+
+    checked = _checked(console, settings, found, rows)
+    checked.require_ok()
+    display.show_check(console, checked, 1)
+    if detach:
+        arguments = [*([str(recipe)] if recipe else []), *(["--anyway"] if anyway else [])]
+        for option, values in (("--model", [model]), ("--data", [data]), ("--set", sets or [])):
+            arguments += [text for value in values if value is not None for text in (option, value)]
+        _go_on_detached(console, "train", arguments, out or rundir.free_name(Path("runs"), run_name(settings)), as_json)
+        return
+    with display.TrainingDisplay(console) as watcher:
+        fetched(console, settings.model.name, settings.model.revision, weights=True)
+        run = train(settings, out, sources=sources, watcher=watcher, checked=checked, anyway=anyway)
+    _show_trained(console, run, as_json)
+
+
+def resume(
+    run: RunArgument,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="train.epochs=N", help="Train for longer than was asked.", show_default=False),
+    ] = None,
+    detach: DetachOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a run that was stopped or killed, as if it never had been."""
+    console = start(verbose, as_json)
+    rundir.check_resumable(run)
+    epochs = _epochs(sets or [])
+    if detach:
+        _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
+        return
+    from tunesmith import display
+    from tunesmith.training import resume
+
+    with display.TrainingDisplay(console) as watcher:
+        result = resume(run, epochs=epochs, watcher=watcher)
+    _show_trained(console, result, as_json)
+
+
+def _recipe(
+    path: Path | None, model: str | None, data: str | None, sets: list[str] | None
+) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
+    flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
+    return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
+
+
+def _rows(settings: recipes.Recipe) -> records.Records:
+    return records.open_file(settings.data.path, settings.data.columns, settings.template.system)
+
+
+def _checked(console: Console, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
+    """The check, with a count of the rows while a large file is rendered."""
+    from tunesmith.checking import check
+
+    with console.status("Reading and rendering every row …") as status:
+
+        def rendered(count: int) -> None:
+            status.update(f"{count:,} rows rendered …")
+
+        return check(settings, found, rows, rendered)
+
+
+def _epochs(sets: list[str]) -> int | None:
+    """The one setting that a run may be given anew."""
+    epochs = None
+    for name, value in map(recipes.parse_flag, sets):
+        if name != "train.epochs":
+            fix = "Leave it out, or train anew with it."
+            raise RecipeError(f"--set {name}", "a setting that the run began with", "train.epochs alone", fix)
+        settings, _ = recipes.resolve(None, {name: value})
+        epochs = settings.train.epochs
+    return epochs
+
+
+def _go_on_detached(console: Console, command: str, arguments: list[str], out: Path, as_json: bool) -> None:
+    """Starts a process of its own, waits until it trains, and says where it is; ends as it does where it fails."""
+    from tunesmith.runs import Ended, start_detached
+
+    place = ["--out", str(out)] if command == "train" else [str(out)]
+    try:
+        process = start_detached([command, *arguments, *place], out)
+    except Ended as ended:
+        print(ended.said, file=sys.stderr)
+        raise typer.Exit(ended.code) from None
+    console.print(f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}")
+    console.print(f"Follow it with: tunesmith watch {out}", highlight=False)
+    console.print(f"Stop it, with a point to go on from, with: kill {process.pid}", highlight=False)
+    if as_json:
+        print_json({"run": str(out), "pid": process.pid, "output": str(out / rundir.OUTPUT)})
+
+
+def _show_trained(console: Console, run: Run, as_json: bool) -> None:
+    from tunesmith import display
+
+    if run.samples:
+        console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))
+    display.show_run(console, run)
+    if as_json:
+        print_json(display.run_json(run))
+    _end_of_run(run.interrupted)
+
+
+def _end_of_run(interrupted: bool) -> None:
+    if interrupted:
+        raise typer.Exit(130)

@@ -1,0 +1,133 @@
+"""What is done with a finished run: chat, eval, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tunesmith import rundir
+from tunesmith.cli.console import fetched, print_json, require_extra, start
+from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
+from tunesmith.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tunesmith.chat import Chat
+
+
+def chat(
+    run_or_model: Annotated[str, typer.Argument(help="A run's folder, or a model.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once and end.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="System text.", show_default=False)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 is greedy; default: as the model's generation config says.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply in tokens.", show_default="512")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Talk with a run or a model."""
+    console = start(verbose, answer_on_stdout=True)
+    if as_json and prompt is None:
+        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
+    from tunesmith.chat import load
+    from tunesmith.talk import Talk
+    from tunesmith.types import Message
+
+    if not Path(run_or_model).exists():
+        fetched(console, run_or_model, None, weights=True)
+    loaded: Chat = load(run_or_model)
+    if prompt is None:
+        Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
+        return
+    messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
+    stream = None if as_json else lambda piece: print(piece, end="", flush=True)
+    reply = loaded.reply(messages, temperature=temperature, max_tokens=max_tokens, base=base, on_text=stream)
+    if as_json:
+        print_json(
+            {
+                "reply": reply.text,
+                "prompt_ids": reply.prompt_ids,
+                "token_ids": reply.token_ids,
+                "stopped_by": reply.stopped_by,
+            }
+        )
+    else:
+        print()
+
+
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="Other rows than the run's held-out ones.", show_default=False),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="An OpenAI-compatible server whose model compares the answers.", show_default=False
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Its name at that server; default: the first.", show_default=False)
+    ] = None,
+    judge_key: Annotated[
+        str, typer.Option(envvar="TUNESMITH_JUDGE_KEY", help="The key of that server.", show_default=False)
+    ] = "none",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Tasks of lm-evaluation-harness as well, where it is installed.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Base against tuned on rows that were not trained on: one page, one verdict."""
+    console = start(verbose, as_json)
+    opened = rundir.open_run(run)
+    require_extra("eval", "sacrebleu")
+    from tunesmith import display, evaluation_page, harness, judging
+    from tunesmith.evaluate import evaluate
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if names:
+        harness.require()
+    asked = None if judge is None else judging.judge_at(judge, judge_model, judge_key)
+    with console.status("") as status:
+        evaluation = evaluate(run, data, asked, names, tell=status.update)
+    page = evaluation_page.write(opened, evaluation)
+    display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
+    if as_json:
+        print_json(evaluation.as_dict())
+
+
+def export(
+    run: RunArgument,
+    to: Annotated[Literal["adapter", "merged"], typer.Option(help="What to write.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="New folder; default: in the run's own.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: as the base's files.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take a run to where models are served: written, opened again, compared with the live adapter."""
+    console = start(verbose, as_json)
+    rundir.open_run(run)
+    if out is not None:
+        rundir.check_target(out)
+    from tunesmith import display
+    from tunesmith.export import export
+
+    with console.status("") as status:
+        written = export(run, to, out, dtype, tell=status.update)
+    display.show_export(console, written)
+    if as_json:
+        print_json(written.as_dict())
