@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +21,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from work import ROWS, STEPS, add, figures, read_config, rows_of
 
 from tunesmith import model as models
 from tunesmith.engine.batch import pad
@@ -32,23 +31,13 @@ from tunesmith.engine.trie import lay_out
 from tunesmith.recipe import EngineSettings, LoraSettings
 from tunesmith.types import Origin, Rendered
 
-STEPS = 6
-ROWS = 32
-SHARED, OWN, REPLY = 40, (10, 60), (20, 120)  # tokens: a system prompt, a question, an answer, as in huanhuan
-
 
 def documents(step: int, vocabulary: int) -> list[Rendered]:
-    """Rows of one step: a prompt they share, then each its own."""
-    draw = random.Random(step)
-    shared = random.Random(0).choices(range(vocabulary), k=SHARED)
-    rows = []
-    for row in range(ROWS):
-        prompt, reply = (
-            more + draw.choices(range(vocabulary), k=draw.randint(*length))
-            for more, length in ((shared, OWN), ([], REPLY))
-        )
-        rows.append(Rendered((*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),), Origin("random", row)))
-    return rows
+    """Rows of one step."""
+    return [
+        Rendered((*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),), Origin("random", number))
+        for number, (prompt, reply) in enumerate(rows_of(step, vocabulary))
+    ]
 
 
 def built(config: PreTrainedConfig, dtype: torch.dtype, nf4: bool) -> PeftModel:
@@ -90,8 +79,8 @@ def plain_step(model: PeftModel, rows: Sequence[Rendered]) -> None:
 
 
 def timed(step: Callable[[Sequence[Rendered]], Any], model: PeftModel, vocabulary: int) -> dict[str, Any]:
-    """Seconds of each step and the peak memory; what went wrong where it ran out."""
-    device, seconds = models.device(), []
+    """What the steps took; what went wrong where the memory ran out."""
+    device, seconds, failed = models.device(), [], {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -104,14 +93,8 @@ def timed(step: Callable[[Sequence[Rendered]], Any], model: PeftModel, vocabular
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
     except torch.OutOfMemoryError as error:
-        return {"seconds": seconds, "failed": str(error).splitlines()[0]}
-    tokens = [sum(len(row.token_ids) for row in documents(number, vocabulary)) for number in range(STEPS)]
-    return {
-        "seconds": seconds,
-        "first_seconds": seconds[0],
-        "tokens_per_second": statistics.median(t / s for t, s in zip(tokens[1:], seconds[1:], strict=True)),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-    }
+        failed = {"failed": str(error).splitlines()[0]}
+    return {**(figures(seconds, vocabulary) if seconds else {"seconds": []}), **failed}
 
 
 def gradient(step: Callable[[Sequence[Rendered]], Any], model: PeftModel, rows: Sequence[Rendered]) -> torch.Tensor:
@@ -144,11 +127,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     models.hush_libraries()
-    config = AutoConfig.from_pretrained(arguments.config, trust_remote_code=False)
-    if arguments.tiny:
-        config.num_hidden_layers, config.vocab_size, config.hidden_size, config.intermediate_size = 1, 512, 64, 128
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    config = read_config(arguments.config, tiny=arguments.tiny)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     notes: list[str] = []
     model = built(config, dtype, arguments.nf4)
@@ -162,24 +141,21 @@ def main() -> None:
     difference = float((gradient(ours, model, few) - expected).norm() / expected.norm())
     rate = product_rate(dtype)
     result: dict[str, Any] = {
-        "model": arguments.model, "nf4": arguments.nf4, "tiny": arguments.tiny, "way": engine.way, "notes": notes,
-        "gradient_difference": difference, "product_rate": rate, "rows_per_step": ROWS,
-        "ours": timed(ours, model, config.vocab_size),
+        "model": arguments.model, "contestant": "ours and plain", "nf4": arguments.nf4, "tiny": arguments.tiny,
+        "way": engine.way, "notes": notes, "gradient_difference": difference, "product_rate": rate,
+        "rows_per_step": ROWS, "ours": timed(ours, model, config.vocab_size),
     }  # fmt: skip
     rows = documents(1, config.vocab_size)
     frozen = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n)
     head = config.hidden_size * config.vocab_size
     floor = 4 * frozen * len(lay_out(rows).token_ids) + 4 * head * sum(row.n_supervised for row in rows)
-    if not arguments.nf4 and "tokens_per_second" in result["ours"]:
+    if not arguments.nf4 and result["ours"].get("tokens_per_second"):
         result["share_of_product_rate"] = floor / statistics.median(result["ours"]["seconds"][1:]) / rate
     result["plain"] = timed(lambda rows: plain_step(model, rows), model, config.vocab_size)
     model.get_base_model().activation_checkpointing_enable()
     result["plain_recomputed"] = timed(lambda rows: plain_step(model, rows), model, config.vocab_size)
-    result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     result["versions"] = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "tunesmith")}
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
-    arguments.out.write_text(json.dumps([*results, result], indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "versions"}, indent=1))
+    add(arguments.out, result)
 
 
 if __name__ == "__main__":
