@@ -22,7 +22,7 @@ from loopback_hub import Files, LoopbackHub, Repo
 from tunesmith import hub
 from tunesmith.errors import ModelError, ProofError
 
-SOURCE = str(Path(hub.__file__).parents[1])
+SOURCE = str(Path(hub.__file__).parents[2])
 
 # Hugging Face's client reads its settings when it is imported, so each question is asked by a process of its own.
 ASK = """
@@ -174,11 +174,11 @@ def test_a_config_without_the_two_fields_is_nobodys() -> None:
 
 def test_every_alias_names_a_template_that_is_shipped() -> None:
     for alias in hub.aliases().values():
-        assert alias.template is None or (Path(hub.__file__).parent / "templates" / f"{alias.template}.jinja").is_file()
+        assert alias.template is None or (Path(hub.__file__).parents[1] / "templates" / f"{alias.template}.jinja").is_file()
 
 
 def test_the_atom_template_writes_what_its_authors_train_on() -> None:
-    text = (Path(hub.__file__).parent / "templates" / "atom.jinja").read_text(encoding="utf-8")
+    text = (Path(hub.__file__).parents[1] / "templates" / "atom.jinja").read_text(encoding="utf-8")
     # As transformers compiles it.
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
     talk = [

@@ -32,10 +32,12 @@ LAYERS = [
     {"steps", "machines"},
     {"cache", "rows", "runs"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
+    {"hub.clients", "hub.package"},
+    {"hub.aliases", "hub.disk", "hub.files", "hub.network"},
     {"errors", "types", "interrupts", "general"},
 ]
 COMMAND_LINE = LAYERS[:4]
-WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-2:]) for module in layer} | {"__init__"}
+WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-4:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 
