@@ -18,6 +18,7 @@ LAYERS = [
     {"display", "talk", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate"},
     {"export"},
+    {"gguf_file"},
     {"harness", "scores", "merging"},
     {"training", "chat", "report", "adapter_files", "shown"},
     {"trainer"},
@@ -31,13 +32,15 @@ LAYERS = [
     {"engine.products"},
     {"steps", "machines"},
     {"cache", "rows", "runs"},
+    {"ollama"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
-    {"hub.clients", "hub.package"},
-    {"hub.aliases", "hub.disk", "hub.files", "hub.network"},
-    {"errors", "types", "interrupts", "general"},
+    {"hub.clients", "hub.package", "records.files"},
+    {"hub.aliases", "hub.disk", "hub.files", "hub.network", "records.json_rows", "records.row"},
+    {"records.found"},
+    {"errors", "types", "interrupts", "general", "llama_cpp", "go_template"},
 ]
 COMMAND_LINE = LAYERS[:4]
-WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-4:]) for module in layer} | {"__init__"}
+WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
 

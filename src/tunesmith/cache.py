@@ -65,7 +65,8 @@ def rendered(data: Records, renderer: Renderer, on_rows: Callable[[int], None] =
 
 def _name(data: Records, renderer_digest: str) -> str:
     """Of everything that the rows depend on."""
-    code = [Path(str(module.__file__)).read_bytes() for module in (records, render, rows, template, types)]
+    modules = [Path(str(module.__file__)) for module in (render, rows, template, types)]
+    code = [path.read_bytes() for path in (*modules, *sorted(Path(str(records.__file__)).parent.glob("*.py")))]
     packages = ("jinja2", "pyarrow", "tokenizers", "transformers")
     versions = [importlib.metadata.version(name) for name in packages]
     depends_on = (data.digest, data.format, sorted(data.columns.items()), data.system, renderer_digest, versions, code)

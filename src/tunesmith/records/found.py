@@ -1,0 +1,74 @@
+"""Words for what was found in a file, with everything escaped that a terminal would obey."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# What other data sets call these fields; only for hints, a file says what it is by our names.
+_OTHER_NAMES = {
+    "instruction": ("prompt", "question", "query", "user", "problem"),
+    "output": ("completion", "response", "answer", "reply", "assistant", "target", "chosen", "solution"),
+}
+
+
+def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
+    """The flag that maps `name` to the most likely of the `free` names, if one is likely."""
+    lower = {key.lower(): key for key in free if key}
+    near = [key for key in (column.lower(), *_OTHER_NAMES.get(name, ())) if key in lower]
+    near = near or difflib.get_close_matches(column.lower(), lower, 1)
+    return f"--set {shlex.quote(f'data.columns.{name}={plain(lower[near[0]])}')}" if near else None
+
+
+def list_of_objects(row: Any) -> str | None:
+    """The name of the first field that holds a list of objects."""
+    if not isinstance(row, dict):
+        return None
+    return next((plain(k) for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+
+
+def listed(row: Mapping[str, Any]) -> str:
+    names = [f"'{plain(str(key))}'" for key in row]
+    return f"only {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" if names else "an empty object"
+
+
+def described(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the truth value {json.dumps(value)}"
+    if isinstance(value, (int, float)):
+        return f"the number {str(value)[:60]}"
+    if isinstance(value, str):
+        return quoted(value)
+    if not isinstance(value, (list, tuple, dict)):  # Parquet knows more types than JSON
+        return f"{quoted(str(value))} ({type(value).__name__})"
+    kind = "an object" if isinstance(value, dict) else "a list"
+    if not value:
+        return f"{kind} that is empty"
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return f"{kind}, deeply nested"
+    return f"{kind} ({quoted(text, 40)})"
+
+
+def seen(text: str, at_end: str = "the end of the file") -> str:
+    """The first line of what was found where reading stopped."""
+    return quoted(text.strip().splitlines()[0].strip(), 40) if text.strip() else at_end
+
+
+def quoted(text: str, at_most: int = 60) -> str:
+    return f"'{plain(text[:at_most])}{'…' if len(text) > at_most else ''}'"
+
+
+def plain(text: str) -> str:
+    """The text with everything escaped that a terminal would obey, or that UTF-8 can not hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
