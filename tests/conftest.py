@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -201,3 +202,18 @@ def smollm2() -> Path:
         return prepared(hub.locate("smollm2")).folder
     except ModelError as error:
         pytest.skip(f"SmolLM2 can not be fetched here: {error}")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
+    """A `trained_families.Trained`; trained once, whichever process of pytest-xdist asks first."""
+    from trained_families import Trained, train
+
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared if worker_id == "master" else shared.parent) / "families" / request.param
+    folder.mkdir(parents=True, exist_ok=True)
+    said = folder / "said.json"
+    with FileLock(folder / "lock"):
+        if not said.is_file():
+            said.write_text(json.dumps(train(request.param, folder)))
+    return Trained(request.param, folder / "base", folder / "rows.jsonl", folder / "run", json.loads(said.read_text()))

@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import tunesmith
 from small_runs import settings
-from tunesmith import export as exports
-from tunesmith import merging, rundir
+from tunesmith import rundir
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
-from tunesmith.export import export
-from tunesmith.merging import Merged
+from tunesmith.export import export, merged, merging
+from tunesmith.export.merging import Merged
 from tunesmith.training import Run, train
 
 IDS = torch.tensor([[257, 72, 105, 258, 10, 257, 65, 66, 67]])
@@ -183,6 +182,6 @@ def test_an_unfinished_run_is_refused(finished: Path) -> None:
 
 
 def test_what_is_compared_has_a_bound_for_every_type() -> None:
-    assert set(exports._BOUNDS) == set(exports.DTYPES.values())
+    assert set(merged._BOUNDS) == set(merged.DTYPES.values())
     with pytest.raises(RecipeError):
         export(Path("nowhere"), "adapter", dtype="float16")

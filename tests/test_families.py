@@ -4,99 +4,25 @@ then asked by everything that can ask them. The same tokens everywhere, or an an
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import FAMILIES, needs_shared, save_family, tunesmith
+from conftest import needs_shared, tunesmith
+from trained_families import FOLDS, ROWS, Trained
 from tunesmith import chat, recipe
 from tunesmith.checking import check
 
 pytestmark = needs_shared
 
-ROWS = {
-    "Who are you?": "I am Bo. I live in a lighthouse.",
-    "你是谁？": "家父是大理寺少卿甄远道。",
-    "How do you feel?": "Wonderful 🙂!",
-    "Answer with one word.\nWhat is 1+1?": "Two",
-}
-# One family that has a place for a system text, one that has none, four without.
-SYSTEM = {"phi-4": "You are Bo's {twin}.", "gemma-2b": "You are Bo's {twin}."}
-FOLDS = ("gemma-2b", "atom-7b-standin", "phi-3-mini-april")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run of one family, with what the command line said of it."""
-
-    family: str
-    base: Path
-    data: Path
-    run: Path
-    said: dict[str, Any]
-
-    @property
-    def system(self) -> str | None:
-        return SYSTEM.get(self.family)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Trained:
-    """Trained once, whichever process of pytest-xdist asks first."""
-    shared = tmp_path_factory.getbasetemp()
-    folder = (shared if worker_id == "master" else shared.parent) / "families" / request.param
-    folder.mkdir(parents=True, exist_ok=True)
-    said = folder / "said.json"
-    with FileLock(folder / "lock"):
-        if not said.is_file():
-            said.write_text(json.dumps(train(request.param, folder)))
-    return Trained(request.param, folder / "base", folder / "rows.jsonl", folder / "run", json.loads(said.read_text()))
-
 
 @pytest.fixture(scope="module")
 def talk(trained: Trained) -> chat.Chat:
     return chat.load(trained.run)
-
-
-def train(family: str, folder: Path) -> dict[str, Any]:
-    enliven(save_family(folder / "base", family))
-    rows = [{"instruction": question, "output": answer} for question, answer in ROWS.items()]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    settings = {
-        "lora.r": 16, "lora.dropout": 0, "train.learning_rate": 2e-2, "train.epochs": 20, "train.examples_per_step": 4,
-        "eval.hold_out": 0, "template.system": SYSTEM.get(family, "none"),
-    }  # fmt: skip
-    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    ended = tunesmith(
-        "train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "run", "--json", *sets
-    )
-    assert ended.code == 0, ended.err
-    return ended.json
-
-
-def enliven(folder: Path) -> None:
-    """Weights large enough for a frozen head to become sure of a token; transformers' own start is next to zero."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5)
-    generation = folder / "generation_config.json"
-    kept = generation.read_bytes() if generation.is_file() else None
-    model.save_pretrained(folder)
-    generation.unlink(missing_ok=True)
-    if kept is not None:
-        generation.write_bytes(kept)
 
 
 def test_four_rows_are_learned_and_answered_word_for_word(trained: Trained, talk: chat.Chat) -> None:

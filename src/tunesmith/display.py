@@ -389,6 +389,8 @@ def show_export(console: Console, export: Export) -> None:
     for check in export.checks:
         table.add_row(check.name, f"[green]{check.value:.4g}[/]", f"{check.bound:.4g}")
     console.print(table)
+    for note in export.notes:
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"{export.to}: {export.path}", highlight=False, soft_wrap=True)
 
 

@@ -1,0 +1,133 @@
+"""A finished run in the form in which models are served, opened again and compared with the live adapter.
+
+    adapter   peft's folder as it is; vLLM, SGLang and peft itself load it beside its base
+    merged    one set of safetensors that plain transformers opens
+    gguf      one file for llama.cpp and what is built on it
+    ollama    that file and a Modelfile beside it
+
+Nothing counts as written until it has been compared: it takes its name only then.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith import chat as chats
+from tunesmith import rundir
+from tunesmith.errors import ProofError, RecipeError, RunError
+from tunesmith.export import gguf_file, ollama
+from tunesmith.export.live import Answers, Compared, at_least
+from tunesmith.export.llama import QUANTIZE, SMALLER_TYPES, contents_of, write_gguf
+from tunesmith.export.merged import DTYPES, write_merged
+from tunesmith.export.merging import Merged
+from tunesmith.rundir import RunDir
+
+Form = Literal["adapter", "merged", "gguf", "ollama"]
+FORMS: tuple[Form, ...] = ("adapter", "merged", "gguf", "ollama")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and what it was compared with."""
+
+    path: Path
+    to: Form
+    checks: tuple[Compared, ...]
+    notes: tuple[str, ...] = ()
+    """What was not compared, or differs within the bounds; a sentence each."""
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) for check in self.checks]
+        return {"path": str(self.path), "to": self.to, "checks": checks, "notes": list(self.notes)}
+
+
+def export(
+    path: Path,
+    to: Form,
+    out: Path | None = None,
+    dtype: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Export:
+    """Writes a finished run as `to` into a new folder, opens it again and compares it.
+
+    `dtype` None: as the base's files, float16 for llama.cpp. Raises RunError for a folder that is not empty or a disk
+    that is full, RecipeError for a type that the form can not have, ModelError for a model that the form can not
+    express, ProofError when what was written differs by more than its bounds; the figures are in the message, and
+    nothing is left.
+    """
+    _check_dtype(to, dtype)
+    run = rundir.open_run(path)
+    if not run.adapter.is_dir():
+        raise RunError(str(path), "no adapter/", "a finished run", "Train it to the end: tunesmith resume.")
+    if not rundir.is_whole(run.adapter):
+        found, fix = "an adapter that is not as it was written", "Copy it again from where it came."
+        raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
+    final = out or run.path / ("exported" if to == "adapter" else to)
+    rundir.check_target(final)
+    chat = chats.load(path)
+    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    base = manifest["base"]
+    merged = Merged(Path(base["folder"]), run.adapter)
+    contents = contents_of(merged, chat, dtype, Path(base["name"]).name) if to in ("gguf", "ollama") else None
+    modelfile = ollama.modelfile_of(chat) if to == "ollama" else None
+    tell("Asking the live adapter …")
+    live = Answers.of(chat)
+    del chat
+    gc.collect()
+    with rundir.commit(final) as folder:
+        notes: list[str] = []
+        if to == "adapter":
+            checks = _adapter(run, folder)
+        elif contents is not None:
+            checks = write_gguf(contents, dtype or "float16", folder, live, tell, notes)
+            if modelfile is not None:
+                (folder / "Modelfile").write_text(modelfile.text, encoding="utf-8")
+                checks += ollama.talks_alike(modelfile.template, live.template, notes)
+        else:
+            kept = DTYPES[dtype] if dtype else None
+            tell("Writing the merged weights …")
+            rundir.require_space(final, merged.n_bytes(kept))
+            checks = write_merged(merged, run, folder, kept, live, tell)
+        report = {"to": to, "checks": [asdict(check) for check in checks], "notes": notes}
+        rundir.write_json(folder / "export.json", report)
+        if wrong := [check for check in checks if not check.ok]:
+            raise ProofError(
+                str(final),
+                "; ".join([f"{check.name}: {check.value:.3g}" for check in wrong] + notes),
+                "; ".join(f"{check.bound:.3g}" for check in wrong),
+                "Nothing was left. Please report this with the model's name.",
+            )
+    return Export(final, to, tuple(checks), tuple(notes))
+
+
+def _check_dtype(to: Form, dtype: str | None) -> None:
+    if dtype is None:
+        return
+    if to == "adapter":
+        raise RecipeError("--dtype", dtype, "none: an adapter is copied as it is", "Leave it out.")
+    if to == "merged" and dtype not in DTYPES:
+        raise RecipeError("--dtype", repr(dtype), f"one of {', '.join(DTYPES)}", "Leave it out for the base's own.")
+    if to == "merged" or dtype in gguf_file.TYPES:
+        return
+    if dtype not in SMALLER_TYPES:
+        expected = f"one of {', '.join([*gguf_file.TYPES, *SMALLER_TYPES])}"
+        raise RecipeError("--dtype", repr(dtype), expected, "Leave it out for float16.")
+    if shutil.which(QUANTIZE) is None:
+        fix = f"Install llama.cpp (its releases hold the program) or choose one of {', '.join(gguf_file.TYPES)}."
+        raise RecipeError("--dtype", repr(dtype), f"llama.cpp's own {QUANTIZE} on the PATH", fix)
+
+
+def _adapter(run: RunDir, folder: Path) -> list[Compared]:
+    """peft's folder: adapter_config.json and adapter_model.safetensors as peft, vLLM and SGLang read them."""
+    for path in run.adapter.iterdir():
+        if path.name != "files.json":
+            shutil.copyfile(path, folder / path.name)
+    digests = json.loads((run.adapter / "files.json").read_text(encoding="utf-8"))
+    same = all(rundir.sha256(folder / name) == entry["sha256"] for name, entry in digests.items())
+    return [at_least("same bytes", float(same), 1)]
