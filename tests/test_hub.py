@@ -174,7 +174,10 @@ def test_a_config_without_the_two_fields_is_nobodys() -> None:
 
 def test_every_alias_names_a_template_that_is_shipped() -> None:
     for alias in hub.aliases().values():
-        assert alias.template is None or (Path(hub.__file__).parents[1] / "templates" / f"{alias.template}.jinja").is_file()
+        assert (
+            alias.template is None
+            or (Path(hub.__file__).parents[1] / "templates" / f"{alias.template}.jinja").is_file()
+        )
 
 
 def test_the_atom_template_writes_what_its_authors_train_on() -> None:

@@ -16,12 +16,13 @@ LAYERS = [
     {"cli.following", "cli.machine", "cli.training", "cli.using"},
     {"cli.console", "cli.options"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
-    {"demo", "evaluate"},
-    {"export"},
-    {"gguf_file"},
-    {"harness", "scores", "merging"},
+    {"demo", "evaluate", "serving.server"},
+    {"export", "serving.app"},
+    {"export.llama", "export.merged", "export.ollama"},
+    {"export.gguf_file", "export.live"},
+    {"harness", "scores", "export.merging"},
     {"training", "chat", "report", "adapter_files", "shown"},
-    {"trainer"},
+    {"trainer", "serving.batching"},
     {"planning"},
     {"guards"},
     {"checking"},
@@ -32,12 +33,12 @@ LAYERS = [
     {"engine.products"},
     {"steps", "machines"},
     {"cache", "rows", "runs"},
-    {"ollama"},
+    {"serving.gate", "serving.vllm_command", "serving.wire", "serving.writing", "serving"},
     {"render", "template", "records", "recipe", "rundir", "hub"},
     {"hub.clients", "hub.package", "records.files"},
     {"hub.aliases", "hub.disk", "hub.files", "hub.network", "records.json_rows", "records.row"},
     {"records.found"},
-    {"errors", "types", "interrupts", "general", "llama_cpp", "go_template"},
+    {"errors", "types", "interrupts", "general", "export.llama_cpp", "export.go_template"},
 ]
 COMMAND_LINE = LAYERS[:4]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
@@ -58,8 +59,10 @@ def imports(module: str, *, at_start_only: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from named
+            if not all(name.removeprefix("tunesmith.") in modules() for name in named):  # something of its own
+                yield node.module
 
 
 def layer_of(module: str) -> int | None:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from tunesmith import hub, rundir
 from tunesmith import model as models
 from tunesmith import recipe as recipes
-from tunesmith.errors import DataError, ModelError, ProofError
-from tunesmith.recipe import ModelSettings, TemplateSettings
+from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
+from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
 from tunesmith.types import ChatMessage, Message
 
@@ -49,17 +49,25 @@ class Chat:
         renderer: Renderer,
         generation: GenerationConfig,
         system: str | None = None,
+        adapter: str | None = "default",
     ) -> None:
         self.model, self.renderer, self.generation, self.system = model, renderer, generation, system
+        self.adapter = adapter if isinstance(model, PeftModel) else None
+        """The name of its adapter in the model, which may hold those of others too; None: the base alone answers."""
 
     @property
     def tuned(self) -> bool:
         """There is an adapter that can be switched off."""
-        return isinstance(self.model, PeftModel)
+        return self.adapter is not None
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model can read, prompt and reply together."""
+        return models.context_length(self.model.config)
 
     def switched(self, *, base: bool) -> AbstractContextManager[Any]:
-        """While it holds, the model is the base alone if asked for."""
-        return self.model.disable_adapter() if base and isinstance(self.model, PeftModel) else nullcontext()
+        """While it holds, the model has this chat's adapter, or is the base alone if asked for."""
+        return models.switched(self.model, None if base else self.adapter)
 
     def reply(
         self,
@@ -77,7 +85,7 @@ class Chat:
         `on_text` is given the reply piece by piece as it is written. Raises TemplateError where the template refuses
         the conversation, DataError when it is not one, or longer than the model can read.
         """
-        prompt = self._prompt(messages)
+        prompt = self.prompt_ids(messages)
         streamer = _Pieces(self, len(prompt), on_text) if on_text else None
         stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
         (reply,) = self._generate(
@@ -98,21 +106,35 @@ class Chat:
         Several times as fast as one by one, because each weight is read once for all of them; where two words are
         equally likely, rounding may decide otherwise.
         """
-        prompts = [self._prompt(messages) for messages in conversations]
+        prompts = [self.prompt_ids(messages) for messages in conversations]
         groups = (prompts[i : i + _SIDE_BY_SIDE] for i in range(0, len(prompts), _SIDE_BY_SIDE))
         return [reply for group in groups for reply in self._generate(group, temperature, max_tokens, base, {})]
 
-    def _prompt(self, messages: Sequence[Message | ChatMessage]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Message | ChatMessage]) -> tuple[int, ...]:
+        """What the model is given to write the next reply; raises as `reply` does."""
         prompt_ids = self.renderer.prompt_ids(_conversation(messages, self.system))
-        readable = models.context_length(self.model.config)
-        if len(prompt_ids) >= readable:
+        if len(prompt_ids) >= self.context:
             raise DataError(
                 "conversation",
                 f"{len(prompt_ids)} tokens",
-                f"fewer than {readable}",
+                f"fewer than {self.context}",
                 "Start a new conversation, or shorten it.",
             )
         return prompt_ids
+
+    def prompt_text(self, messages: Sequence[Message | ChatMessage]) -> str:
+        """The same as the template writes it; for a conversation of which `prompt_ids` has been asked."""
+        return self.renderer.template.write(_conversation(messages, self.system), generation_prompt=True)
+
+    def sampling(self, temperature: float | None) -> GenerationConfig:
+        """The model's generation config with another temperature; 0 is greedy."""
+        config = copy.deepcopy(self.generation)
+        if temperature is not None:
+            config.do_sample = temperature > 0
+            config.temperature = temperature if temperature > 0 else 1.0
+        if not config.do_sample:  # transformers warns about sampling settings that greedy search does not read
+            config.temperature, config.top_p, config.top_k = None, None, None
+        return config
 
     def _generate(
         self,
@@ -123,13 +145,8 @@ class Chat:
         extras: dict[str, Any],
     ) -> list[Reply]:
         longest = max(map(len, prompts))
-        config = copy.deepcopy(self.generation)
-        config.max_new_tokens = min(max_tokens or MAX_TOKENS, models.context_length(self.model.config) - longest)
-        if temperature is not None:
-            config.do_sample = temperature > 0
-            config.temperature = temperature if temperature > 0 else 1.0
-        if not config.do_sample:  # transformers warns about sampling settings that greedy search does not read
-            config.temperature, config.top_p, config.top_k = None, None, None
+        config = self.sampling(temperature)
+        config.max_new_tokens = min(max_tokens or MAX_TOKENS, self.context - longest)
         # Padding stands in front, where it is masked, so its id has no effect.
         input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -164,11 +181,56 @@ def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, b
 
     Raises RunError, ModelError or TemplateError; ProofError when base or template are not those of the training.
     """
-    path = Path(run_or_model)
-    if path.name == "adapter" and (path.parent / "manifest.json").is_file():
-        path = path.parent
-    if (path / "manifest.json").is_file():
+    path = _run_of(run_or_model)
+    if path is not None:
         return _load_run(path, base)
+    return _load_model(run_or_model, revision)
+
+
+def load_together(runs_or_model: Sequence[str | os.PathLike[str]]) -> tuple[Chat, list[Chat], list[Opened]]:
+    """Several runs of one base over one copy of its weights: a chat with the base alone, one per run, and the runs.
+
+    A single model may stand in the place of the runs. Raises RunError for runs of different bases before any weight
+    is read, and otherwise what `load` raises.
+    """
+    paths = [_run_of(given) for given in runs_or_model]
+    plain = [given for given, path in zip(runs_or_model, paths, strict=True) if path is None]
+    if plain and len(paths) > 1:
+        found, fix = "no run", "Name runs of one base, or one model alone."
+        raise RunError(os.fspath(plain[0]), found, "a run's folder", fix)
+    if plain:
+        return _load_model(plain[0], None), [], []
+    opened = [Opened.of(path) for path in paths if path is not None]
+    for other in opened[1:]:
+        opened[0].check_same_base(other)
+    first, model = opened[0], models.load_base(opened[0].found, opened[0].recipe.model)
+    names = ["default", *(f"adapter{number}" for number in range(2, len(opened) + 1))]
+    tuned: PreTrainedModel | PeftModel = model
+    for run, name in zip(opened, names, strict=True):
+        tuned = models.load_adapter(tuned, run.adapter, name)
+    try:
+        renderer = models.open_renderer(first.found, first.recipe.template)
+        generation = models.generation_config(first.found.folder, renderer.template)
+    except TunesmithError:  # a template that only the runs have
+        renderer, generation = first.renderer, first.generation
+    base = Chat(tuned, renderer, generation, adapter=None)
+    chats = [
+        Chat(tuned, run.renderer, run.generation, run.recipe.template.system, name)
+        for run, name in zip(opened, names, strict=True)
+    ]
+    return base, chats, opened
+
+
+def _run_of(given: str | os.PathLike[str]) -> Path | None:
+    """The folder of a run that is named by itself or by its adapter/; None for a model."""
+    path = Path(given)
+    if path.name == "adapter" and (path.parent / "manifest.json").is_file():
+        return path.parent
+    return path if (path / "manifest.json").is_file() else None
+
+
+def _load_model(name: str | os.PathLike[str], revision: str | None) -> Chat:
+    path = Path(name)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
             str(path),
@@ -176,45 +238,104 @@ def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, b
             "a run's folder or a model",
             "Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter.",
         )
-    found = models.prepared(hub.locate(os.fspath(run_or_model), revision))
+    found = models.prepared(hub.locate(os.fspath(name), revision))
     renderer = models.open_renderer(found, TemplateSettings())
     model = models.load_base(found, ModelSettings())
     return Chat(model, renderer, models.generation_config(found.folder, renderer.template))
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run that has been looked at and found whole; its weights have not been read."""
+
+    run: rundir.RunDir
+    recipe: Recipe
+    found: hub.LocalModel
+    """Its base."""
+    renderer: Renderer
+    generation: GenerationConfig
+
+    @classmethod
+    def of(cls, path: Path, *, base: bool = False) -> Opened:
+        """Raises RunError or ModelError for what is missing, ProofError for what is not as it was at training.
+
+        With `base` the run need not be finished.
+        """
+        run = rundir.open_run(path)
+        recipe, _ = recipes.resolve(run.recipe)
+        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        if not run.adapter.is_dir() and not base:
+            found, fix = "no adapter/ (the run was interrupted)", "Train it to the end."
+            raise ModelError(str(path), found, "a finished run", fix)
+        folder = Path(manifest["base"]["folder"])
+        source, revision = manifest["base"]["source"], manifest["base"]["revision"]
+        if folder.is_dir():
+            located = replace(hub.locate(str(folder)), source=source, revision=revision)
+        else:
+            located = models.prepared(hub.locate(recipe.model.name, revision))
+        if rundir.sha256(located.folder / "config.json") != manifest["base"]["config_sha256"]:
+            raise ProofError(
+                str(located.folder),
+                "another config.json than at training",
+                "the base that was trained on",
+                "Fetch that revision again, or train again.",
+            )
+        reader = run.adapter if run.adapter.is_dir() else located.folder
+        template = recipe.template if reader is located.folder else TemplateSettings()
+        renderer = models.open_renderer(replace(located, folder=reader), template)
+        if renderer.template.digest != manifest["template"]["sha256"]:
+            raise ProofError(
+                str(reader),
+                "another chat template than at training",
+                "the one that was trained with",
+                "Restore chat_template.jinja, or train again.",
+            )
+        if run.adapter.is_dir():
+            _check_adapter_digest(run.adapter)
+        return cls(run, recipe, located, renderer, models.generation_config(reader, renderer.template))
+
+    @property
+    def adapter(self) -> Path:
+        return self.run.adapter
+
+    def check_same_base(self, other: Opened) -> None:
+        """Raises RunError where another run was trained on another base, or on one that was held in other numbers."""
+        mine, theirs = self._base, other._base
+        if mine != theirs:
+            raise RunError(
+                f"{other.run.path}",
+                f"a run of {' '.join(theirs)}",
+                f"the base of {self.run.path}, {' '.join(mine)}",
+                "Serve runs of different bases by processes of their own, each with another --port.",
+            )
+
+    @property
+    def _base(self) -> tuple[str, ...]:
+        folder, settings = str(self.found.folder.resolve()), self.recipe.model
+        return folder, f"({settings.dtype}, {settings.quantize})"
+
+
+def _check_adapter_digest(adapter: Path) -> None:
+    """Raises ProofError where the weights or their settings are not those that training wrote."""
+    try:
+        digests = json.loads((adapter / "files.json").read_text(encoding="utf-8"))
+        changed = [name for name in _OF_ADAPTER if rundir.sha256(adapter / name) != digests[name]["sha256"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found, fix = f"no digests to hold it to ({error})", "Copy the run's folder again from where it came."
+        raise ProofError(str(adapter), found, "files.json as training wrote it", fix) from None
+    if changed:
+        found, fix = "another file than training wrote", "Copy the run's folder again from where it came."
+        raise ProofError(str(adapter / changed[0]), found, "the digest in files.json", fix)
+
+
+_OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
 def _load_run(path: Path, base: bool) -> Chat:
-    run = rundir.open_run(path)
-    recipe, _ = recipes.resolve(run.recipe)
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    if not run.adapter.is_dir() and not base:
-        raise ModelError(str(path), "no adapter/ (the run was interrupted)", "a finished run", "Train it to the end.")
-    folder = Path(manifest["base"]["folder"])
-    source, revision = manifest["base"]["source"], manifest["base"]["revision"]
-    if folder.is_dir():
-        found = replace(hub.locate(str(folder)), source=source, revision=revision)
-    else:
-        found = models.prepared(hub.locate(recipe.model.name, revision))
-    if rundir.sha256(found.folder / "config.json") != manifest["base"]["config_sha256"]:
-        raise ProofError(
-            str(found.folder),
-            "another config.json than at training",
-            "the base that was trained on",
-            "Fetch that revision again, or train again.",
-        )
-    reader = run.adapter if run.adapter.is_dir() else found.folder
-    template = recipe.template if reader is found.folder else TemplateSettings()
-    renderer = models.open_renderer(replace(found, folder=reader), template)
-    if renderer.template.digest != manifest["template"]["sha256"]:
-        raise ProofError(
-            str(reader),
-            "another chat template than at training",
-            "the one that was trained with",
-            "Restore chat_template.jinja, or train again.",
-        )
-    model = models.load_base(found, recipe.model)
-    generation = models.generation_config(reader, renderer.template)
-    tuned = models.load_adapter(model, run.adapter) if run.adapter.is_dir() else model
-    return Chat(tuned, renderer, generation, recipe.template.system)
+    opened = Opened.of(path, base=base)
+    model = models.load_base(opened.found, opened.recipe.model)
+    tuned = models.load_adapter(model, opened.adapter) if opened.adapter.is_dir() else model
+    return Chat(tuned, opened.renderer, opened.generation, opened.recipe.template.system)
 
 
 class _Pieces(BaseStreamer):

@@ -64,10 +64,17 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
     """The GPU where there is one, else the CPU: memory that is free, and the rate of its products, measured in a
     fraction of a second. `memory_bytes` stands for the free memory where it is given."""
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
+        free = free_bytes(torch.device("cuda"))
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
     runtime = psutil.Process().memory_info().rss
     return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return max(0, _free_bytes() - psutil.Process().memory_info().rss)
 
 
 def card(name: str, memory_bytes: int | None = None) -> Machine:

@@ -16,7 +16,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -489,8 +489,8 @@ def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: 
     return model
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with a saved adapter, not trainable, in evaluation mode.
+def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """The base with a saved adapter, not trainable, in evaluation mode; with one more where it has some already.
 
     Raises ModelError when the adapter's tensors do not fit the base, or when it would change nothing.
     """
@@ -504,20 +504,38 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, local_files_only=True)
+            if isinstance(base, PeftModel):
+                model = base
+                model.load_adapter(str(folder), name, is_trainable=False, local_files_only=True)
+            else:
+                model = PeftModel.from_pretrained(base, str(folder), name, is_trainable=False, local_files_only=True)
     except Exception as error:
         found = f"an adapter that does not fit ({_first_line(error)})"
         raise ModelError(str(folder), found, expected, fix) from error
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     with safe_open(path, framework="pt") as file:
-        surplus = sorted(set(file.keys()) - get_peft_model_state_dict(model, save_embedding_layers=False).keys())
+        surplus, absent = sorted(set(file.keys()) - state.keys()), sorted(state.keys() - set(file.keys()))
+    if absent:  # of a second adapter peft does not tell
+        raise ModelError(str(folder), f"an adapter that does not fit (no {absent[0]})", expected, fix)
     if surplus:  # peft leaves them out without a word
         found = f"an adapter with {len(surplus)} tensors for layers that are not there ({surplus[0]})"
         raise ModelError(str(folder), found, expected, fix)
-    if not any(bool(parameter.any()) for name, parameter in model.named_parameters() if "lora_B" in name):
+    if not any(bool(tensor.any()) for key, tensor in state.items() if "lora_B" in key):
         found = "an adapter whose lora_B is all zero"
         fix = "It was saved before training; use another checkpoint."
         raise ModelError(str(folder), found, "one that changes the base", fix)
     return model.eval()
+
+
+def switched(model: nn.Module, adapter: str | None) -> AbstractContextManager[Any]:
+    """While it holds, the model has this one of its adapters; None: it is the base alone."""
+    if not isinstance(model, PeftModel):
+        return nullcontext()
+    if adapter is None:
+        return model.disable_adapter()
+    if model.active_adapter != adapter:
+        model.set_adapter(adapter, inference_mode=True)
+    return nullcontext()
 
 
 def save_adapter(model: PeftModel, folder: Path, pissa_start: Path | None = None) -> None:

@@ -33,6 +33,13 @@ _PRIVATE = 0xF0000  # supplementary private use area A: sentinels for special to
 _BREAKS = range(0xE000, 0xE063)  # private use area: breaks a spelling while the template runs
 
 
+_NOT_PLAIN = (
+    "a spelling that becomes a special token",
+    "plain text",
+    "Change the spelling, or leave the row out.",
+)
+
+
 class _CanNotRender(Exception):
     def __init__(self, field: str, found: str, expected: str, fix: str) -> None:
         self.parts = field, found, expected, fix
@@ -105,6 +112,24 @@ class Renderer:
             field, *rest = problem.parts
             raise TemplateError(f"conversation: {field}", *rest) from None
         return tuple(ids)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """A text that is no conversation, as ids, with what the tokenizer itself begins a text with (<s>).
+
+        Raises TemplateError where a spelling of a special token can not be kept plain.
+        """
+        (ids,) = self._encode([text])
+        if self._known(self._special_in(ids)):
+            mark = next((chr(c) for c in _BREAKS if chr(c) not in text), None)
+            plain = None if self._plain is None or mark is None else self._plain
+            kept = plain.encode(plain.broken(text, mark), mark) if plain is not None and mark is not None else None
+            if kept is None or self._known(self._special_in(kept)):
+                raise TemplateError("prompt", *_NOT_PLAIN)
+            ids = kept
+        tokenizer = self.template.tokenizer
+        begin = tokenizer("")["input_ids"]
+        begins = bool(begin) and begin[0] == tokenizer.bos_token_id
+        return (*begin[:1], *ids) if begins else tuple(ids)
 
     # --- whole chunks: the tokenizer works on all cores when it is given many texts ---------------------------------
 
@@ -232,12 +257,7 @@ class Renderer:
             ids = plain.encode(written, mark)
             if ids is not None and self._known(self._special_in(ids)) == self._known(expected):
                 return ids
-        raise _CanNotRender(
-            "text",
-            "a spelling that becomes a special token",
-            "plain text",
-            "Change the spelling, or leave the row out.",
-        )
+        raise _CanNotRender("text", *_NOT_PLAIN)
 
     @cached_property
     def _plain(self) -> _Plain | None:

@@ -37,6 +37,7 @@ app.command()(following.watch)
 app.command()(using.chat)
 app.command(name="eval")(using.evaluate)
 app.command()(using.export)
+app.command()(using.serve)
 for command in (machine.models, machine.fetch, machine.doctor):
     app.command()(command)
 

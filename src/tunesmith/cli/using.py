@@ -1,4 +1,4 @@
-"""What is done with a finished run: chat, eval, export."""
+"""What is done with a finished run: chat, eval, export, serve."""
 
 from __future__ import annotations
 
@@ -107,13 +107,19 @@ def evaluate(
 
 def export(
     run: RunArgument,
-    to: Annotated[Literal["adapter", "merged"], typer.Option(help="What to write.", show_default=False)],
+    to: Annotated[
+        Literal["adapter", "merged", "gguf", "ollama"], typer.Option(help="What to write.", show_default=False)
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="New folder; default: in the run's own.", show_default=False)
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; default: as the base's files.", show_default=False),
+        typer.Option(
+            help="float32, bfloat16, float16; for llama.cpp also q8_0, and smaller types where its own program "
+            "llama-quantize is installed. Default: as the base's files, float16 for llama.cpp.",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -131,3 +137,29 @@ def export(
     display.show_export(console, written)
     if as_json:
         print_json(written.as_dict())
+
+
+def serve(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN…", help="Folders of runs of one base, or one model.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="TUNESMITH_API_KEY", help="The key that clients must send.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """An OpenAI-compatible API and a chat page, for several runs at once, until Ctrl-C."""
+    console = start(verbose, as_json)
+    require_extra("serve", "uvicorn")
+    from tunesmith.serving.server import Serving
+
+    serving = Serving(
+        runs, host, port, api_key, tell=lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+    )
+    if as_json:
+        print_json({"url": serving.url, "models": list(serving.service.models)})
+    serving.run()

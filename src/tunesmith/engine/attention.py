@@ -108,10 +108,10 @@ class Dense:
 
     def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_THD, key_TKD, value_TKD))
-        return _plain(query, key, value, self.visible(style.window)[None, None], style)[0].transpose(0, 1)
+        return plain(query, key, value, self.visible(style.window)[None, None], style)[0].transpose(0, 1)
 
 
-def _plain(query_nHLD: Tensor, key_nKLD: Tensor, value_nKLD: Tensor, visible: Tensor, style: Style) -> Tensor:
+def plain(query_nHLD: Tensor, key_nKLD: Tensor, value_nKLD: Tensor, visible: Tensor, style: Style) -> Tensor:
     """Attention written out. `visible` is bool, broadcast over (n, H, queries, keys)."""
     groups = query_nHLD.shape[1] // key_nKLD.shape[1]
     key, value = key_nKLD.repeat_interleave(groups, 1), value_nKLD.repeat_interleave(groups, 1)

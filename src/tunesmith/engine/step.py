@@ -66,14 +66,14 @@ class Engine:
         self._at_work: Sequence[Rendered] = ()
         self.way: Way = "padded"
         """How steps are computed."""
-        self._longest_together = _longest_together(model)
+        self._longest_together = longest_together(model)
         self._dynamic_rotaries: list[Any] = [
             module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"
         ]
         n_layers = int(cast("Any", model.get_base_model()).config.get_text_config().num_hidden_layers)
         asked = settings.recompute_layers
         self._recomputed = asked if isinstance(asked, int) else n_layers if asked == "all" else 0
-        if reason := _not_packable(model):
+        if reason := not_packable(model):
             _recompute(model, self._recomputed)
             note(f"Rows are trained side by side with padding: {reason}.")
             return
@@ -427,9 +427,9 @@ def _plain_head(config: Any, head: nn.Module | None) -> bool:
     )
 
 
-def _not_packable(model: PeftModel) -> str | None:
+def not_packable(model: nn.Module) -> str | None:
     """Why documents in one row would see each other; None where they would not."""
-    causal = cast("Any", model.get_base_model())
+    causal = _causal(model)
     config = causal.config.get_text_config()
     if causal.config.is_encoder_decoder:
         return "the model has an encoder"
@@ -446,10 +446,10 @@ def _not_packable(model: PeftModel) -> str | None:
     return None
 
 
-def _longest_together(model: PeftModel) -> int:
+def longest_together(model: nn.Module) -> int:
     """The longest row that may lie beside others and lose what stands behind its last learned token: beyond, a rotary
     embedding counts the tokens. None may where an indexer picks the best keys of a row (DeepSeek 3.2)."""
-    config = cast("Any", model.get_base_model()).config.get_text_config()
+    config = _causal(model).config.get_text_config()
     if getattr(config, "index_topk", None):
         return 0
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -1,0 +1,641 @@
+"""Replies to many conversations at once: each token of each of them goes through the weights together with the others'.
+
+A reply joins when it is asked for and leaves when it ends; nobody waits for a batch to be full or to be done. Each has
+keys and values of its own and attends alone, so only the layers' products are shared. A token is a row of its own (T
+rows of one token), so peft's mixed batches can give each token the adapter of its reply, or none:
+
+    row        0   1   2   3 … 130          the adapter of row 2 is another than that of row 0
+    reply      A   B   C   D, which reads its prompt in chunks
+    adapter    x   x   y   none
+
+transformers has continuous batching of its own (`generate_batch`, 5.23). It lays all tokens out as one row of one
+sequence, where peft can not tell whose token is whose, and knows no adapters; all replies are drawn from one seed; and
+its pages take a fixed share of the free memory, 0.6 on a CPU.
+
+At temperature 0 a reply is, token by token, that of `chat.Chat.reply`. Products of other shapes round differently, by
+some 4e-6 of the largest logit in float32; so where the two best words are as close as that, this reply alone is
+computed again as chat does it, and that decides (`_settle`). In 16 bits the two best words are often as close as
+rounding, and chat itself answers differently from machine to machine; nothing is computed again.
+
+Legend: T tokens of a step, H query heads, K key heads, L keys, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from tunesmith import model as models
+from tunesmith.engine.attention import Style, plain
+from tunesmith.engine.step import longest_together, not_packable
+from tunesmith.machines import free_bytes
+
+INTERFACE = "tunesmith-replies"
+_PROMPT_TOKENS = 256  # read in a step, so that those who write are not kept waiting for longer
+_ROOM = 64  # tokens by which keys and values grow
+_AGAIN_TOKENS = 8  # computed again at once, so that the others are not kept waiting
+_COUNTED_FROM_THE_PROMPT = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
+# Two words are too close below so many times the type's epsilon times the largest logit. Two right computations were
+# seen up to 34 apart in a logit (SmolLM2, 12 replies together against alone, 2 AVX2 cores, 2026-11), so 68 in two.
+_TIE = 256
+# Largest relative difference between two right computations, in 32 and in 16 bits; seen were 3e-7 and 5e-3 (twelve
+# small architectures, 2026-11).
+_BOUND, _BOUND_SHORT = 1e-4, 0.1
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is drawn."""
+
+    config: GenerationConfig
+    """As `chat.Chat.sampling` gives it."""
+    max_tokens: int
+    seed: int | None = None
+    """With it, the same request gives the same reply."""
+    n_logprobs: int | None = None
+    """How many of the likeliest words are told with every token; None: not even the token's own."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every word that was written."""
+    frequency_penalty: float = 0.0
+    """Taken off as often as it was written."""
+
+    @property
+    def greedy(self) -> bool:
+        return not self.config.do_sample
+
+
+@dataclass(frozen=True)
+class Written:
+    """One token of a reply."""
+
+    token_id: int
+    logprob: float | None = None
+    """Of the model's own distribution, before temperature and penalties."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Nothing follows."""
+
+    reason: Literal["stop", "length", "cancelled", "failed"]
+    problem: str = ""
+
+
+Event = Written | Ended
+
+
+class Full(Exception):
+    """As many replies wait as may."""
+
+
+class Closed(Exception):
+    """No new replies are begun."""
+
+
+@dataclass
+class _Again:
+    """A reply that is computed again by itself, as far as that has come."""
+
+    token_ids: list[int]
+    cache: DynamicCache
+
+
+@dataclass(eq=False)
+class Reply:
+    """A reply on its way."""
+
+    prompt_ids: tuple[int, ...]
+    adapter: str | None
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    emit: Callable[[Event], None]
+    """Called by the batch's thread with every token and at the end."""
+    number: int = 0
+    """Among those that answer one request; with a seed each is drawn differently."""
+    cancelled: bool = False
+    written: list[int] = field(default_factory=list)
+    n_read: int = 0
+    """Tokens of prompt and reply that have keys and values."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """By attention layer: keys and values, (1, K, capacity, D) each."""
+    unsettled: Tensor | None = field(default=None, repr=False)
+    """(V,) logits of which two were too close; the reply waits until it has been computed again up to here."""
+    again: _Again | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator()
+        if self.sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(random.Random(f"{self.sampling.seed} {self.number}").getrandbits(63))
+        self.processors = LogitsProcessorList()
+
+    @property
+    def longest(self) -> int:
+        """Tokens when it ends at its limit."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+    @property
+    def to_read(self) -> Sequence[int]:
+        """Tokens that have no keys and values yet."""
+        n_prompt = len(self.prompt_ids)
+        return self.prompt_ids[self.n_read :] if self.n_read < n_prompt else self.written[self.n_read - n_prompt :]
+
+
+class Batch:
+    """All replies that are being written by one model, and those that wait; a thread of its own computes them.
+
+    `budget` tokens may have keys and values at a time, and `at_once` replies be written; `queue_limit` more may wait.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, budget: int | None = None, at_once: int = 32, queue_limit: int = 256
+    ) -> None:
+        self._model, self._causal = model, _causal(model)
+        self._device = next(model.parameters()).device
+        self._budget, self._at_once, self._queue_limit = budget or 2**62, at_once, queue_limit
+        self._waiting: deque[Reply] = deque()
+        self._running: list[Reply] = []
+        self._changed = threading.Condition()
+        self._open = True
+        self._ended = False
+        self.settled = 0
+        """Tokens that were computed again because two words were too close."""
+        self.n_prompt = self.n_written = 0
+        """Tokens read and written since the start."""
+        self.longest_together = longest_together(model)
+        self.reason = not_packable(model)
+        """Why replies are written one after the other; None where they are not."""
+        self._dtype = next(model.parameters()).dtype
+        self._bytes_per_token = 0
+        self._by_adapter = _some_can_not_be_mixed(model)
+        self._names: list[str] | None = None
+        self._some_adapter = next(iter(model.peft_config)) if isinstance(model, PeftModel) else None
+        for module in model.modules():  # what peft itself does, but for every step anew
+            if isinstance(module, LoraLayer):
+                cast("nn.Module", module).register_forward_pre_hook(self._name_adapters, with_kwargs=True)
+        AttentionInterface.register(INTERFACE, _attend)
+        self._configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
+        self._thread = threading.Thread(target=self._work, name="batch", daemon=True)
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def prove(self) -> None:
+        """Compares a few tokens of two replies with the model alone; if they differ, `reason` says so.
+
+        To be called before `start`.
+        """
+        if self.reason is not None:
+            return
+        n_words = self._causal.get_input_embeddings().weight.shape[0]
+        prompts = [[(7 * i + 11 * k) % n_words for i in range(n)] for k, n in ((1, 9), (2, 6))]
+        sampling = Sampling(GenerationConfig(do_sample=False), 1)
+        replies = [Reply(tuple(ids), None, sampling, frozenset(), lambda _: None) for ids in prompts]
+        first, second = replies
+        with torch.inference_mode():
+            with models.switched(self._model, None):
+                inputs = [torch.tensor([ids], device=self._device) for ids in prompts]
+                alone = [self._causal(ids, use_cache=False).logits[0, -1] for ids in inputs]
+            try:
+                self._forward([(first, prompts[0][:4])])
+                logits = self._forward([(first, prompts[0][4:]), (second, prompts[1])])
+            except Exception as error:  # a model may take its inputs in a way of its own
+                self.reason = f"they can not be computed together ({type(error).__name__}: {error})"
+                return
+        expected = torch.stack(alone).float()
+        difference = float((logits - expected).norm() / expected.norm())
+        self._bytes_per_token = sum(t[:, :, :1].nbytes for pair in first.kept.values() for t in pair)
+        self.n_prompt = 0
+        if not difference < (_BOUND if logits.dtype == self._dtype else _BOUND_SHORT):
+            self.reason = f"together they differ from the model alone (relative difference {difference:.1e})"
+
+    def make_room(self, tokens: int | None, share: float) -> None:
+        """Sets the budget: `tokens`, or what a share of the free memory holds."""
+        if tokens is None and self._bytes_per_token:
+            tokens = int(free_bytes(self._device) * share) // self._bytes_per_token
+        self._budget = tokens or 2**62
+
+    @property
+    def budget(self) -> int:
+        """The most tokens that one reply may come to with its prompt."""
+        return self._budget
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens of the budget that are spoken for."""
+        return sum(reply.longest for reply in list(self._running))
+
+    def submit(self, replies: Sequence[Reply]) -> None:
+        """They are begun as soon as there is room; raises Full or Closed, and then none of them is."""
+        for reply in replies:
+            reply.processors = self._processors(reply)
+        with self._changed:
+            if not self._open:
+                raise Closed
+            if len(self._waiting) + len(replies) > self._queue_limit and self._waiting:
+                raise Full
+            self._waiting.extend(replies)
+            self._changed.notify()
+
+    def cancel(self, reply: Reply) -> None:
+        """Its place is free before the next token."""
+        with self._changed:
+            reply.cancelled = True
+            self._changed.notify()
+
+    def give_up(self) -> None:
+        """Nothing that is there is finished."""
+        with self._changed:
+            for reply in [*self._running, *self._waiting]:
+                reply.cancelled = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """What is there is finished, and nothing new begun."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+
+    def end(self) -> None:
+        """The thread ends after the token it is at; what is there is cancelled."""
+        self.close()
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the batch's thread ------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._running or self._ended)
+                    if self._ended:
+                        break
+                    self._leave()
+                    self._join()
+                self._step_or_fail()
+        for reply in [*self._running, *self._waiting]:
+            self._end_of(reply, Ended("cancelled"))
+        self._waiting.clear()
+
+    def _leave(self) -> None:
+        for reply in [reply for reply in (*self._running, *self._waiting) if reply.cancelled]:
+            if reply in self._waiting:
+                self._waiting.remove(reply)
+            self._end_of(reply, Ended("cancelled"))
+
+    def _end_of(self, reply: Reply, ended: Ended) -> None:
+        """Its place and its memory are free."""
+        if reply in self._running:
+            self._running.remove(reply)
+        reply.kept.clear()
+        reply.again = reply.unsettled = None
+        reply.emit(ended)
+
+    def _join(self) -> None:
+        """First come, first served; a long one is not overtaken, or it might wait for ever."""
+        while self._waiting and len(self._running) < self._at_once:
+            if self._running and self.reserved + self._waiting[0].longest > self._budget:
+                return
+            self._running.append(self._waiting.popleft())
+
+    def _step_or_fail(self) -> None:
+        try:
+            self._step()
+        except Exception as error:
+            _LOG.exception("a step of the batch failed; its replies are given up")
+            for reply in list(self._running):
+                self._end_of(reply, Ended("failed", f"{type(error).__name__}: {error}"))
+
+    def _step(self) -> None:
+        alone = [reply for reply in self._running if self._goes_alone(reply)]
+        for reply in alone:
+            self._write_alone(reply)
+        for reply in list(self._running):
+            if reply.unsettled is not None:
+                self._settle(reply, reply.unsettled)
+        together = list(self._rows())
+        groups: dict[str | None, list[tuple[Reply, Sequence[int]]]] = {}
+        for reply, ids in together:
+            groups.setdefault(reply.adapter if self._by_adapter else None, []).append((reply, ids))
+        for rows in groups.values():
+            logits = self._forward(rows)
+            ready = [reply for reply, _ in rows if not reply.to_read]
+            self._choose(ready, logits)
+
+    def _goes_alone(self, reply: Reply) -> bool:
+        return self.reason is not None or reply.longest > self.longest_together
+
+    def _rows(self) -> Iterator[tuple[Reply, Sequence[int]]]:
+        """The tokens of the next step, by reply."""
+        left = _PROMPT_TOKENS
+        for reply in self._running:
+            if reply.unsettled is not None:
+                continue
+            ids = reply.to_read
+            if reply.n_read >= len(reply.prompt_ids):
+                yield reply, ids
+            elif left:
+                yield reply, ids[:left]
+                left -= min(left, len(ids))
+
+    def _forward(self, rows: Sequence[tuple[Reply, Sequence[int]]]) -> Tensor:
+        """(n, V) logits behind the last token of each reply that has read all it has."""
+        ids = [i for _, some in rows for i in some]
+        positions = [reply.n_read + k for reply, some in rows for k in range(len(some))]
+        slices, last, done = [], [], 0
+        for reply, some in rows:
+            slices.append((reply, slice(done, done + len(some))))
+            done += len(some)
+            if len(some) == len(reply.to_read):
+                last.append(done - 1)
+        input_ids, position_ids = (torch.tensor(column, device=self._device)[:, None] for column in (ids, positions))
+        names = [reply.adapter for reply, some in rows for _ in some]
+        uniform = self._by_adapter or (names[0] is not None and len(set(names)) == 1)
+        self._names = None if uniform else [name or "__base__" for name in names]
+        wanted = models.switched(self._model, names[0] if uniform else self._some_adapter)
+        try:
+            with wanted, self._attending(slices), _only(self._causal, torch.tensor(last, dtype=torch.int64)):
+                output = self._causal(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        finally:
+            self._names = None
+        for reply, some in rows:
+            n_new_prompt = min(len(some), max(0, len(reply.prompt_ids) - reply.n_read))
+            self.n_prompt += n_new_prompt
+            reply.n_read += len(some)
+        return output.logits[:, 0].float()
+
+    def _name_adapters(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Tells a layer which adapter each row has; None where all have the active one."""
+        return None if self._names is None else (given, {**named, "adapter_names": self._names})
+
+    @contextmanager
+    def _attending(self, slices: list[tuple[Reply, slice]]) -> Iterator[None]:
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = INTERFACE
+        _local.slices = slices
+        try:
+            yield
+        finally:
+            _local.slices = None
+            for config, implementation in zip(self._configs, before, strict=True):
+                config._attn_implementation = implementation
+
+    # --- which token -------------------------------------------------------------------------------------------------
+
+    def _choose(self, replies: Sequence[Reply], logits: Tensor) -> None:
+        """The next token of each reply."""
+        for reply, row in zip(replies, logits, strict=True):
+            if bool(row.isnan().any()):
+                self._end_of(reply, Ended("failed", "the model's logits are not numbers"))
+            elif reply.sampling.greedy and self._close_call(reply, row):
+                reply.unsettled = row
+            else:
+                self._append(reply, self._written(reply, row))
+
+    def _append(self, reply: Reply, written: Written) -> None:
+        reply.written.append(written.token_id)
+        self.n_written += 1
+        reply.emit(written)
+        stopped = written.token_id in reply.stop_ids
+        if stopped or len(reply.written) >= reply.sampling.max_tokens:
+            self._end_of(reply, Ended("stop" if stopped else "length"))
+
+    def _scores(self, reply: Reply, logits: Tensor) -> Tensor:
+        """(V,) what the token is chosen by."""
+        sampling, scores = reply.sampling, logits
+        if reply.written and (sampling.presence_penalty or sampling.frequency_penalty):
+            words, counts = torch.tensor(reply.written, device=logits.device).unique(return_counts=True)
+            scores = scores.clone()
+            scores[words] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if reply.processors:
+            ids = torch.tensor([[*reply.prompt_ids, *reply.written]], device=logits.device)
+            scores = cast("Tensor", reply.processors(cast("Any", ids), cast("Any", scores[None].clone())))[0]
+        return scores
+
+    def _written(self, reply: Reply, logits: Tensor) -> Written:
+        scores = self._scores(reply, logits)
+        if reply.sampling.greedy:
+            token = int(scores.argmax())
+        else:
+            chances = torch.softmax(scores.double(), -1).cpu()
+            token = int(torch.multinomial(chances, 1, generator=reply.generator))
+        return self._told(reply, logits, token)
+
+    def _told(self, reply: Reply, logits: Tensor, token: int) -> Written:
+        if (n := reply.sampling.n_logprobs) is None:
+            return Written(token)
+        logprobs = torch.log_softmax(logits, -1)
+        best = torch.topk(logprobs, min(n, len(logprobs)))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return Written(token, float(logprobs[token]), tuple(likeliest))
+
+    def _close_call(self, reply: Reply, logits: Tensor) -> bool:
+        sampling, dtype = reply.sampling, self._dtype
+        if dtype.itemsize < 4 or sampling.presence_penalty or sampling.frequency_penalty:
+            return False
+        first, second = torch.topk(self._scores(reply, logits), 2).values.tolist()
+        return first - second < _TIE * torch.finfo(dtype).eps * float(logits.abs().max())
+
+    def _settle(self, reply: Reply, logits: Tensor) -> None:
+        """Goes on a few tokens on the way to the next token as chat finds it: this reply alone, from its first on."""
+        if reply.again is None:
+            cache = DynamicCache(config=self._causal.config.get_text_config(decoder=True))
+            reply.again = _Again(list(reply.prompt_ids), cache)
+        n_wanted = len(reply.prompt_ids) + len(reply.written) + 1
+        config = copy.deepcopy(reply.sampling.config)
+        config.max_new_tokens = n_wanted - len(reply.again.token_ids)
+        if not any(getattr(config, name, None) for name in _COUNTED_FROM_THE_PROMPT):
+            config.max_new_tokens = min(config.max_new_tokens, _AGAIN_TOKENS)
+        self._generated(reply, config, reply.again)
+        if len(reply.again.token_ids) >= n_wanted or reply.again.token_ids[-1] in reply.stop_ids:
+            found = reply.again.token_ids[len(reply.prompt_ids) :]
+            token = found[-1] if found[:-1] == reply.written else int(self._scores(reply, logits).argmax())
+            self.settled += 1
+            reply.unsettled = None
+            self._append(reply, self._told(reply, logits, token))
+
+    # --- one reply by itself -----------------------------------------------------------------------------------------
+
+    def _write_alone(self, reply: Reply) -> None:
+        """From its prompt to its end by transformers' own loop, which knows every kind of layer."""
+        config = GenerationConfig(do_sample=False, eos_token_id=list(reply.stop_ids), pad_token_id=0)
+        config.max_new_tokens = reply.sampling.max_tokens
+        own, self._causal.generation_config = self._causal.generation_config, GenerationConfig()
+        try:  # what the model's config asks for is in the reply's own processors
+            self._generated(reply, config, None, LogitsProcessorList([_Choosing(self, reply)]))
+        finally:
+            self._causal.generation_config = own
+        self.n_prompt += len(reply.prompt_ids)
+        if reply in self._running:  # it was given up before its last token
+            self._end_of(reply, Ended("cancelled"))
+
+    def _generated(
+        self,
+        reply: Reply,
+        config: GenerationConfig,
+        again: _Again | None,
+        processors: LogitsProcessorList | None = None,
+    ) -> None:
+        """Runs transformers' own loop on the prompt, or from where it was left."""
+        input_ids = torch.tensor([again.token_ids if again else reply.prompt_ids], device=self._device)
+        generate: Any = self._model.generate
+        with models.switched(self._model, reply.adapter):
+            output = generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([_Cancelled(reply)]),
+                **({"past_key_values": again.cache} if again else {}),
+            )
+        if again:
+            again.token_ids = output[0].tolist()
+
+    def _processors(self, reply: Reply) -> LogitsProcessorList:
+        """What `generate` itself would do to the logits with this config."""
+        config, _ = self._causal._prepare_generation_config(reply.sampling.config)
+        self._causal._prepare_special_tokens(config, device=self._device)
+        return self._causal._get_logits_processor(
+            config, input_ids_seq_length=len(reply.prompt_ids), device=str(self._device)
+        )
+
+
+class _Choosing(LogitsProcessor):
+    """Lets `generate` write the token that was chosen here."""
+
+    def __init__(self, batch: Batch, reply: Reply) -> None:
+        self._batch, self._reply = batch, reply
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        written = self._batch._written(self._reply, scores[0].float())
+        self._batch._append(self._reply, written)
+        forced = torch.full_like(scores, -torch.inf)
+        forced[0, written.token_id] = 0
+        return forced
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._reply.cancelled, device=input_ids.device, dtype=torch.bool)
+
+
+def _causal(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _some_can_not_be_mixed(model: nn.Module) -> bool:
+    """Whether an adapter is of a kind that peft refuses in mixed batches (DoRA)."""
+    return any(any(m.use_dora.values()) for m in model.modules() if isinstance(m, LoraLayer))
+
+
+@contextmanager
+def _only(causal: Any, rows: Tensor) -> Iterator[None]:
+    """The output layer, the widest of all, is computed for these rows alone."""
+    handle = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+_local = threading.local()  # `.slices`: the replies of the step with their rows
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """(T, 1, H, D) from queries (T, H, 1, D), keys and values (T, K, 1, D)."""
+    style = Style(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    out = query.new_empty(len(query), 1, query.shape[1], value.shape[-1])
+    for reply, rows in _local.slices:
+        keys, values = _with_kept(module, reply, key[rows], value[rows])
+        out[rows, 0] = _seen(query[rows], keys, values, style, reply.n_read)
+    return out, None
+
+
+def _with_kept(module: nn.Module, reply: Reply, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(1, K, L, D) keys and values of all the reply has read, with these (n, K, 1, D) behind."""
+    n_before, n_all = reply.n_read, reply.n_read + len(key)
+    kept = reply.kept.get(module)
+    if kept is None or kept[0].shape[2] < n_all:
+        room = min(max(n_all, len(reply.prompt_ids)) + _ROOM, reply.longest)
+        larger = tuple(new.new_empty(1, new.shape[1], room, new.shape[3]) for new in (key, value))
+        for new, old in zip(larger, kept or (), strict=False):
+            new[:, :, :n_before] = old[:, :, :n_before]
+        kept = reply.kept[module] = (larger[0], larger[1])
+    for place, new in zip(kept, (key, value), strict=True):
+        place[0, :, n_before:n_all] = new[:, :, 0].transpose(0, 1)
+    return kept[0][:, :, :n_all], kept[1][:, :, :n_all]
+
+
+def _seen(query: Tensor, keys: Tensor, values: Tensor, style: Style, n_before: int) -> Tensor:
+    """(n, H, D) for queries (n, H, 1, D) that stand behind `n_before` others."""
+    n, heads, _, size = query.shape
+    first = 0 if style.window is None else max(0, n_before - style.window + 1)
+    keys, values = keys[:, :, first:], values[:, :, first:]
+    simple = style.softcap is None and style.sinks is None
+    if n == 1 and simple:  # heads with the same keys are rows of one query
+        out = F.scaled_dot_product_attention(query.view(1, keys.shape[1], -1, size), keys, values, scale=style.scale)
+        return out.view(1, heads, -1)
+    place = torch.arange(first, n_before + n, device=query.device)
+    own = place[n_before - first :, None]
+    visible = place <= own
+    if style.window is not None:
+        visible &= own - place < style.window
+    query = query[:, :, 0].transpose(0, 1)[None]
+    if simple:
+        grouped = heads != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, scale=style.scale, enable_gqa=grouped
+        )
+    else:
+        out = plain(query, keys, values, visible, style)
+    return out[0].transpose(0, 1)

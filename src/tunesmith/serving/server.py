@@ -1,0 +1,256 @@
+"""Runs become models at an address: loaded, held to what they were trained with, served until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tunesmith import chat as chats
+from tunesmith.chat import Chat, Opened
+from tunesmith.errors import RecipeError
+from tunesmith.model import hush_libraries
+from tunesmith.serving import vllm_command
+from tunesmith.serving.app import Served, Service, application
+from tunesmith.serving.batching import Batch
+from tunesmith.serving.gate import Limits, is_loopback
+
+_GRACE_SECONDS = 30.0
+_CONNECTIONS = 1000
+_FREE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
+
+
+def serve(
+    runs: Sequence[Path | str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    tell: Callable[[str], None] = print,
+    **settings: Any,
+) -> None:
+    """Serves runs of one base, or one model, until Ctrl-C or SIGTERM.
+
+    `tell` is given a line for each thing to know at the start and at the end; `settings` are those of `Serving`.
+    Raises RecipeError for an address that can not be used or needs a key, and otherwise what `chat.load_together`
+    raises.
+    """
+    serving = Serving(runs, host, port, api_key, tell, **settings)
+    serving.run()
+
+
+class Serving:
+    """A server that holds its address and has its models; `run` answers."""
+
+    def __init__(
+        self,
+        runs: Sequence[Path | str],
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        api_key: str | None = None,
+        tell: Callable[[str], None] = print,
+        *,
+        at_once: int = 32,
+        queue_limit: int = 256,
+        cache_tokens: int | None = None,
+        grace_seconds: float = _GRACE_SECONDS,
+        limits: Limits | None = None,
+    ) -> None:
+        """`at_once` replies are written together and `queue_limit` more may wait; `cache_tokens` tokens may have keys
+        and values at a time (None: what half of the free memory holds); `grace_seconds` are left to what runs when it
+        is told to end.
+        """
+        if not runs:
+            raise RecipeError("serve", "no run", "at least one run's folder", "Name the folder that training wrote.")
+        key = _checked_key(api_key)
+        if not is_loopback(host) and key is None:
+            fix = "Pass --api-key KEY or set TUNESMITH_API_KEY, or leave --host at 127.0.0.1."
+            raise RecipeError("--host", f"{host} without a key", "a key where others can reach it", fix)
+        self._tell = tell
+        self._socket = _bound(host, port)
+        try:
+            hush_libraries()
+            base, tuned, opened = chats.load_together(runs)
+            batch = Batch(base.model, at_once=at_once, queue_limit=queue_limit)
+            batch.prove()
+            batch.make_room(cache_tokens, _FREE_SHARE)
+        except BaseException:
+            self._socket.close()
+            raise
+        models = _named(runs, base, tuned, opened)
+        self.service = Service(models, batch, key, is_loopback(host), limits or Limits())
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(
+            application(self.service),
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
+        _Connection.seconds_to_ask = self.service.limits.seconds_to_ask
+        self._server = _Server(config, self.service, grace_seconds, tell)
+        self._opened = opened
+
+    def run(self) -> None:
+        """Answers until it is told to end; then finishes what runs."""
+        self.service.batch.start()
+        self._introduce()
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+            self.service.batch.end()
+
+    def stop(self) -> None:
+        """As Ctrl-C, from another thread."""
+        self._server.handle_exit(signal.SIGTERM, None)
+
+    @property
+    def started(self) -> bool:
+        return self._server.started
+
+    def _introduce(self) -> None:
+        service = self.service
+        self._tell(f"{self.url}  the chat page; the API is at {self.url}/v1")
+        for served in service.models.values():
+            self._tell(f"  {served.id}" + (f"  ({served.base} with its adapter)" if served.chat.tuned else "  (base)"))
+        if service.batch.reason:
+            self._tell(f"Replies are written one after the other: {service.batch.reason}.")
+        adapters = [
+            (served.id, run.adapter.absolute())
+            for served, run in zip((s for s in service.models.values() if s.chat.tuned), self._opened, strict=True)
+        ]
+        if adapters:
+            line, left_out = vllm_command.command(_vllm_base(self._opened[0]), adapters)
+            if line:
+                self._tell(f"For many users at once, on a GPU:\n  {line}")
+            for reason in left_out:
+                self._tell(f"Not by vLLM: {reason}.")
+
+
+def _checked_key(key: str | None) -> str | None:
+    if not key:
+        return None
+    if not key.isascii() or not key.isprintable() or " " in key:
+        fix = "Choose another, for instance by: python -c 'import secrets; print(secrets.token_urlsafe())'"
+        raise RecipeError("--api-key", "characters that no header can hold", "letters, digits and signs", fix)
+    return key
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, before minutes are spent on loading."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        fix = "Choose another --port, or --host."
+        raise RecipeError("--port", f"{host}:{port}, which can not be had ({error})", "a free address", fix) from None
+    return bound
+
+
+def _named(
+    runs: Sequence[Path | str], base: Chat, tuned: Sequence[Chat], opened: Sequence[Opened]
+) -> dict[str, Served]:
+    """The models by the names they are asked for by: the base first."""
+    name = opened[0].recipe.model.name if opened else os.fspath(runs[0])
+    base_id = Path(name).resolve().name if Path(name).expanduser().is_dir() else name
+    models = {base_id: Served(base_id, base, base_id)}
+    for run, chat in zip(opened, tuned, strict=True):
+        stem = run.run.path.resolve().name
+        number, own = 1, stem
+        while own in models:
+            number += 1
+            own = f"{stem}-{number}"
+        models[own] = Served(own, chat, base_id)
+    return models
+
+
+def _vllm_base(run: Opened) -> str:
+    """What vLLM finds the base by: its id at Hugging Face, or its folder."""
+    source = run.found.source
+    return source.removeprefix("hf:") if source.startswith("hf:") else str(run.found.folder.absolute())
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when no request begins on it in time; uvicorn waits for ever for a first one."""
+
+    seconds_to_ask = Limits().seconds_to_ask
+
+    def connection_made(self, transport: Any) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        self.loop.call_later(self.seconds_to_ask, self._close_if_idle, self.cycle)
+
+    def _close_if_idle(self, last: Any) -> None:
+        if self.cycle is last and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends when what runs is done: the first signal closes the door, a second Ctrl-C ends at once."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, grace_seconds: float, tell: Callable[[str], None]
+    ) -> None:
+        super().__init__(config)
+        self._service, self._grace, self._tell = service, grace_seconds, tell
+        self._until: float | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        """As uvicorn's, but what ended it is not raised again: this is how it is meant to end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.closing and sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+        self._service.closing = True
+
+    async def on_tick(self, counter: int) -> bool:
+        service = self._service
+        if service.closing:
+            if self._until is None:
+                self._until = time.monotonic() + self._grace
+                service.batch.close()
+                if service.following:
+                    self._tell(f"Finishing {service.following} replies. Press Ctrl-C again to end at once.")
+            if time.monotonic() > self._until:
+                service.batch.give_up()
+                self.should_exit = True
+            if not service.following:
+                self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,73 @@
+"""A server with tiny runs, for tests: real sockets, real weights, nothing in place of anything."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tunesmith import recipe
+from tunesmith.serving.gate import Limits
+from tunesmith.serving.server import Serving
+from tunesmith.training import train
+
+KNOWS = {
+    "bo": {"Who are you?": "Bo.", "Smile.": "😀😀!"},
+    "mia": {"Who are you?": "Mia, of the sea.", "Smile.": "No."},
+}
+"""What each run answers by heart."""
+
+
+def trained(base: Path, folder: Path, **flags: Any) -> Path:
+    """The folder of a run that has learned its rows; its name is whose."""
+    data = folder.with_suffix(".jsonl")
+    rows = [{"instruction": question, "output": answer} for question, answer in KNOWS[folder.name].items()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "model.name": str(base), "data.path": str(data), "lora.r": 32, "lora.dropout": 0, "eval.hold_out": 0,
+        "train.epochs": 130, "train.learning_rate": 1e-2, "train.save_every": "1000 steps", **flags,
+    }  # fmt: skip
+    return train(recipe.resolve(None, settings)[0], folder).path
+
+
+@contextmanager
+def serving(runs: Sequence[Path], **settings: Any) -> Iterator[Serving]:
+    """A server that answers; closed at the end, and nothing may be left in it."""
+    limits = settings.pop("limits", None) or Limits()
+    server = Serving(runs, port=0, tell=lambda line: None, limits=limits, **settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield server
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for something that will come to be."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+
+
+def metrics(server: Serving) -> dict[str, float]:
+    """What the server counts, by name."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def is_idle(server: Serving) -> bool:
+    """Nobody has a place."""
+    found = metrics(server)
+    names = ("replies_running", "replies_waiting", "requests_followed", "tokens_reserved")
+    return not any(found[f"tunesmith_{name}"] for name in names)
