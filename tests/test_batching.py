@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from tunesmith import model as models
 from tunesmith.recipe import LoraSettings
@@ -437,9 +444,28 @@ def test_a_model_that_gives_no_numbers_is_told(caplog: pytest.LogCaptureFixture)
     with at_work(model) as batch:
         asked = [reply(PROMPTS[2]), reply(PROMPTS[3], config=sampled())]
         batch.submit([one.reply for one in asked])
-        assert {one.end().problem for one in asked} == {"the model's logits are not numbers"}
+        assert {one.end().problem for one in asked} == {"ArithmeticError: the model's logits are not numbers"}
         assert batch.running == 0
-    assert not caplog.text
+    assert caplog.text.count("a reply is given up") == 2
+
+
+def test_what_goes_wrong_with_one_reply_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """One whose logits become infinite beside one that is drawn as it is alone."""
+    model = made("llama")
+
+    class Endless(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            return scores / 0 if len(input_ids[0]) > len(PROMPTS[1]) + 2 else scores
+
+    with at_work(model) as batch:
+        wrong, right = reply(PROMPTS[1], config=sampled()), reply(PROMPTS[2])
+        made_by = batch._processors
+        batch._processors = lambda one: LogitsProcessorList([Endless()]) if one is wrong.reply else made_by(one)  # type: ignore[method-assign]
+        batch.submit([wrong.reply, right.reply])
+        assert wrong.end().reason == "failed" and len(wrong.written) == 3
+        assert right.ids() == alone(model, PROMPTS[2])
+        assert batch.running == 0
+    assert caplog.text.count("a reply is given up") == 1
 
 
 def test_who_has_ended_holds_no_memory() -> None:

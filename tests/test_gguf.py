@@ -13,10 +13,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import CHATML, needs_shared, save_tiny_model
 from small_runs import settings as run_settings
@@ -120,6 +121,71 @@ def test_llama_cpp_reads_and_answers_as_the_live_adapter(trained: Trained, tmp_p
         "llama.cpp: stop ids that stop", "Ollama: same token ids of conversations",
     ):  # fmt: skip
         assert values[name] == 1, name
+
+
+TURNS = [1 + k / 8 for k in range(8)]
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, whose q, k and v have biases": ("qwen2", {}),
+    "qwen3, which normalises q and k": ("qwen3", {"head_dim": 16}),
+    "rotary embedding of Llama 3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "linear rotary embedding": (
+        "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "long rotary embedding": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 1024, "max_position_embeddings": 4096, "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": TURNS, "long_factor": TURNS[::-1],
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.usefixtures("brief")
+def test_other_architectures_and_rotary_embeddings_too(other: str, talk: Path, tmp_path: Path) -> None:
+    kind, more = OTHERS[other]
+    base = save_model(tmp_path / "base", "gpt-2")
+    config = json.loads((base / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("architectures", "model_type", "head_dim")}
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, **more}), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.4 if "embed" in name or "lm_head" in name else parameter.shape[-1] ** -0.5
+            parameter.normal_(std=scale, mean=1.0 if name.endswith("norm.weight") else 0.0)
+    model.save_pretrained(base)
+    run = train(run_settings(base, talk, **{"train.epochs": 1}), tmp_path / "run").path
+    written = export(run, "gguf", tmp_path / "out", "float32")
+    values = found(written)
+    assert values["llama.cpp: same greedy replies"] == 1
+    assert values["largest difference of a weight"] == 0
+    assert bool(written.notes and "1024 tokens" in written.notes[0]) == (kind == "phi3")
+
+
+@pytest.mark.parametrize(
+    ("more", "limit"),
+    [
+        ({"sliding_window": 2047, "max_position_embeddings": 4096}, 2047),
+        ({"sliding_window": None, "max_position_embeddings": 4096}, None),
+        ({"sliding_window": 4096, "max_position_embeddings": 4096}, None),
+    ],
+)
+def test_a_context_beyond_which_llama_cpp_computes_something_else_is_told(more: dict[str, Any], limit: int) -> None:
+    found = gguf_file.alike_up_to(AutoConfig.for_model("phi3", **more))
+    assert (found and found[0]) == limit
 
 
 @needs_llama_cpp

@@ -22,8 +22,9 @@ import pytest
 import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from conftest import save_tiny_model
+from conftest import SHARED, needs_shared, save_tiny_model
 from served import KNOWS, is_idle, metrics, serving, trained, until
 from small_runs import start
 from tunesmith import chat, rundir
@@ -33,6 +34,7 @@ from tunesmith.serving import vllm_command, wire
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.server import Serving
 from tunesmith.serving.writing import Text, token_bytes
+from tunesmith.template import probe
 
 CONTEXT = 8192
 SURE = [{"role": "user", "content": "Who are you?"}]
@@ -194,6 +196,20 @@ def test_logprobs_are_told_with_every_token(client: OpenAI, chats: dict[str, Cha
     assert [piece.logprob for piece in pieces] == pytest.approx([token.logprob for token in told], abs=1e-5)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 5, 9])
+def test_a_stream_tells_tokens_that_show_no_text_too(max_tokens: int, client: OpenAI) -> None:
+    """The base writes halves of characters, and where it ends none may be whole."""
+    asked: Any = {"model": "base", "messages": ENDLESS, "temperature": 0, "max_tokens": max_tokens, "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs
+    pieces: list[Any] = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            pieces += (choice.logprobs.content or []) if choice.logprobs else []
+    assert whole is not None and whole.content is not None
+    assert [piece.token for piece in pieces] == [token.token for token in whole.content]
+    assert len(pieces) == max_tokens
+
+
 def test_sampling_is_asked_for(client: OpenAI, chats: dict[str, Chat]) -> None:
     asked: Any = {"model": "base", "messages": ENDLESS, "max_tokens": 16}
 
@@ -204,6 +220,7 @@ def test_sampling_is_asked_for(client: OpenAI, chats: dict[str, Chat]) -> None:
     assert text(temperature=2, top_p=1e-9, seed=1) == greedy  # only the likeliest word is left
     assert text(temperature=2, seed=1) != greedy
     assert text(temperature=0, frequency_penalty=2, presence_penalty=2) != greedy
+    assert text(temperature=1e-39, seed=1) == greedy  # which no logit can be divided by
     assert text() == greedy  # as the model's generation config says
 
 
@@ -218,6 +235,11 @@ def test_completions_of_texts_and_tokens(client: OpenAI, chats: dict[str, Chat])
     assert plain.usage is not None and plain.usage.prompt_tokens > len(ids)
     several = client.completions.create(model="bo", prompt=["Ab", "c"], max_tokens=3, n=2, temperature=0, echo=True)
     assert [choice.text[:2] for choice in several.choices[:2]] == ["Ab", "Ab"]
+    unread = httpx.post(
+        f"{client.base_url}completions", content=b'{"model": "\xff"}', headers={"content-type": "application/json"}
+    )
+    assert unread.status_code == 400
+    assert unread.json()["error"]["message"].startswith("body: found bytes that are no JSON; expected one JSON object")
     assert [choice.text[:1] for choice in several.choices[2:]] == ["c", "c"]
     assert several.usage is not None and several.usage.prompt_tokens == 3
     told = client.completions.create(model="bo", prompt=ids, temperature=0, logprobs=2).choices[0].logprobs
@@ -533,6 +555,20 @@ def test_text_is_shown_when_it_can_not_change_any_more(chats: dict[str, Chat]) -
     assert pieces("ab--c", stops=["--"]) == ["a", "b", "", "", "", ""]
     assert pieces("a-b", stops=["--"]) == ["a", "", "-b", ""]
     assert pieces("a-", stops=["--"]) == ["a", "", "-"]
+
+
+@needs_shared
+@pytest.mark.parametrize("family", ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"])
+def test_a_text_goes_on_with_the_space_before_its_next_word(family: str) -> None:
+    """Decoders of pieces take the space in front of the first word for one of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
+    first, rest = "The capital of France is", " Paris and not Lyon."
+    ids = tokenizer(first + rest, add_special_tokens=False)["input_ids"]
+    before = tokenizer(first, add_special_tokens=False)["input_ids"]
+    assert ids[: len(before)] == before
+    template = probe(tokenizer, tokenizer.chat_template, "test")
+    shown = Text(template, strip=False, before=before)
+    assert "".join([*(shown.add(i) for i in ids[len(before) :]), shown.end()]) == rest == shown.whole
 
 
 def test_the_models_are_told_to_the_page(server: Serving) -> None:

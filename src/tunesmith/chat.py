@@ -26,6 +26,8 @@ from tunesmith.render import Renderer
 from tunesmith.types import ChatMessage, Message
 
 MAX_TOKENS = 512
+_LEAST_TEMPERATURE = 1e-3
+"""Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
 _SIDE_BY_SIDE = 32  # conversations
 
 
@@ -127,11 +129,11 @@ class Chat:
         return self.renderer.template.write(_conversation(messages, self.system), generation_prompt=True)
 
     def sampling(self, temperature: float | None) -> GenerationConfig:
-        """The model's generation config with another temperature; 0 is greedy."""
+        """The model's generation config with another temperature; 0, and what is as good as that, is greedy."""
         config = copy.deepcopy(self.generation)
         if temperature is not None:
-            config.do_sample = temperature > 0
-            config.temperature = temperature if temperature > 0 else 1.0
+            config.do_sample = temperature >= _LEAST_TEMPERATURE
+            config.temperature = temperature if config.do_sample else 1.0
         if not config.do_sample:  # transformers warns about sampling settings that greedy search does not read
             config.temperature, config.top_p, config.top_k = None, None, None
         return config

@@ -244,9 +244,9 @@ class _Work:
         for path in (run.metrics, run.held_out):
             rundir.keep_lines(path, lambda line: line["step"] <= step and point is not None)
 
-        chat = Chat(base, checked.renderer, models.generation_config(self.found.folder, checked.renderer.template))
+        generation = models.generation_config(self.found.folder, checked.renderer.template)
         asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
-        before = _ask(chat, asked)
+        before = _ask(Chat(base, checked.renderer, generation), asked)
         model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
         sharded = self.ranks.size > 1 and processes.wants_sharding()
         if sharded:
@@ -271,8 +271,8 @@ class _Work:
         seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
         if not trainer.interrupted:
             adapter_files.write(run, model, checked, self.recipe, pissa_start)
-        chat.model = model.eval()
-        after = [] if trainer.interrupted else _ask(chat, asked)
+        tuned = Chat(model.eval(), checked.renderer, generation)
+        after = [] if trainer.interrupted else _ask(tuned, asked)
         samples = tuple(
             Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text)
             for row, b, a in zip(asked, before, after, strict=False)

@@ -217,9 +217,25 @@ def _write_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, architect
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "longrope":
         before = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        scale = config.max_position_embeddings / before
+        scale = rope.get("factor") or config.max_position_embeddings / before
+        own = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
         writer.add_rope_scaling_orig_ctx_len(before)
-        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0)
+        writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or own)
+
+
+def alike_up_to(config: PreTrainedConfig) -> tuple[int, str] | None:
+    """The context in tokens up to which llama.cpp computes what transformers does, and why not beyond; None where it
+    always does."""
+    rope, longest = config.rope_parameters, config.max_position_embeddings
+    limits = []
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "phi3" and window and window < longest:
+        limits.append((window, f"it attends to all tokens, the model to the last {window}"))
+    if rope.get("rope_type") == "longrope":
+        before = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        reason = "with a larger one it turns short texts as long ones, the model only texts that are longer"
+        limits.append((before, reason))
+    return min(limits, default=None)
 
 
 def _head_size(config: PreTrainedConfig) -> int:
@@ -367,15 +383,21 @@ class Vocabulary:
 
 
 _FOLD = (
-    "{% if messages and messages[0]['role'] == 'system' and messages[1:] %}"
-    "{% set messages = [{'role': messages[1]['role'],"
-    " 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}"
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{% set told = namespace(system=messages[0]['content'], rest=[]) %}"
+    "{% for message in messages[1:] %}"
+    "{% if told.system is not none and message['role'] == 'user' %}"
+    "{% set told.rest = told.rest + [{'role': 'user', 'content': told.system + '\\n\\n' + message['content']}] %}"
+    "{% set told.system = none %}"
+    "{% else %}{% set told.rest = told.rest + [message] %}{% endif %}"
+    "{% endfor %}"
+    "{% if told.system is none %}{% set messages = told.rest %}{% endif %}"
     "{% endif %}"
 )
 
 
 def chat_template(template: Template) -> str:
-    """The trained template; one that has no place for a system text is given it in front of the first turn, as in
+    """The trained template; one that has no place for a system text is given it in front of the first user turn, as in
     training."""
     return _FOLD + template.text if template.folds_system else template.text
 

@@ -105,6 +105,7 @@ _TALKS: tuple[tuple[Role, ...], ...] = (
     ("system", "user"),
     ("system", "user", "assistant", "user"),
     ("assistant", "user"),
+    ("system", "assistant", "user"),
 )
 _SAID = (
     "Who are you?",

@@ -20,6 +20,7 @@ from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
 from tunesmith.types import Message
 
+_CONTEXT = 1024  # tokens that the proof has room for, or more where its prompts are longer
 QUANTIZE = "llama-quantize"
 SMALLER_TYPES = (
     "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
@@ -72,6 +73,8 @@ def write_gguf(
         whole.unlink()
     else:
         gguf_file.write(path, contents)
+    if (limit := gguf_file.alike_up_to(contents.config)) is not None:
+        notes.append(f"Give llama.cpp a context of at most {limit[0]} tokens: {limit[1]}.")
     tell("Reading it again …")
     bounds = _GGUF_BOUNDS.get(dtype, _SMALLER_BOUNDS)
     read = gguf_file.compare(path, contents)
@@ -90,7 +93,8 @@ def write_gguf(
         coarse = _GGUF_BOUNDS["bfloat16"]
         gap = None if bounds.gap is None or coarse.gap is None else max(bounds.gap, coarse.gap)
         bounds = _GgufBounds(bounds.weight, min(bounds.same_reply, coarse.same_reply), gap)
-    return checks + _asked(LlamaCpp(path), live, bounds, notes)
+    context = max(map(len, (*live.prompts, *live.awkward))) + live.reply_tokens + 1
+    return checks + _asked(LlamaCpp(path, max(_CONTEXT, context)), live, bounds, notes)
 
 
 def _quantize(whole: Path, path: Path, dtype: str) -> None:

@@ -52,7 +52,8 @@ class LlamaCpp:
         parameters.n_parallel = 1
         parameters.n_gpu_layers = 0
         # A thread that waits for the others spins; without a free core it takes theirs, and hours pass.
-        n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        n_threads = max(1, n_cores - 1)
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = n_threads
         parameters.warmup = False
         parameters.fit_params = False
@@ -94,7 +95,13 @@ class LlamaCpp:
             "prompt": list(token_ids), "temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True,
             **more,
         }  # fmt: skip
-        answer = self._post("/completion", asked)
+        try:
+            answer = self._post("/completion", asked)
+        except urllib.error.HTTPError as error:
+            found = (
+                f"the answer {error.code} to {len(token_ids)} tokens ({error.read()[:200].decode(errors='replace')})"
+            )
+            raise ProofError("llama.cpp", found, "a continuation", _REPORT) from error
         return Continuation(tuple(answer["tokens"]), answer["stop_type"] == "eos")
 
     def _post(self, path: str, value: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from tunesmith import model as models
 from tunesmith.chat import Chat
 from tunesmith.errors import ModelError
-from tunesmith.export import go_template
+from tunesmith.export import gguf_file, go_template
 from tunesmith.export.live import Compared, at_least, talks
 from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
@@ -218,6 +218,8 @@ def modelfile_of(chat: Chat) -> Modelfile:
     written = template_of(template)
     stops = [template.tokenizer.convert_ids_to_tokens(stop) for stop in template.stop_ids]
     generation, context = chat.generation.to_dict(), models.context_length(chat.model.config)
+    if (limit := gguf_file.alike_up_to(chat.model.config)) is not None:
+        context = min(context, limit[0])
     return Modelfile(
         modelfile("model.gguf", written, chat.system, [str(stop) for stop in stops], generation, context),
         written,

@@ -42,6 +42,7 @@ _PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
 }
+_BEFORE = 8  # tokens of a text whose continuation they are decoded with
 _Result = TypeVar("_Result")
 
 
@@ -114,7 +115,9 @@ class _Choice:
                 piece += self.text.end()
             return piece
         if event.reason == "failed":
-            raise Refused(refusal(500, f"reply: {event.problem}", kind="server_error", code="failed"))
+            fix = "Ask again; if it stays so, see the server's log."
+            message = f"reply: found a failure ({event.problem}); expected a token. {fix}"
+            raise Refused(refusal(500, message, kind="server_error", code="failed"))
         if event.reason == "cancelled":
             message = "server: found it closing; expected it open. Ask again when it has been started again."
             raise Refused(refusal(503, message, kind="server_error", code="closing"))
@@ -366,7 +369,8 @@ class _Asked:
                 emit = self._emit(loop, index)
                 stop_ids = frozenset(template.stop_ids)
                 reply = Reply(prompt, chat.adapter, sampling, stop_ids, emit, number)
-                choices.append(_Choice(index, reply, Text(template, body.stops, strip)))
+                before = () if strip else prompt[-_BEFORE:]
+                choices.append(_Choice(index, reply, Text(template, body.stops, strip, before)))
         return choices
 
     def _emit(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Event], None]:
@@ -458,7 +462,8 @@ class _ChatAnswer:
         return self._chunk(choice.index, {"content": text}, logprobs=self._logprobs(told))
 
     def last(self, choice: _Choice) -> dict[str, Any]:
-        return self._chunk(choice.index, {}, finish=choice.finish)
+        untold = choice.told[self._n_told[choice.index] :]  # of tokens that show no text
+        return self._chunk(choice.index, {}, choice.finish, self._logprobs(untold) if untold else None)
 
     def used(self) -> dict[str, Any]:
         return {**self._chunk(0, {}), "choices": [], "usage": self.asked.usage(self.choices).model_dump()}
@@ -528,7 +533,8 @@ class _CompletionAnswer:
         return self._chunk(choice.index, text, logprobs=self._logprobs(choice.index, told))
 
     def last(self, choice: _Choice) -> dict[str, Any]:
-        return self._chunk(choice.index, "", finish=choice.finish)
+        untold = choice.told[self._n_told[choice.index] :]  # of tokens that show no text
+        return self._chunk(choice.index, "", choice.finish, self._logprobs(choice.index, untold) if untold else None)
 
     def used(self) -> dict[str, Any]:
         return {**self._chunk(0, ""), "choices": [], "usage": self.asked.usage(self.choices).model_dump()}
@@ -631,6 +637,8 @@ def _handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI could not read the body
+            return refusal(400, "body: found bytes that are no JSON; expected one JSON object. Mend the body.")
         expected = {404: "one of /openapi.json", 405: f"{(error.headers or {}).get('Allow', 'another')}"}
         asked = f"{request.method} {request.url.path}"[:200]
         message = f"request: found {asked}; expected {expected.get(error.status_code, error.detail)}. Ask that."

@@ -50,12 +50,13 @@ _PROMPT_TOKENS = 256  # read in a step, so that those who write are not kept wai
 _ROOM = 64  # tokens by which keys and values grow
 _AGAIN_TOKENS = 8  # computed again at once, so that the others are not kept waiting
 _COUNTED_FROM_THE_PROMPT = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
-# Two words are too close below so many times the type's epsilon times the largest logit. Two right computations were
-# seen up to 34 apart in a logit (SmolLM2, 12 replies together against alone, 2 AVX2 cores, 2026-11), so 68 in two.
+# Two words are too close below so many times the type's epsilon times the largest logit. In these units two right
+# computations of a logit were seen up to 34 apart (SmolLM2, 12 replies together against alone, 2 AVX2 cores, 2026-11).
 _TIE = 256
 # Largest relative difference between two right computations, in 32 and in 16 bits; seen were 3e-7 and 5e-3 (twelve
 # small architectures, 2026-11).
 _BOUND, _BOUND_SHORT = 1e-4, 0.1
+_UNLIMITED = 2**62  # tokens
 _LOG = logging.getLogger(__name__)
 
 
@@ -170,7 +171,7 @@ class Batch:
     ) -> None:
         self._model, self._causal = model, _causal(model)
         self._device = next(model.parameters()).device
-        self._budget, self._at_once, self._queue_limit = budget or 2**62, at_once, queue_limit
+        self._budget, self._at_once, self._queue_limit = _UNLIMITED if budget is None else budget, at_once, queue_limit
         self._waiting: deque[Reply] = deque()
         self._running: list[Reply] = []
         self._changed = threading.Condition()
@@ -233,7 +234,7 @@ class Batch:
         """Sets the budget: `tokens`, or what a share of the free memory holds."""
         if tokens is None and self._bytes_per_token:
             tokens = int(free_bytes(self._device) * share) // self._bytes_per_token
-        self._budget = tokens or 2**62
+        self._budget = _UNLIMITED if tokens is None else tokens
 
     @property
     def budget(self) -> int:
@@ -250,13 +251,11 @@ class Batch:
 
     @property
     def reserved(self) -> int:
-        """Tokens of the budget that are spoken for."""
-        return sum(reply.longest for reply in list(self._running))
+        """Tokens of the budget that are spoken for; one that is computed again has its keys and values twice."""
+        return sum(reply.longest * (1 if reply.again is None else 2) for reply in list(self._running))
 
     def submit(self, replies: Sequence[Reply]) -> None:
         """They are begun as soon as there is room; raises Full or Closed, and then none of them is."""
-        for reply in replies:
-            reply.processors = self._processors(reply)
         with self._changed:
             if not self._open:
                 raise Closed
@@ -328,7 +327,10 @@ class Batch:
         while self._waiting and len(self._running) < self._at_once:
             if self._running and self.reserved + self._waiting[0].longest > self._budget:
                 return
-            self._running.append(self._waiting.popleft())
+            reply = self._waiting.popleft()
+            self._running.append(reply)
+            with self._alone_at_fault(reply):
+                reply.processors = self._processors(reply)
 
     def _step_or_fail(self) -> None:
         try:
@@ -339,12 +341,10 @@ class Batch:
                 self._end_of(reply, Ended("failed", f"{type(error).__name__}: {error}"))
 
     def _step(self) -> None:
-        alone = [reply for reply in self._running if self._goes_alone(reply)]
-        for reply in alone:
-            self._write_alone(reply)
         for reply in list(self._running):
             if reply.unsettled is not None:
-                self._settle(reply, reply.unsettled)
+                with self._alone_at_fault(reply):
+                    self._settle(reply, reply.unsettled)
         together = list(self._rows())
         groups: dict[str | None, list[tuple[Reply, Sequence[int]]]] = {}
         for reply, ids in together:
@@ -353,6 +353,20 @@ class Batch:
             logits = self._forward(rows)
             ready = [reply for reply, _ in rows if not reply.to_read]
             self._choose(ready, logits)
+        alone = next((reply for reply in self._running if self._goes_alone(reply) and not reply.cancelled), None)
+        if alone is not None:
+            with self._alone_at_fault(alone):
+                self._write_alone(alone)
+
+    @contextmanager
+    def _alone_at_fault(self, reply: Reply) -> Iterator[None]:
+        """What goes wrong inside ends this reply and no other."""
+        try:
+            yield
+        except Exception as error:
+            _LOG.exception("a reply is given up")
+            if reply in self._running:
+                self._end_of(reply, Ended("failed", f"{type(error).__name__}: {error}"))
 
     def _goes_alone(self, reply: Reply) -> bool:
         return self.reason is not None or reply.longest > self.longest_together
@@ -361,7 +375,7 @@ class Batch:
         """The tokens of the next step, by reply."""
         left = _PROMPT_TOKENS
         for reply in self._running:
-            if reply.unsettled is not None:
+            if reply.unsettled is not None or self._goes_alone(reply):
                 continue
             ids = reply.to_read
             if reply.n_read >= len(reply.prompt_ids):
@@ -418,12 +432,11 @@ class Batch:
     def _choose(self, replies: Sequence[Reply], logits: Tensor) -> None:
         """The next token of each reply."""
         for reply, row in zip(replies, logits, strict=True):
-            if bool(row.isnan().any()):
-                self._end_of(reply, Ended("failed", "the model's logits are not numbers"))
-            elif reply.sampling.greedy and self._close_call(reply, row):
-                reply.unsettled = row
-            else:
-                self._append(reply, self._written(reply, row))
+            with self._alone_at_fault(reply):
+                if reply.sampling.greedy and self._close_call(reply, row):
+                    reply.unsettled = row
+                else:
+                    self._append(reply, self._written(reply, row))
 
     def _append(self, reply: Reply, written: Written) -> None:
         reply.written.append(written.token_id)
@@ -446,6 +459,8 @@ class Batch:
         return scores
 
     def _written(self, reply: Reply, logits: Tensor) -> Written:
+        if bool(logits.isnan().any()):
+            raise ArithmeticError("the model's logits are not numbers")
         scores = self._scores(reply, logits)
         if reply.sampling.greedy:
             token = int(scores.argmax())
@@ -471,13 +486,14 @@ class Batch:
 
     def _settle(self, reply: Reply, logits: Tensor) -> None:
         """Goes on a few tokens on the way to the next token as chat finds it: this reply alone, from its first on."""
-        if reply.again is None:
+        counted = any(getattr(reply.sampling.config, name, None) for name in _COUNTED_FROM_THE_PROMPT)
+        if reply.again is None or counted:
             cache = DynamicCache(config=self._causal.config.get_text_config(decoder=True))
             reply.again = _Again(list(reply.prompt_ids), cache)
         n_wanted = len(reply.prompt_ids) + len(reply.written) + 1
         config = copy.deepcopy(reply.sampling.config)
         config.max_new_tokens = n_wanted - len(reply.again.token_ids)
-        if not any(getattr(config, name, None) for name in _COUNTED_FROM_THE_PROMPT):
+        if not counted:
             config.max_new_tokens = min(config.max_new_tokens, _AGAIN_TOKENS)
         self._generated(reply, config, reply.again)
         if len(reply.again.token_ids) >= n_wanted or reply.again.token_ids[-1] in reply.stop_ids:

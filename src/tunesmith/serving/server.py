@@ -30,24 +30,6 @@ _CONNECTIONS = 1000
 _FREE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
 
 
-def serve(
-    runs: Sequence[Path | str],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    tell: Callable[[str], None] = print,
-    **settings: Any,
-) -> None:
-    """Serves runs of one base, or one model, until Ctrl-C or SIGTERM.
-
-    `tell` is given a line for each thing to know at the start and at the end; `settings` are those of `Serving`.
-    Raises RecipeError for an address that can not be used or needs a key, and otherwise what `chat.load_together`
-    raises.
-    """
-    serving = Serving(runs, host, port, api_key, tell, **settings)
-    serving.run()
-
-
 class Serving:
     """A server that holds its address and has its models; `run` answers."""
 

@@ -56,6 +56,8 @@ class Text:
     """Text that ends the reply and does not belong to it."""
     strip: bool = True
     """Without white space around, as chat shows a reply."""
+    before: Sequence[int] = ()
+    """Tokens that the reply goes on from, where it is a text's: its first word's space may stand between them."""
     whole: str = ""
     """All of it, once it has ended."""
     stopped: bool = False
@@ -67,6 +69,10 @@ class Text:
     """The first of the tokens that the next ones are decoded with: a decoder may look at what stands before."""
     _end: int = 0
     _n_shown: int = 0
+
+    def __post_init__(self) -> None:
+        self._ids = list(self.before)
+        self._end = len(self._ids)
 
     def add(self, token_id: int) -> str:
         """What is shown from this token on that was not before; "" while a character or a stop string may go on."""
@@ -83,7 +89,8 @@ class Text:
 
     def end(self) -> str:
         """What is left to show."""
-        text = self._before_stop(self._decoded(0, len(self._ids)), 0)
+        known = self._decoded(0, len(self.before))
+        text = self._before_stop(self._decoded(0, len(self._ids))[len(known) :], 0)
         self.whole = text.strip() if self.strip else text
         return self._show(text)
 

@@ -265,6 +265,7 @@ $("talk").addEventListener("click", async (event) => {
       await navigator.clipboard.writeText(reply.text);
       button.textContent = word("copied");
     } else if (button.dataset.act === "regenerate") {
+      stopAll();
       talk.turns.length = number + 1; // what was said after it was said after another answer
       answer(number, model);
     } else if (button.dataset.act === "rows") {
