@@ -204,6 +204,15 @@ def smollm2() -> Path:
         pytest.skip(f"SmolLM2 can not be fetched here: {error}")
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export is compared on four short answers, which are enough to see a fault."""
+    from tunesmith.export import live
+
+    monkeypatch.setattr(live, "N_PROMPTS", 4)
+    monkeypatch.setattr(live, "REPLY_TOKENS", 8)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     """A `trained_families.Trained`; trained once, whichever process of pytest-xdist asks first."""

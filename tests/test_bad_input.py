@@ -477,7 +477,6 @@ def test_a_file_that_can_not_grow_leaves_nothing_half_written(
 @pytest.mark.parametrize(
     ("kib", "settings", "where"),
     [
-        (5, {"lora.r": 1, "lora.targets": "k_proj"}, "adapter"),  # tokenizer.json 5.7 KB, written by tokenizers
         (8, {"lora.r": 1, "lora.targets": "k_proj"}, "report.html"),  # 10 KB
         (40, {}, "adapter"),  # adapter_model.safetensors 69 KB, written by safetensors
     ],

@@ -13,14 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import tunesmith
+from conftest import needs_shared, tunesmith
 from small_runs import settings
+from trained_families import Trained
 from tunesmith import rundir
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
 from tunesmith.export import export, merged, merging
 from tunesmith.export.merging import Merged
 from tunesmith.training import Run, train
 
+pytestmark = pytest.mark.usefixtures("brief")
 IDS = torch.tensor([[257, 72, 105, 258, 10, 257, 65, 66, 67]])
 
 
@@ -49,6 +51,22 @@ def test_merged_weights_are_those_that_peft_computes_with(
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert (found - expected).abs().max() < 1e-5  # observed 1e-6
     assert (before - expected).abs().max() > 0.1  # the adapter is not the identity
+
+
+@needs_shared
+def test_merged_weights_of_six_families_answer_as_the_live_adapter(trained: Trained, tmp_path: Path) -> None:
+    values = {check.name: check.value for check in export(trained.run, "merged", tmp_path / "merged").checks}
+    assert values["largest difference of a logit"] < 1e-3
+    assert values["same greedy replies"] == values["same most likely tokens"] == 1
+
+
+def test_a_base_that_computes_in_16_bits_is_compared_by_their_bounds(
+    tiny_model: Path, talk: Path, tmp_path: Path
+) -> None:
+    flags = {"train.epochs": 1, "model.dtype": "bfloat16"}
+    run = train(settings(tiny_model, talk, **flags), tmp_path / "run")
+    (logit,) = (c for c in export(run.path, "merged", tmp_path / "merged").checks if "difference" in c.name)
+    assert logit.bound == merged._BOUNDS[torch.bfloat16].logit and 0 < logit.value < logit.bound
 
 
 def test_the_command_writes_a_folder_that_needs_nothing_else(finished: Path) -> None:

@@ -91,7 +91,9 @@ def test_plain_transformers_and_peft_answer_the_same(trained: Trained) -> None:
         assert reply[-1].item() in greedy.eos_token_id
 
 
+@pytest.mark.parametrize("trained", ["gemma-2b", "phi-4", "atom-7b-standin"], indirect=True)
 def test_the_script_beside_the_adapter_prints_the_same(trained: Trained) -> None:
+    """A template that folds the system text, one that has a place for it, and one that the alias brings."""
     question = "How do you feel?"
     script = trained.run / "adapter" / "load_and_chat.py"
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}

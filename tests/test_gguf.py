@@ -25,7 +25,7 @@ from trained_families import Trained
 from tunesmith import export as exports
 from tunesmith import model as tunesmith_models
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
-from tunesmith.export import export, gguf_file, live, llama_cpp
+from tunesmith.export import export, gguf_file, llama_cpp
 from tunesmith.export.gguf_file import Contents, Vocabulary
 from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
@@ -87,13 +87,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, talk: Path) -> Path:
     """A small run whose tokenizer has merges; do not write into it."""
     folder = tmp_path_factory.mktemp("gguf")
     return train(run_settings(save_model(folder / "base"), talk, **{"train.epochs": 1}), folder / "run").path
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four short answers are enough to see a fault."""
-    monkeypatch.setattr(live, "N_PROMPTS", 4)
-    monkeypatch.setattr(live, "REPLY_TOKENS", 8)
 
 
 def found(written: exports.Export) -> dict[str, float]:
