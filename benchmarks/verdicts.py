@@ -1,10 +1,11 @@
 """Does `eval` tell a good training from two bad ones? SmolLM2 on the shipped persona, measured on the same rows.
 
-    python benchmarks/verdicts.py
+    python benchmarks/verdicts.py [--keep FOLDER]
 
 Three trainings by the demo's recipe: as the rows are; with the answers dealt out anew among the questions; and on a
 quarter of the rows for forty epochs. Each is measured on 40 rows that none of them was given.
-Writes JSON and prints the verdicts as a Markdown table.
+Writes JSON and prints the verdicts as a Markdown table. With --keep the trainings stay in a folder, and those that are
+there are not done again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ N_TEST = 40
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--keep", type=Path)
     arguments = parser.parse_args()
     hush_libraries()
     chance = random.Random(0)
@@ -45,7 +47,8 @@ def main() -> int:
     dealt = [{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = arguments.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         held_out = write(folder / "test.jsonl", test)
         for name, data, epochs in (
             ("as the rows are", rows, 2),
@@ -55,8 +58,10 @@ def main() -> int:
             path = write(folder / f"{len(found)}.jsonl", data)
             flags = {"model.name": "smollm2", "data.path": str(path), "train.epochs": epochs, "eval.hold_out": 0}
             settings, sources = recipe.resolve(demo.PERSONA / "recipe.yaml", flags)
-            run = train(settings, folder / f"run-{len(found)}", sources=sources)
-            found[name] = {"rows": len(data), "epochs": epochs, **figures(evaluate(run.path, held_out))}
+            run = folder / f"run-{len(found)}"
+            if not (run / "adapter").is_dir():
+                train(settings, run, sources=sources)
+            found[name] = {"rows": len(data), "epochs": epochs, **figures(evaluate(run, held_out))}
             print(name, json.dumps(found[name]), flush=True)
     result = {
         "what": "the verdict on three trainings",

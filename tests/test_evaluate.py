@@ -138,6 +138,14 @@ GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listenin
         (BASE, GOOD, (-1.1, 0.1), 3, 3, "no difference", "few rows"),
         (BASE, GOOD, (0.1, 0.3), 3, 3, "worse", "stop here because the loss rose"),
         (BASE, replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9), 0, 0, "worse", "depend on the questions"),
+        (  # of BASE's 0.3
+            BASE, replace(GOOD, listening=0.1, listening_interval=(0.06, 0.14)), (-1.1, -0.9), 0, 0, "worse",
+            "less than half as much",
+        ),
+        (
+            BASE, replace(GOOD, listening=0.1, listening_interval=(0.04, 0.16)), (-1.1, -0.9), 0, 0, "better",
+            "nothing forgotten",
+        ),
         (
             replace(BASE, listening_interval=(-0.1, 0.1)), replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9),
             0, 0, "no difference", "belong to their questions",

@@ -2,12 +2,12 @@
 
 The verdict follows from these rules, and from nothing else:
 
-* It is *worse* when the loss of the held-out replies rose, or when they are no likelier after their own question than
-  after another row's although they are for the base: it has unlearned to listen.
+* It is *worse* when the loss of the held-out replies rose, or when it has unlearned to listen: they are no likelier
+  after their own question than after another row's although they are for the base, or less than half as much as for it.
 * It is *better* when that loss fell and the replies are likelier after their own question.
 * Else there is *no difference*.
 * *Rose*, *fell* and *likelier* mean: the interval in which the mean lies in 95 of 100 draws of rows is wholly on one
-  side of zero.
+  side of zero. *Less than half as much*: it is wholly below half of the base's mean.
 * Beside the verdict it is said if it *forgot* (of a hundred general questions it answers fewer rightly, by at least
   five, and a sign test gives that less than one chance in twenty), if it *copies* (more than half of the long runs of
   words in its replies stand in training rows and not in the row's own answer, and twice as many as the base has), if it
@@ -266,6 +266,9 @@ def conclude(base: Side, tuned: Side, change: tuple[float, float], lost: int, ga
     elif listened and not listens:
         verdict = "worse"
         sentence = "Worse than the base: stop here because its answers no longer depend on the questions"
+    elif listened and tuned.listening_interval[1] < base.listening / 2:
+        verdict = "worse"
+        sentence = "Worse than the base: stop here because its answers depend on the questions less than half as much"
     elif change[1] < 0 and listens:
         verdict, sentence = "better", f"Better on your data ({figures})"
     elif change[1] < 0:
