@@ -709,21 +709,24 @@ def test_what_does_not_end_in_time_is_given_up(runs: dict[str, Path]) -> None:
 def test_signals_to_the_process(runs: dict[str, Path]) -> None:
     """The command line: SIGTERM lets it finish; Ctrl-C after that ends it at once, and it ends well."""
     with start("serve", runs["base"], "--port", "0", "--json") as process:
-        assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        assert told["models"] == ["base"]
-        url = told["url"]
-        body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
-        until(lambda: reached(url))
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            assert next(lines).startswith("data: {")
-            process.send_signal(signal.SIGTERM)
-            until(lambda: httpx.get(f"{url}/health").status_code == 503)
-            assert process.poll() is None
-            assert next(lines) == "" and next(lines).startswith("data: {")  # it goes on
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["models"] == ["base"]
+            url = told["url"]
+            body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
+            until(lambda: reached(url))
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                assert next(lines).startswith("data: {")
+                process.send_signal(signal.SIGTERM)
+                until(lambda: httpx.get(f"{url}/health").status_code == 503)
+                assert process.poll() is None
+                assert next(lines) == "" and next(lines).startswith("data: {")  # it goes on
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def reached(url: str) -> bool:

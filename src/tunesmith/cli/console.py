@@ -76,7 +76,7 @@ def fetched(console: Console, name: str, revision: str | None, *, weights: bool)
 
 def print_json(value: dict[str, Any]) -> None:
     if _speaks():
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)  # serve goes on after it
 
 
 def _speaks() -> bool:
