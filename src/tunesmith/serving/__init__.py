@@ -1,8 +1,16 @@
 """Runs as models behind an OpenAI-compatible API.
 
 server    runs → models, the address, what is printed at start, how it ends
-app       HTTP: what may be asked, by whom, and in which form it is answered
-wire      the requests as OpenAI's clients send them
+app       HTTP: what may be asked for, at which path
+service   what it is answered from: the models, the batch, whether the server is closing
+prompts   what a request gives a model to read
+asked     a request for replies, and how far each has come
+answers   the replies as they go over the wire, whole or as events
+gate      who may ask, and how much
+refusals  what is wrong with a request, in OpenAI's form
+wire      the requests and answers as OpenAI's clients write and read them
+openapi   the description of all that
+metrics   what is counted
 writing   token ids → text, piece by piece, up to a stop string
 batching  all replies that are being written, token by token, on one copy of the weights
 """

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -20,6 +19,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunesmith.serving.refusals import refusal
 
 _OPEN_PATHS = ("/", "/health")
 
@@ -42,21 +43,6 @@ class Limits:
     """For a request to arrive as a whole."""
     seconds_to_take: float = 60.0
     """For a piece of an answer to be taken."""
-
-
-def refusal(
-    status: int,
-    message: str,
-    *,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """An error as OpenAI's clients read it."""
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    # Escaped, so that half characters of a request may stand in it.
-    return Response(json.dumps({"error": error}), status, dict(headers or {}), "application/json")
 
 
 def is_loopback(host: str) -> bool:

@@ -21,9 +21,10 @@ from tunesmith.chat import Chat, Opened
 from tunesmith.errors import RecipeError
 from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
-from tunesmith.serving.app import Served, Service, application
+from tunesmith.serving.app import application
 from tunesmith.serving.batching import Batch
 from tunesmith.serving.gate import Limits, is_loopback
+from tunesmith.serving.service import Served, Service
 
 _GRACE_SECONDS = 30.0
 _CONNECTIONS = 1000

@@ -1,0 +1,161 @@
+"""A request for replies, and how far each of them has come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from tunesmith.chat import MAX_TOKENS
+from tunesmith.serving import wire
+from tunesmith.serving.batching import Closed, Event, Full, Reply, Sampling, Written
+from tunesmith.serving.refusals import Refused, refusal
+from tunesmith.serving.service import Served, Service
+from tunesmith.serving.writing import Text
+
+_BEFORE = 8  # tokens of a text whose continuation they are decoded with
+
+
+class Gone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(eq=False)
+class Choice:
+    """One of the replies that answer a request, as far as it has come."""
+
+    index: int
+    reply: Reply
+    text: Text
+    told: list[Written] = field(default_factory=list)
+    """Tokens that make up the text."""
+    n_tokens: int = 0
+    finish: wire.FinishReason | None = None
+
+    def take(self, event: Event) -> str:
+        """What is to be shown because of it."""
+        if isinstance(event, Written):
+            self.n_tokens += 1
+            if event.token_id not in self.reply.stop_ids:
+                self.told.append(event)
+            piece = self.text.add(event.token_id)
+            if self.text.stopped:
+                self.finish = "stop"
+                piece += self.text.end()
+            return piece
+        if event.reason == "failed":
+            fix = "Ask again; if it stays so, see the server's log."
+            message = f"reply: found a failure ({event.problem}); expected a token. {fix}"
+            raise Refused(refusal(500, message, kind="server_error", code="failed"))
+        if event.reason == "cancelled":
+            message = "server: found it closing; expected it open. Ask again when it has been started again."
+            raise Refused(refusal(503, message, kind="server_error", code="closing"))
+        self.finish = event.reason
+        return self.text.end()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for replies."""
+
+    service: Service
+    served: Served
+    request: Request
+    body: wire.ChatRequest | wire.CompletionRequest
+    max_tokens: int | None
+    n_logprobs: int | None
+    events: asyncio.Queue[tuple[int, Event] | None] = field(default_factory=asyncio.Queue)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def choices(self, prompts: Sequence[tuple[int, ...]], *, strip: bool) -> list[Choice]:
+        """The replies that are asked for, waiting to be begun."""
+        body, chat, batch = self.body, self.served.chat, self.service.batch
+        if len(prompts) * (body.n or 1) > wire.MAX_CHOICES:
+            found = f"{len(prompts)} prompts with {body.n} replies each"
+            message = f"n: found {found}; expected at most {wire.MAX_CHOICES} replies. Ask in several requests."
+            raise Refused(refusal(400, message, param="n"))
+        config = chat.sampling(body.temperature)
+        if config.do_sample and body.top_p is not None:
+            config.top_p = body.top_p
+        template, loop = chat.renderer.template, asyncio.get_running_loop()
+        choices = []
+        for prompt in prompts:
+            most = min(self.max_tokens or MAX_TOKENS, chat.context - len(prompt))
+            if len(prompt) + most > batch.budget:
+                found = f"{len(prompt)} tokens of prompt and {most} of reply"
+                message = f"max_tokens: found {found}; expected at most {batch.budget} together. Ask for fewer."
+                raise Refused(refusal(400, message, param="max_tokens", code="context_length_exceeded"))
+            sampling = Sampling(
+                config,
+                most,
+                body.seed,
+                self.n_logprobs,
+                body.presence_penalty or 0.0,
+                body.frequency_penalty or 0.0,
+            )
+            for number in range(body.n or 1):
+                index = len(choices)
+                emit = self._emit(loop, index)
+                stop_ids = frozenset(template.stop_ids)
+                reply = Reply(prompt, chat.adapter, sampling, stop_ids, emit, number)
+                before = () if strip else prompt[-_BEFORE:]
+                choices.append(Choice(index, reply, Text(template, body.stops, strip, before)))
+        return choices
+
+    def _emit(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Event], None]:
+        def emit(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody listens
+                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+
+        return emit
+
+    def begin(self, choices: Sequence[Choice]) -> None:
+        try:
+            self.service.batch.submit([choice.reply for choice in choices])
+        except Full:
+            message = "queue: found it full; expected room. Ask again in a few seconds."
+            headers = {"Retry-After": "5"}
+            raise Refused(refusal(429, message, kind="rate_limit_error", code="queue_full", headers=headers)) from None
+        except Closed:
+            message = "server: found it closing; expected it open. Ask again when it has been started again."
+            raise Refused(refusal(503, message, kind="server_error", code="closing")) from None
+
+    async def follow(self, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, str]]:
+        """Every piece as it comes; begun replies are given up when nobody follows any more.
+
+        Raises Gone when the client has gone, Refused when a reply failed.
+        """
+        watcher = asyncio.create_task(self._watch())
+        self.service.following += 1
+        try:
+            while any(choice.finish is None for choice in choices):
+                item = await self.events.get()
+                if item is None:
+                    raise Gone
+                choice = choices[item[0]]
+                if choice.finish is None:
+                    piece = choice.take(item[1])
+                    if choice.finish is not None:
+                        self.service.batch.cancel(choice.reply)
+                    yield choice, piece
+        finally:
+            self.service.following -= 1
+            watcher.cancel()
+            for choice in choices:
+                self.service.batch.cancel(choice.reply)
+
+    async def _watch(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.events.put_nowait(None)
+
+    def usage(self, choices: Sequence[Choice]) -> wire.Usage:
+        read = sum(len(choice.reply.prompt_ids) for choice in choices if choice.reply.number == 0)
+        written = sum(choice.n_tokens for choice in choices)
+        return wire.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
