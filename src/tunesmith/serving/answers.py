@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
@@ -15,155 +16,147 @@ from tunesmith.serving.batching import Written
 from tunesmith.serving.refusals import Refused
 from tunesmith.serving.writing import token_bytes, token_text
 
+_Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs
 
-class ChatAnswer:
-    """Replies as chat completions."""
 
-    def __init__(self, asked: Asked, choices: Sequence[Choice]) -> None:
-        self.asked, self.choices = asked, choices
-        self._id = f"chatcmpl-{asked.id}"
-        self._n_told = [0] * len(choices)
+@dataclass(frozen=True)
+class Form:
+    """What OpenAI's two endpoints write differently of the same replies."""
 
-    def whole(self) -> wire.ChatCompletion:
-        found = [
-            wire.ChatChoice(
-                index=choice.index,
-                message=wire.AnswerMessage(content=choice.text.whole),
-                logprobs=self._logprobs(choice.told),
-                finish_reason=choice.finish or "length",
-            )
+    id: str
+    answer: type[wire.ChatCompletion] | type[wire.Completion]
+    chunk: str
+    whole: Callable[[str], dict[str, Any]]
+    """The text in a whole answer."""
+    begin: Callable[[str], dict[str, Any]]
+    """What a stream begins with, by what is echoed; empty: with the text itself."""
+    piece: Callable[[str], dict[str, Any]]
+    """A piece of the text, "" where nothing but the reason to end is told."""
+    logprobs: Callable[[Choice, Sequence[Written]], _Logprobs]
+
+
+def _finite(logprob: float | None) -> float:
+    return max(logprob or 0.0, -9999.0)  # JSON knows no infinity; OpenAI writes this for it
+
+
+def _chat_logprobs(choice: Choice, told: Sequence[Written]) -> wire.ChatLogprobs:
+    template = choice.text.template
+
+    def likely(token_id: int, logprob: float | None) -> dict[str, Any]:
+        given = list(token_bytes(template, token_id))
+        return {"token": token_text(template, token_id), "logprob": _finite(logprob), "bytes": given}
+
+    content = [
+        wire.TokenLogprob(
+            **likely(written.token_id, written.logprob),
+            top_logprobs=[wire.Likely(**likely(*pair)) for pair in written.likeliest],
+        )
+        for written in told
+    ]
+    return wire.ChatLogprobs(content=content)
+
+
+def _text_logprobs(choice: Choice, told: Sequence[Written]) -> wire.CompletionLogprobs:
+    template = choice.text.template
+    tokens, offsets = [token_text(template, written.token_id) for written in told], []
+    for token in tokens:
+        offsets.append(choice.offset)
+        choice.offset += len(token)
+    return wire.CompletionLogprobs(
+        tokens=tokens,
+        token_logprobs=[_finite(written.logprob) for written in told],
+        top_logprobs=[
+            {token_text(template, i): _finite(logprob) for i, logprob in written.likeliest} for written in told
+        ],
+        text_offset=offsets,
+    )
+
+
+CHAT = Form(
+    "chatcmpl",
+    wire.ChatCompletion,
+    "chat.completion.chunk",
+    whole=lambda text: {"message": wire.AnswerMessage(content=text)},
+    begin=lambda _: {"delta": {"role": "assistant", "content": "", "refusal": None}},
+    piece=lambda text: {"delta": {"content": text} if text else {}},
+    logprobs=_chat_logprobs,
+)
+TEXT = Form(
+    "cmpl",
+    wire.Completion,
+    "text_completion",
+    whole=lambda text: {"text": text},
+    begin=lambda echo: {"text": echo} if echo else {},
+    piece=lambda text: {"text": text},
+    logprobs=_text_logprobs,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Replies in one of the two forms."""
+
+    asked: Asked
+    choices: Sequence[Choice]
+    form: Form
+
+    def whole(self) -> wire.ChatCompletion | wire.Completion:
+        """All of it, when the replies have ended."""
+        choices: list[Any] = [  # as their model reads them
+            {
+                "index": choice.index,
+                **self.form.whole(choice.echo + choice.text.whole),
+                "logprobs": self._logprobs(choice, choice.told),
+                "finish_reason": choice.finish or "length",
+            }
             for choice in self.choices
         ]
-        return wire.ChatCompletion(
-            id=self._id,
-            created=self.asked.created,
-            model=self.asked.served.id,
-            choices=found,
-            usage=self.asked.usage(self.choices),
-        )
+        return self.form.answer(**self._head, choices=choices, usage=self._usage)
 
     def first(self) -> list[dict[str, Any]]:
-        return [
-            self._chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}) for choice in self.choices
-        ]
+        """The chunks in front of all pieces."""
+        return [self._chunk(choice, begin) for choice in self.choices if (begin := self.form.begin(choice.echo))]
 
     def piece(self, choice: Choice, text: str) -> dict[str, Any]:
-        told, self._n_told[choice.index] = choice.told[self._n_told[choice.index] :], len(choice.told)
-        return self._chunk(choice.index, {"content": text}, logprobs=self._logprobs(told))
+        """A chunk with a piece of a reply, and the tokens up to it."""
+        return self._chunk(choice, self.form.piece(text), choice.untold())
 
     def last(self, choice: Choice) -> dict[str, Any]:
-        untold = choice.told[self._n_told[choice.index] :]  # of tokens that show no text
-        return self._chunk(choice.index, {}, choice.finish, self._logprobs(untold) if untold else None)
+        """A chunk with the reason to end, and the tokens that show no text."""
+        return self._chunk(choice, self.form.piece(""), choice.untold(), choice.finish)
 
     def used(self) -> dict[str, Any]:
-        return {**self._chunk(0, {}), "choices": [], "usage": self.asked.usage(self.choices).model_dump()}
+        """A chunk with the numbers of tokens."""
+        return {**self._head, "object": self.form.chunk, "choices": [], "usage": self._usage.model_dump()}
 
-    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> Any:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        if logprobs is not None:
-            choice["logprobs"] = logprobs.model_dump()
-        return {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self.asked.created,
-            "model": self.asked.served.id,
-            "choices": [choice],
-        }
+    def _chunk(
+        self, choice: Choice, piece: dict[str, Any], told: Sequence[Written] = (), finish: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(choice, told) if told else None
+        ends = {"logprobs": logprobs and logprobs.model_dump(), "finish_reason": finish}
+        return {**self._head, "object": self.form.chunk, "choices": [{"index": choice.index, **piece, **ends}]}
 
-    def _logprobs(self, told: Sequence[Written]) -> wire.ChatLogprobs | None:
-        if self.asked.n_logprobs is None:
-            return None
-        content = [
-            wire.TokenLogprob(
-                **self._likely(written.token_id, written.logprob or 0.0),
-                top_logprobs=[wire.Likely(**self._likely(*pair)) for pair in written.likeliest],
-            )
-            for written in told
-        ]
-        return wire.ChatLogprobs(content=content)
+    @property
+    def _head(self) -> dict[str, Any]:
+        asked = self.asked
+        return {"id": f"{self.form.id}-{asked.id}", "created": asked.created, "model": asked.served.id}
 
-    def _likely(self, token_id: int, logprob: float) -> dict[str, Any]:
-        template = self.asked.served.chat.renderer.template
-        text, given = token_text(template, token_id), token_bytes(template, token_id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(given)}
+    @property
+    def _usage(self) -> wire.Usage:
+        read = sum(len(choice.reply.prompt_ids) for choice in self.choices if choice.reply.number == 0)
+        written = sum(choice.n_tokens for choice in self.choices)
+        return wire.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+    def _logprobs(self, choice: Choice, told: Sequence[Written]) -> _Logprobs | None:
+        return None if self.asked.n_logprobs is None else self.form.logprobs(choice, told)
 
 
-class CompletionAnswer:
-    """Replies as completions of a text."""
-
-    def __init__(self, asked: Asked, choices: Sequence[Choice], echoes: Sequence[str]) -> None:
-        self.asked, self.choices, self._echoes = asked, choices, echoes
-        self._id = f"cmpl-{asked.id}"
-        self._n_told = [0] * len(choices)
-        self._offset = [0] * len(choices)
-
-    def whole(self) -> wire.Completion:
-        found = [
-            wire.CompletionChoice(
-                index=choice.index,
-                text=self._echoes[choice.index] + choice.text.whole,
-                logprobs=self._logprobs(choice.index, choice.told),
-                finish_reason=choice.finish or "length",
-            )
-            for choice in self.choices
-        ]
-        return wire.Completion(
-            id=self._id,
-            created=self.asked.created,
-            model=self.asked.served.id,
-            choices=found,
-            usage=self.asked.usage(self.choices),
-        )
-
-    def first(self) -> list[dict[str, Any]]:
-        return [self._chunk(index, echo) for index, echo in enumerate(self._echoes) if echo]
-
-    def piece(self, choice: Choice, text: str) -> dict[str, Any]:
-        told, self._n_told[choice.index] = choice.told[self._n_told[choice.index] :], len(choice.told)
-        return self._chunk(choice.index, text, logprobs=self._logprobs(choice.index, told))
-
-    def last(self, choice: Choice) -> dict[str, Any]:
-        untold = choice.told[self._n_told[choice.index] :]  # of tokens that show no text
-        return self._chunk(choice.index, "", choice.finish, self._logprobs(choice.index, untold) if untold else None)
-
-    def used(self) -> dict[str, Any]:
-        return {**self._chunk(0, ""), "choices": [], "usage": self.asked.usage(self.choices).model_dump()}
-
-    def _chunk(self, index: int, text: str, finish: str | None = None, logprobs: Any = None) -> Any:
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
-        if logprobs is not None:
-            choice["logprobs"] = logprobs.model_dump()
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self.asked.created,
-            "model": self.asked.served.id,
-            "choices": [choice],
-        }
-
-    def _logprobs(self, index: int, told: Sequence[Written]) -> wire.CompletionLogprobs | None:
-        if self.asked.n_logprobs is None:
-            return None
-        template = self.asked.served.chat.renderer.template
-        tokens, offsets = [token_text(template, written.token_id) for written in told], []
-        for token in tokens:
-            offsets.append(self._offset[index])
-            self._offset[index] += len(token)
-        return wire.CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=[max(written.logprob or 0.0, -9999.0) for written in told],
-            top_logprobs=[
-                {token_text(template, i): max(logprob, -9999.0) for i, logprob in written.likeliest} for written in told
-            ],
-            text_offset=offsets,
-        )
-
-
-async def answered(asked: Asked, answer: ChatAnswer | CompletionAnswer) -> Response:
+async def answered(answer: Answer) -> Response:
     """Has the replies written; what the client is sent of them."""
+    asked = answer.asked
     asked.begin(answer.choices)
     if asked.body.stream:
-        return _Stream(asked, answer)
+        return _Stream(answer)
     try:
         async with aclosing(asked.follow(answer.choices)) as pieces:
             async for _ in pieces:
@@ -176,20 +169,21 @@ async def answered(asked: Asked, answer: ChatAnswer | CompletionAnswer) -> Respo
 class _Stream(StreamingResponse):
     """Events as they come. When it ends, however it ends, nothing goes on being written for it."""
 
-    def __init__(self, asked: Asked, answer: ChatAnswer | CompletionAnswer) -> None:
+    def __init__(self, answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(asked, answer), media_type="text/event-stream", headers=headers)
-        self._batch, self._replies = asked.service.batch, [choice.reply for choice in answer.choices]
+        super().__init__(_events(answer), media_type="text/event-stream", headers=headers)
+        self._answer = answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # a client that was gone before the first event
-            for reply in self._replies:
-                self._batch.cancel(reply)
+            for choice in self._answer.choices:
+                self._answer.asked.service.batch.cancel(choice.reply)
 
 
-async def _events(asked: Asked, answer: ChatAnswer | CompletionAnswer) -> AsyncIterator[str]:
+async def _events(answer: Answer) -> AsyncIterator[str]:
+    asked = answer.asked
     no_usage = {"usage": None} if asked.body.tells_usage else {}
     try:
         async with aclosing(asked.follow(answer.choices)) as pieces:

@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.staticfiles import StaticFiles
 
 from tunesmith.serving import wire
-from tunesmith.serving.answers import ChatAnswer, CompletionAnswer, answered
+from tunesmith.serving.answers import CHAT, TEXT, Answer, answered
 from tunesmith.serving.asked import Asked
 from tunesmith.serving.gate import Gate
 from tunesmith.serving.metrics import Counted, metrics_text
@@ -96,7 +96,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         prompt_ids = await service.rendered(conversation_ids, served.chat, body.messages)
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = Asked(service, served, request, body, body.max_completion_tokens or body.max_tokens, n_logprobs)
-        return await answered(asked, ChatAnswer(asked, asked.choices([prompt_ids], strip=True)))
+        return await answered(Answer(asked, asked.choices([("", prompt_ids)], strip=True), CHAT))
 
     @app.post(
         "/v1/completions",
@@ -111,9 +111,8 @@ def _routes(app: FastAPI, service: Service) -> None:
             raise Refused(refusal(400, message, param="logprobs"))
         prompts = await service.rendered(text_prompts, served.chat, body.prompt)
         asked = Asked(service, served, request, body, body.max_tokens, body.logprobs)
-        choices = asked.choices([ids for _, ids in prompts], strip=False)
-        echoes = [text if body.echo else "" for text, _ in prompts for _ in range(body.n or 1)]
-        return await answered(asked, CompletionAnswer(asked, choices, echoes))
+        choices = asked.choices([(text if body.echo else "", ids) for text, ids in prompts], strip=False)
+        return await answered(Answer(asked, choices, TEXT))
 
     @app.post("/tunesmith/prompt", responses=_ASKED)
     async def prompt(body: wire.PromptRequest) -> wire.Prompt:

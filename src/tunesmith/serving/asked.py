@@ -32,10 +32,15 @@ class Choice:
     index: int
     reply: Reply
     text: Text
+    echo: str = ""
+    """What is given in front of the text."""
+    offset: int = 0
+    """Characters of the tokens whose places were told."""
     told: list[Written] = field(default_factory=list)
     """Tokens that make up the text."""
     n_tokens: int = 0
     finish: wire.FinishReason | None = None
+    _n_streamed: int = 0
 
     def take(self, event: Event) -> str:
         """What is to be shown because of it."""
@@ -58,6 +63,11 @@ class Choice:
         self.finish = event.reason
         return self.text.end()
 
+    def untold(self) -> list[Written]:
+        """Those of the text's tokens that this was not asked for before."""
+        untold, self._n_streamed = self.told[self._n_streamed :], len(self.told)
+        return untold
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -73,8 +83,8 @@ class Asked:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def choices(self, prompts: Sequence[tuple[int, ...]], *, strip: bool) -> list[Choice]:
-        """The replies that are asked for, waiting to be begun."""
+    def choices(self, prompts: Sequence[tuple[str, tuple[int, ...]]], *, strip: bool) -> list[Choice]:
+        """The replies that are asked for, waiting to be begun; a prompt is its ids and what is echoed of it."""
         body, chat, batch = self.body, self.served.chat, self.service.batch
         if len(prompts) * (body.n or 1) > wire.MAX_CHOICES:
             found = f"{len(prompts)} prompts with {body.n} replies each"
@@ -85,7 +95,7 @@ class Asked:
             config.top_p = body.top_p
         template, loop = chat.renderer.template, asyncio.get_running_loop()
         choices = []
-        for prompt in prompts:
+        for echo, prompt in prompts:
             most = min(self.max_tokens or MAX_TOKENS, chat.context - len(prompt))
             if len(prompt) + most > batch.budget:
                 found = f"{len(prompt)} tokens of prompt and {most} of reply"
@@ -105,7 +115,7 @@ class Asked:
                 stop_ids = frozenset(template.stop_ids)
                 reply = Reply(prompt, chat.adapter, sampling, stop_ids, emit, number)
                 before = () if strip else prompt[-_BEFORE:]
-                choices.append(Choice(index, reply, Text(template, body.stops, strip, before)))
+                choices.append(Choice(index, reply, Text(template, body.stops, strip, before), echo))
         return choices
 
     def _emit(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Event], None]:
@@ -154,8 +164,3 @@ class Asked:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self.events.put_nowait(None)
-
-    def usage(self, choices: Sequence[Choice]) -> wire.Usage:
-        read = sum(len(choice.reply.prompt_ids) for choice in choices if choice.reply.number == 0)
-        written = sum(choice.n_tokens for choice in choices)
-        return wire.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
