@@ -14,7 +14,7 @@ from fastapi import Request
 from tunesmith.chat import MAX_TOKENS
 from tunesmith.serving import wire
 from tunesmith.serving.batching import Closed, Event, Full, Reply, Sampling, Written
-from tunesmith.serving.refusals import Refused, refusal
+from tunesmith.serving.refusals import Refused, closing, refusal
 from tunesmith.serving.service import Served, Service
 from tunesmith.serving.writing import Text
 
@@ -58,8 +58,7 @@ class Choice:
             message = f"reply: found a failure ({event.problem}); expected a token. {fix}"
             raise Refused(refusal(500, message, kind="server_error", code="failed"))
         if event.reason == "cancelled":
-            message = "server: found it closing; expected it open. Ask again when it has been started again."
-            raise Refused(refusal(503, message, kind="server_error", code="closing"))
+            raise Refused(closing())
         self.finish = event.reason
         return self.text.end()
 
@@ -133,8 +132,7 @@ class Asked:
             headers = {"Retry-After": "5"}
             raise Refused(refusal(429, message, kind="rate_limit_error", code="queue_full", headers=headers)) from None
         except Closed:
-            message = "server: found it closing; expected it open. Ask again when it has been started again."
-            raise Refused(refusal(503, message, kind="server_error", code="closing")) from None
+            raise Refused(closing()) from None
 
     async def follow(self, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, str]]:
         """Every piece as it comes; begun replies are given up when nobody follows any more.

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.serving.refusals import refusal
+from tunesmith.serving.refusals import closing, refusal
 
 _OPEN_PATHS = ("/", "/health")
 
@@ -115,8 +115,7 @@ class Gate:
                 challenge = {"WWW-Authenticate": "Bearer"}
                 return refusal(401, message, kind="authentication_error", code="invalid_api_key", headers=challenge)
         if self._closing() and not is_open(scope["path"]):
-            message = "server: found it closing; expected it open. Ask again when it has been started again."
-            return refusal(503, message, kind="server_error", code="closing", headers={"Retry-After": "10"})
+            return closing()
         return None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | Response | None:

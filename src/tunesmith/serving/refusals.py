@@ -29,6 +29,12 @@ def refusal(
     return Response(json.dumps({"error": error}), status, dict(headers or {}), "application/json")
 
 
+def closing() -> Response:
+    """The answer of a server that begins nothing new and gives up what takes too long."""
+    message = "server: found it closing; expected it open. Ask again when it has been started again."
+    return refusal(503, message, kind="server_error", code="closing", headers={"Retry-After": "10"})
+
+
 class Refused(Exception):
     """Ends a request with this answer."""
 
