@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from tunesmith import hub, rundir
@@ -89,7 +89,7 @@ class Chat:
         """
         prompt = self.prompt_ids(messages)
         streamer = _Pieces(self, len(prompt), on_text) if on_text else None
-        stopping = StoppingCriteriaList([_Cancelled(cancelled)]) if cancelled else None
+        stopping = StoppingCriteriaList([models.Cancelled(cancelled)]) if cancelled else None
         (reply,) = self._generate(
             [prompt], temperature, max_tokens, base, {"streamer": streamer, "stopping_criteria": stopping}
         )
@@ -185,7 +185,7 @@ def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, b
     """
     path = _run_of(run_or_model)
     if path is not None:
-        return _load_run(path, base)
+        return Opened.of(path, base=base).chat()
     return _load_model(run_or_model, revision)
 
 
@@ -300,6 +300,12 @@ class Opened:
     def adapter(self) -> Path:
         return self.run.adapter
 
+    def chat(self, settings: ModelSettings | None = None) -> Chat:
+        """With its base held as `settings` say, else as it was held at training; the base alone without an adapter."""
+        model = models.load_base(self.found, settings or self.recipe.model)
+        tuned = models.load_adapter(model, self.adapter) if self.adapter.is_dir() else model
+        return Chat(tuned, self.renderer, self.generation, self.recipe.template.system)
+
     def check_same_base(self, other: Opened) -> None:
         """Raises RunError where another run was trained on another base, or on one that was held in other numbers."""
         mine, theirs = self._base, other._base
@@ -333,13 +339,6 @@ def _check_adapter_digest(adapter: Path) -> None:
 _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def _load_run(path: Path, base: bool) -> Chat:
-    opened = Opened.of(path, base=base)
-    model = models.load_base(opened.found, opened.recipe.model)
-    tuned = models.load_adapter(model, opened.adapter) if opened.adapter.is_dir() else model
-    return Chat(tuned, opened.renderer, opened.generation, opened.recipe.template.system)
-
-
 class _Pieces(BaseStreamer):
     """Hands out text as soon as its characters are whole."""
 
@@ -365,14 +364,6 @@ class _Pieces(BaseStreamer):
         if len(text) > len(self._shown):
             self._on_text(text[len(self._shown) :])
             self._shown = text
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self, cancelled: Callable[[], bool]) -> None:
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._cancelled(), device=input_ids.device, dtype=torch.bool)
 
 
 def _conversation(messages: Sequence[Message | ChatMessage], system: str | None) -> list[Message]:

@@ -15,7 +15,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -536,6 +537,16 @@ def switched(model: nn.Module, adapter: str | None) -> AbstractContextManager[An
     if model.active_adapter != adapter:
         model.set_adapter(adapter, inference_mode=True)
     return nullcontext()
+
+
+class Cancelled(StoppingCriteria):
+    """Ends `generate` behind the token at which it is cancelled."""
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._cancelled(), device=input_ids.device, dtype=torch.bool)
 
 
 def save_adapter(model: PeftModel, folder: Path, pissa_start: Path | None = None) -> None:

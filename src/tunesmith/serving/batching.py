@@ -38,7 +38,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tunesmith import model as models
 from tunesmith.engine.attention import Style, plain
@@ -534,7 +534,7 @@ class Batch:
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=config,
                 logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([_Cancelled(reply)]),
+                stopping_criteria=StoppingCriteriaList([models.Cancelled(lambda: reply.cancelled)]),
                 **({"past_key_values": again.cache} if again else {}),
             )
         if again:
@@ -561,14 +561,6 @@ class _Choosing(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf)
         forced[0, written.token_id] = 0
         return forced
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self, reply: Reply) -> None:
-        self._reply = reply
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._reply.cancelled, device=input_ids.device, dtype=torch.bool)
 
 
 def _causal(model: nn.Module) -> Any:
