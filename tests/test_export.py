@@ -70,6 +70,16 @@ def test_a_base_that_computes_in_16_bits_is_compared_by_their_bounds(
     assert logit.bound == merged._BOUNDS[torch.bfloat16].logit and 0 < logit.value < logit.bound
 
 
+def test_a_run_beside_4_bits_is_compared_on_whole_weights(finished: Path, tmp_path: Path) -> None:
+    # Trained without a GPU, so on whole weights: only what the run says of itself is as after a training in 4 bits.
+    lines = (finished / "recipe.yaml").read_text()
+    assert "quantize: none" in lines
+    (finished / "recipe.yaml").write_text(lines.replace("quantize: none", "quantize: nf4"))
+    written = export(finished, "merged", tmp_path / "merged")
+    assert all(check.ok for check in written.checks) and "4 bits" in written.notes[0]
+    assert not export(finished, "adapter", tmp_path / "adapter").notes
+
+
 def test_the_command_writes_a_folder_that_needs_nothing_else(finished: Path) -> None:
     ended = tunesmith("export", finished, "--to", "merged", "--json")
     assert ended.code == 0, ended.err

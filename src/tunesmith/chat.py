@@ -24,6 +24,7 @@ from tunesmith.errors import DataError, ModelError, ProofError, RunError, Tunesm
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
 from tunesmith.types import ChatMessage, Message
+from tunesmith.writing import Text, reply_text
 
 MAX_TOKENS = 512
 _LEAST_TEMPERATURE = 1e-3
@@ -88,7 +89,7 @@ class Chat:
         the conversation, DataError when it is not one, or longer than the model can read.
         """
         prompt = self.prompt_ids(messages)
-        streamer = _Pieces(self, len(prompt), on_text) if on_text else None
+        streamer = _Pieces(Text(self.renderer.template), on_text) if on_text else None
         stopping = StoppingCriteriaList([models.Cancelled(cancelled)]) if cancelled else None
         (reply,) = self._generate(
             [prompt], temperature, max_tokens, base, {"streamer": streamer, "stopping_criteria": stopping}
@@ -174,8 +175,7 @@ class Chat:
         """Reply ids as text, without stop tokens and without white space around."""
         stops = self.renderer.template.stop_ids
         end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
-        decode = self.renderer.template.tokenizer.decode
-        return str(decode(list(token_ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+        return reply_text(self.renderer.template, token_ids[:end]).strip()
 
 
 def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, base: bool = False) -> Chat:
@@ -342,28 +342,22 @@ _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 class _Pieces(BaseStreamer):
     """Hands out text as soon as its characters are whole."""
 
-    def __init__(self, chat: Chat, n_prompt: int, on_text: Callable[[str], None]) -> None:
-        self._chat, self._left, self._on_text = chat, n_prompt, on_text
-        self._ids: list[int] = []
-        self._shown = ""
+    def __init__(self, text: Text, on_text: Callable[[str], None]) -> None:
+        self._text, self._on_text = text, on_text
+        self._prompt_is_read = False
 
     def put(self, value: torch.Tensor) -> None:
-        ids = value.flatten().tolist()
-        if self._left:  # the prompt comes first
-            self._left = 0
-            return
-        self._ids += ids
-        text = self._chat.text(self._ids)
-        if not text.endswith("\ufffd"):  # half of a character
-            self._show(text)
+        if self._prompt_is_read:
+            for token_id in value.flatten().tolist():
+                self._show(self._text.add(token_id))
+        self._prompt_is_read = True  # `generate` hands out the prompt first
 
     def end(self) -> None:
-        self._show(self._chat.text(self._ids))
+        self._show(self._text.end())
 
-    def _show(self, text: str) -> None:
-        if len(text) > len(self._shown):
-            self._on_text(text[len(self._shown) :])
-            self._shown = text
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._on_text(piece)
 
 
 def _conversation(messages: Sequence[Message | ChatMessage], system: str | None) -> list[Message]:

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import chat as chats
 from tunesmith import rundir
+from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.export import gguf_file, ollama
 from tunesmith.export.live import Answers, Compared, at_least
@@ -30,6 +30,9 @@ from tunesmith.rundir import RunDir
 
 Form = Literal["adapter", "merged", "gguf", "ollama"]
 FORMS: tuple[Form, ...] = ("adapter", "merged", "gguf", "ollama")
+_OF_WHOLE_WEIGHTS = (
+    "Trained beside weights of 4 bits; written and compared with the base's own, so its answers differ from chat's."
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,13 @@ def export(
         raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
-    chat = chats.load(path)
+    opened, notes = Opened.of(path), list[str]()
+    held = opened.recipe.model
+    if held.quantize != "none":
+        if to != "adapter":
+            notes.append(_OF_WHOLE_WEIGHTS)
+        held = held.model_copy(update={"quantize": "none"})
+    chat = opened.chat(held)
     manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
     base = manifest["base"]
     merged = Merged(Path(base["folder"]), run.adapter)
@@ -81,7 +90,6 @@ def export(
     del chat
     gc.collect()
     with rundir.commit(final) as folder:
-        notes: list[str] = []
         if to == "adapter":
             checks = _adapter(run, folder)
         elif contents is not None:
