@@ -140,19 +140,20 @@ def write_rows(data: Path, short: Path, long: Path) -> None:
     long.write_text(json.dumps(joined, ensure_ascii=False), encoding="utf-8")
 
 
-def save_qwen3(folder: Path) -> Path:
+def save_qwen3(folder: Path, **other: int) -> Path:
+    """A random Qwen3 with SmolLM2's tokenizer; `other` are settings of its config."""
     base = prepared(hub.locate("smollm2")).folder
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        **other,
+    }
     config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=49152,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        "qwen3", vocab_size=49152, max_position_embeddings=4096, tie_word_embeddings=True, **sizes
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
