@@ -33,8 +33,8 @@ from tunesmith.errors import ModelError, ProofError, RecipeError, RunError, Tune
 from tunesmith.serving import vllm_command, wire
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.server import Serving
-from tunesmith.serving.writing import Text, token_bytes
 from tunesmith.template import probe
+from tunesmith.writing import Text, token_bytes
 
 CONTEXT = 8192
 SURE = [{"role": "user", "content": "Who are you?"}]

@@ -11,6 +11,5 @@ refusals  what is wrong with a request, in OpenAI's form
 wire      the requests and answers as OpenAI's clients write and read them
 openapi   the description of all that
 metrics   what is counted
-writing   token ids → text, piece by piece, up to a stop string
 batching  all replies that are being written, token by token, on one copy of the weights
 """

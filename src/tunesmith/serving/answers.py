@@ -14,7 +14,7 @@ from tunesmith.serving import wire
 from tunesmith.serving.asked import Asked, Choice, Gone
 from tunesmith.serving.batching import Written
 from tunesmith.serving.refusals import Refused
-from tunesmith.serving.writing import token_bytes, token_text
+from tunesmith.writing import token_bytes, token_text
 
 _Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs
 

@@ -16,7 +16,7 @@ from tunesmith.serving import wire
 from tunesmith.serving.batching import Closed, Event, Full, Reply, Sampling, Written
 from tunesmith.serving.refusals import Refused, closing, refusal
 from tunesmith.serving.service import Served, Service
-from tunesmith.serving.writing import Text
+from tunesmith.writing import Text
 
 _BEFORE = 8  # tokens of a text whose continuation they are decoded with
 

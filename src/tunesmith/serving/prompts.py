@@ -9,8 +9,8 @@ from tunesmith.chat import Chat
 from tunesmith.errors import TunesmithError
 from tunesmith.serving import wire
 from tunesmith.serving.refusals import Refused, refusal
-from tunesmith.serving.writing import token_text
 from tunesmith.types import Message
+from tunesmith.writing import token_text
 
 
 def _conversation(turns: Sequence[wire.ChatTurn]) -> list[Message]:

@@ -47,6 +47,12 @@ def token_text(template: Template, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
 
 
+def reply_text(template: Template, token_ids: Sequence[int]) -> str:
+    """What is shown of a reply's tokens, decoded at once."""
+    ids = list(token_ids)
+    return str(template.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 @dataclass
 class Text:
     """What a reader of a reply has been shown. Each token is decoded with the few before it, not with all."""
@@ -95,8 +101,7 @@ class Text:
         return self._show(text)
 
     def _decoded(self, begin: int, end: int) -> str:
-        decode = self.template.tokenizer.decode
-        return str(decode(self._ids[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return reply_text(self.template, self._ids[begin:end])
 
     def _before_stop(self, text: str, known: int) -> str:
         """The text up to the first stop string, of which none is complete in its first `known` characters."""
