@@ -22,9 +22,11 @@ from transformers import (
 )
 
 from tunesmith import model as models
+from tunesmith.engine.attention import Style
 from tunesmith.recipe import LoraSettings
-from tunesmith.serving import batching
-from tunesmith.serving.batching import Batch, Closed, Ended, Event, Full, Reply, Sampling, Written
+from tunesmith.serving import attention
+from tunesmith.serving.batching import Batch, Closed, Full
+from tunesmith.serving.reply import Ended, Event, Reply, Sampling, Written
 
 STOP = 2
 SMALL = {
@@ -165,9 +167,9 @@ def test_the_proof_at_the_start_finds_the_same(kind: str) -> None:
 
 
 def test_the_proof_sees_a_window_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = batching._seen
+    seen = attention._seen
     monkeypatch.setattr(
-        batching, "_seen", lambda q, k, v, style, n: seen(q, k, v, batching.Style(style.scale, None, style.softcap), n)
+        attention, "_seen", lambda q, k, v, style, n: seen(q, k, v, Style(style.scale, None, style.softcap), n)
     )
     batch = Batch(made("mistral", sliding_window=4))
     batch.prove()
@@ -478,7 +480,7 @@ def test_who_has_ended_holds_no_memory() -> None:
 
 def test_a_model_that_can_not_be_computed_together_is_written_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama")
-    monkeypatch.setattr(batching, "_attend", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(attention, "attend", lambda *_, **__: 1 / 0)
     batch = Batch(model)
     batch.prove()
     assert batch.reason is not None and "ZeroDivisionError" in batch.reason

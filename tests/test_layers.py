@@ -22,7 +22,7 @@ LAYERS = [
     {"export.gguf_file", "export.live", "serving.asked", "serving.metrics", "serving.openapi", "serving.prompts"},
     {"harness", "scores", "export.merging", "serving.service"},
     {"training", "chat", "report", "adapter_files", "shown"},
-    {"trainer", "serving.batching"},
+    {"trainer", "serving.batching", "serving.attention", "serving.reply"},
     {"planning"},
     {"guards"},
     {"checking"},

@@ -12,4 +12,6 @@ wire      the requests and answers as OpenAI's clients write and read them
 openapi   the description of all that
 metrics   what is counted
 batching  all replies that are being written, token by token, on one copy of the weights
+attention each reply's own keys and values, in a step of many
+reply     one of them: how it is drawn, what is written, what it keeps meanwhile
 """

@@ -12,8 +12,8 @@ from starlette.responses import Response, StreamingResponse
 
 from tunesmith.serving import wire
 from tunesmith.serving.asked import Asked, Choice, Gone
-from tunesmith.serving.batching import Written
 from tunesmith.serving.refusals import Refused
+from tunesmith.serving.reply import Written
 from tunesmith.writing import token_bytes, token_text
 
 _Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs

@@ -13,8 +13,9 @@ from fastapi import Request
 
 from tunesmith.chat import MAX_TOKENS
 from tunesmith.serving import wire
-from tunesmith.serving.batching import Closed, Event, Full, Reply, Sampling, Written
+from tunesmith.serving.batching import Closed, Full
 from tunesmith.serving.refusals import Refused, closing, refusal
+from tunesmith.serving.reply import Event, Reply, Sampling, Written
 from tunesmith.serving.service import Served, Service
 from tunesmith.writing import Text
 

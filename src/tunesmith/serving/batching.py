@@ -17,23 +17,20 @@ some 4e-6 of the largest logit in float32; so where the two best words are as cl
 computed again as chat does it, and that decides (`_settle`). In 16 bits the two best words are often as close as
 rounding, and chat itself answers differently from machine to machine; nothing is computed again.
 
-Legend: T tokens of a step, H query heads, K key heads, L keys, D head size, V vocabulary.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -41,13 +38,12 @@ from transformers import AttentionInterface, DynamicCache, GenerationConfig, Log
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tunesmith import model as models
-from tunesmith.engine.attention import Style, plain
 from tunesmith.engine.step import longest_together, not_packable
 from tunesmith.machines import free_bytes
+from tunesmith.serving import attention
+from tunesmith.serving.reply import Again, Ended, Reply, Sampling, Written
 
-INTERFACE = "tunesmith-replies"
 _PROMPT_TOKENS = 256  # read in a step, so that those who write are not kept waiting for longer
-_ROOM = 64  # tokens by which keys and values grow
 _AGAIN_TOKENS = 8  # computed again at once, so that the others are not kept waiting
 _COUNTED_FROM_THE_PROMPT = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
 # Two words are too close below so many times the type's epsilon times the largest logit. In these units two right
@@ -60,104 +56,12 @@ _UNLIMITED = 2**62  # tokens
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a reply is drawn."""
-
-    config: GenerationConfig
-    """As `chat.Chat.sampling` gives it."""
-    max_tokens: int
-    seed: int | None = None
-    """With it, the same request gives the same reply."""
-    n_logprobs: int | None = None
-    """How many of the likeliest words are told with every token; None: not even the token's own."""
-    presence_penalty: float = 0.0
-    """Taken off the logit of every word that was written."""
-    frequency_penalty: float = 0.0
-    """Taken off as often as it was written."""
-
-    @property
-    def greedy(self) -> bool:
-        return not self.config.do_sample
-
-
-@dataclass(frozen=True)
-class Written:
-    """One token of a reply."""
-
-    token_id: int
-    logprob: float | None = None
-    """Of the model's own distribution, before temperature and penalties."""
-    likeliest: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Nothing follows."""
-
-    reason: Literal["stop", "length", "cancelled", "failed"]
-    problem: str = ""
-
-
-Event = Written | Ended
-
-
 class Full(Exception):
     """As many replies wait as may."""
 
 
 class Closed(Exception):
     """No new replies are begun."""
-
-
-@dataclass
-class _Again:
-    """A reply that is computed again by itself, as far as that has come."""
-
-    token_ids: list[int]
-    cache: DynamicCache
-
-
-@dataclass(eq=False)
-class Reply:
-    """A reply on its way."""
-
-    prompt_ids: tuple[int, ...]
-    adapter: str | None
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    emit: Callable[[Event], None]
-    """Called by the batch's thread with every token and at the end."""
-    number: int = 0
-    """Among those that answer one request; with a seed each is drawn differently."""
-    cancelled: bool = False
-    written: list[int] = field(default_factory=list)
-    n_read: int = 0
-    """Tokens of prompt and reply that have keys and values."""
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """By attention layer: keys and values, (1, K, capacity, D) each."""
-    unsettled: Tensor | None = field(default=None, repr=False)
-    """(V,) logits of which two were too close; the reply waits until it has been computed again up to here."""
-    again: _Again | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator()
-        if self.sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(random.Random(f"{self.sampling.seed} {self.number}").getrandbits(63))
-        self.processors = LogitsProcessorList()
-
-    @property
-    def longest(self) -> int:
-        """Tokens when it ends at its limit."""
-        return len(self.prompt_ids) + self.sampling.max_tokens
-
-    @property
-    def to_read(self) -> Sequence[int]:
-        """Tokens that have no keys and values yet."""
-        n_prompt = len(self.prompt_ids)
-        return self.prompt_ids[self.n_read :] if self.n_read < n_prompt else self.written[self.n_read - n_prompt :]
 
 
 class Batch:
@@ -192,7 +96,7 @@ class Batch:
         for module in model.modules():  # what peft itself does, but for every step anew
             if isinstance(module, LoraLayer):
                 cast("nn.Module", module).register_forward_pre_hook(self._name_adapters, with_kwargs=True)
-        AttentionInterface.register(INTERFACE, _attend)
+        AttentionInterface.register(attention.INTERFACE, attention.attend)
         self._configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
         self._thread = threading.Thread(target=self._work, name="batch", daemon=True)
 
@@ -400,7 +304,11 @@ class Batch:
         self._names = None if uniform else [name or "__base__" for name in names]
         wanted = models.switched(self._model, names[0] if uniform else self._some_adapter)
         try:
-            with wanted, self._attending(slices), _only(self._causal, torch.tensor(last, dtype=torch.int64)):
+            with (
+                wanted,
+                attention.attending(self._configs, slices),
+                _only(self._causal, torch.tensor(last, dtype=torch.int64)),
+            ):
                 output = self._causal(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         finally:
             self._names = None
@@ -413,19 +321,6 @@ class Batch:
     def _name_adapters(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Tells a layer which adapter each row has; None where all have the active one."""
         return None if self._names is None else (given, {**named, "adapter_names": self._names})
-
-    @contextmanager
-    def _attending(self, slices: list[tuple[Reply, slice]]) -> Iterator[None]:
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation = INTERFACE
-        _local.slices = slices
-        try:
-            yield
-        finally:
-            _local.slices = None
-            for config, implementation in zip(self._configs, before, strict=True):
-                config._attn_implementation = implementation
 
     # --- which token -------------------------------------------------------------------------------------------------
 
@@ -489,7 +384,7 @@ class Batch:
         counted = any(getattr(reply.sampling.config, name, None) for name in _COUNTED_FROM_THE_PROMPT)
         if reply.again is None or counted:
             cache = DynamicCache(config=self._causal.config.get_text_config(decoder=True))
-            reply.again = _Again(list(reply.prompt_ids), cache)
+            reply.again = Again(list(reply.prompt_ids), cache)
         n_wanted = len(reply.prompt_ids) + len(reply.written) + 1
         config = copy.deepcopy(reply.sampling.config)
         config.max_new_tokens = n_wanted - len(reply.again.token_ids)
@@ -522,7 +417,7 @@ class Batch:
         self,
         reply: Reply,
         config: GenerationConfig,
-        again: _Again | None,
+        again: Again | None,
         processors: LogitsProcessorList | None = None,
     ) -> None:
         """Runs transformers' own loop on the prompt, or from where it was left."""
@@ -580,70 +475,3 @@ def _only(causal: Any, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
-
-_local = threading.local()  # `.slices`: the replies of the step with their rows
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """(T, 1, H, D) from queries (T, H, 1, D), keys and values (T, K, 1, D)."""
-    style = Style(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    out = query.new_empty(len(query), 1, query.shape[1], value.shape[-1])
-    for reply, rows in _local.slices:
-        keys, values = _with_kept(module, reply, key[rows], value[rows])
-        out[rows, 0] = _seen(query[rows], keys, values, style, reply.n_read)
-    return out, None
-
-
-def _with_kept(module: nn.Module, reply: Reply, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, K, L, D) keys and values of all the reply has read, with these (n, K, 1, D) behind."""
-    n_before, n_all = reply.n_read, reply.n_read + len(key)
-    kept = reply.kept.get(module)
-    if kept is None or kept[0].shape[2] < n_all:
-        room = min(max(n_all, len(reply.prompt_ids)) + _ROOM, reply.longest)
-        larger = tuple(new.new_empty(1, new.shape[1], room, new.shape[3]) for new in (key, value))
-        for new, old in zip(larger, kept or (), strict=False):
-            new[:, :, :n_before] = old[:, :, :n_before]
-        kept = reply.kept[module] = (larger[0], larger[1])
-    for place, new in zip(kept, (key, value), strict=True):
-        place[0, :, n_before:n_all] = new[:, :, 0].transpose(0, 1)
-    return kept[0][:, :, :n_all], kept[1][:, :, :n_all]
-
-
-def _seen(query: Tensor, keys: Tensor, values: Tensor, style: Style, n_before: int) -> Tensor:
-    """(n, H, D) for queries (n, H, 1, D) that stand behind `n_before` others."""
-    n, heads, _, size = query.shape
-    first = 0 if style.window is None else max(0, n_before - style.window + 1)
-    keys, values = keys[:, :, first:], values[:, :, first:]
-    simple = style.softcap is None and style.sinks is None
-    if n == 1 and simple:  # heads with the same keys are rows of one query
-        out = F.scaled_dot_product_attention(query.view(1, keys.shape[1], -1, size), keys, values, scale=style.scale)
-        return out.view(1, heads, -1)
-    place = torch.arange(first, n_before + n, device=query.device)
-    own = place[n_before - first :, None]
-    visible = place <= own
-    if style.window is not None:
-        visible &= own - place < style.window
-    query = query[:, :, 0].transpose(0, 1)[None]
-    if simple:
-        grouped = heads != keys.shape[1]
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible, scale=style.scale, enable_gqa=grouped
-        )
-    else:
-        out = plain(query, keys, values, visible, style)
-    return out[0].transpose(0, 1)

@@ -1,0 +1,107 @@
+"""A reply on its way: how it is drawn, what has been written of it, and what it keeps meanwhile.
+
+Legend: K key heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is drawn."""
+
+    config: GenerationConfig
+    """As `chat.Chat.sampling` gives it."""
+    max_tokens: int
+    seed: int | None = None
+    """With it, the same request gives the same reply."""
+    n_logprobs: int | None = None
+    """How many of the likeliest words are told with every token; None: not even the token's own."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every word that was written."""
+    frequency_penalty: float = 0.0
+    """Taken off as often as it was written."""
+
+    @property
+    def greedy(self) -> bool:
+        return not self.config.do_sample
+
+
+@dataclass(frozen=True)
+class Written:
+    """One token of a reply."""
+
+    token_id: int
+    logprob: float | None = None
+    """Of the model's own distribution, before temperature and penalties."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Nothing follows."""
+
+    reason: Literal["stop", "length", "cancelled", "failed"]
+    problem: str = ""
+
+
+Event = Written | Ended
+
+
+@dataclass
+class Again:
+    """A reply that is computed again by itself, as far as that has come."""
+
+    token_ids: list[int]
+    cache: DynamicCache
+
+
+@dataclass(eq=False)
+class Reply:
+    """A reply on its way."""
+
+    prompt_ids: tuple[int, ...]
+    adapter: str | None
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    emit: Callable[[Event], None]
+    """Called by the batch's thread with every token and at the end."""
+    number: int = 0
+    """Among those that answer one request; with a seed each is drawn differently."""
+    cancelled: bool = False
+    written: list[int] = field(default_factory=list)
+    n_read: int = 0
+    """Tokens of prompt and reply that have keys and values."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """By attention layer: keys and values, (1, K, capacity, D) each."""
+    unsettled: Tensor | None = field(default=None, repr=False)
+    """(V,) logits of which two were too close; the reply waits until it has been computed again up to here."""
+    again: Again | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator()
+        if self.sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(random.Random(f"{self.sampling.seed} {self.number}").getrandbits(63))
+        self.processors = LogitsProcessorList()
+
+    @property
+    def longest(self) -> int:
+        """Tokens when it ends at its limit."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+    @property
+    def to_read(self) -> Sequence[int]:
+        """Tokens that have no keys and values yet."""
+        n_prompt = len(self.prompt_ids)
+        return self.prompt_ids[self.n_read :] if self.n_read < n_prompt else self.written[self.n_read - n_prompt :]
