@@ -17,7 +17,7 @@ some 4e-6 of the largest logit in float32; so where the two best words are as cl
 computed again as chat does it, and that decides (`_settle`). In 16 bits the two best words are often as close as
 rounding, and chat itself answers differently from machine to machine; nothing is computed again.
 
-Legend: V vocabulary.
+Legend: T tokens of a step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -304,11 +304,7 @@ class Batch:
         self._names = None if uniform else [name or "__base__" for name in names]
         wanted = models.switched(self._model, names[0] if uniform else self._some_adapter)
         try:
-            with (
-                wanted,
-                attention.attending(self._configs, slices),
-                _only(self._causal, torch.tensor(last, dtype=torch.int64)),
-            ):
+            with wanted, attention.attending(self._configs, slices), _only(self._causal, last):
                 output = self._causal(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         finally:
             self._names = None
@@ -331,7 +327,7 @@ class Batch:
                 if reply.sampling.greedy and self._close_call(reply, row):
                     reply.unsettled = row
                 else:
-                    self._append(reply, self._written(reply, row))
+                    self._append(reply, reply.choose(row))
 
     def _append(self, reply: Reply, written: Written) -> None:
         reply.written.append(written.token_id)
@@ -341,42 +337,11 @@ class Batch:
         if stopped or len(reply.written) >= reply.sampling.max_tokens:
             self._end_of(reply, Ended("stop" if stopped else "length"))
 
-    def _scores(self, reply: Reply, logits: Tensor) -> Tensor:
-        """(V,) what the token is chosen by."""
-        sampling, scores = reply.sampling, logits
-        if reply.written and (sampling.presence_penalty or sampling.frequency_penalty):
-            words, counts = torch.tensor(reply.written, device=logits.device).unique(return_counts=True)
-            scores = scores.clone()
-            scores[words] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if reply.processors:
-            ids = torch.tensor([[*reply.prompt_ids, *reply.written]], device=logits.device)
-            scores = cast("Tensor", reply.processors(cast("Any", ids), cast("Any", scores[None].clone())))[0]
-        return scores
-
-    def _written(self, reply: Reply, logits: Tensor) -> Written:
-        if bool(logits.isnan().any()):
-            raise ArithmeticError("the model's logits are not numbers")
-        scores = self._scores(reply, logits)
-        if reply.sampling.greedy:
-            token = int(scores.argmax())
-        else:
-            chances = torch.softmax(scores.double(), -1).cpu()
-            token = int(torch.multinomial(chances, 1, generator=reply.generator))
-        return self._told(reply, logits, token)
-
-    def _told(self, reply: Reply, logits: Tensor, token: int) -> Written:
-        if (n := reply.sampling.n_logprobs) is None:
-            return Written(token)
-        logprobs = torch.log_softmax(logits, -1)
-        best = torch.topk(logprobs, min(n, len(logprobs)))
-        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Written(token, float(logprobs[token]), tuple(likeliest))
-
     def _close_call(self, reply: Reply, logits: Tensor) -> bool:
         sampling, dtype = reply.sampling, self._dtype
         if dtype.itemsize < 4 or sampling.presence_penalty or sampling.frequency_penalty:
             return False
-        first, second = torch.topk(self._scores(reply, logits), 2).values.tolist()
+        first, second = torch.topk(reply.scores(logits), 2).values.tolist()
         return first - second < _TIE * torch.finfo(dtype).eps * float(logits.abs().max())
 
     def _settle(self, reply: Reply, logits: Tensor) -> None:
@@ -393,10 +358,10 @@ class Batch:
         self._generated(reply, config, reply.again)
         if len(reply.again.token_ids) >= n_wanted or reply.again.token_ids[-1] in reply.stop_ids:
             found = reply.again.token_ids[len(reply.prompt_ids) :]
-            token = found[-1] if found[:-1] == reply.written else int(self._scores(reply, logits).argmax())
+            token = found[-1] if found[:-1] == reply.written else int(reply.scores(logits).argmax())
             self.settled += 1
             reply.unsettled = None
-            self._append(reply, self._told(reply, logits, token))
+            self._append(reply, reply.told(logits, token))
 
     # --- one reply by itself -----------------------------------------------------------------------------------------
 
@@ -451,7 +416,7 @@ class _Choosing(LogitsProcessor):
         self._batch, self._reply = batch, reply
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        written = self._batch._written(self._reply, scores[0].float())
+        written = self._reply.choose(scores[0].float())
         self._batch._append(self._reply, written)
         forced = torch.full_like(scores, -torch.inf)
         forced[0, written.token_id] = 0
@@ -468,9 +433,10 @@ def _some_can_not_be_mixed(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _only(causal: Any, rows: Tensor) -> Iterator[None]:
+def _only(causal: Any, rows: Sequence[int]) -> Iterator[None]:
     """The output layer, the widest of all, is computed for these rows alone."""
-    handle = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows],))
+    wanted = torch.tensor(rows, dtype=torch.int64)
+    handle = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted],))
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,3 +105,36 @@ class Reply:
         """Tokens that have no keys and values yet."""
         n_prompt = len(self.prompt_ids)
         return self.prompt_ids[self.n_read :] if self.n_read < n_prompt else self.written[self.n_read - n_prompt :]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(V,) what the token is chosen by."""
+        sampling, scores = self.sampling, logits
+        if self.written and (sampling.presence_penalty or sampling.frequency_penalty):
+            words, counts = torch.tensor(self.written, device=logits.device).unique(return_counts=True)
+            scores = scores.clone()
+            scores[words] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if self.processors:
+            ids = torch.tensor([[*self.prompt_ids, *self.written]], device=logits.device)
+            scores = cast("Tensor", self.processors(cast("Any", ids), cast("Any", scores[None].clone())))[0]
+        return scores
+
+    def choose(self, logits: Tensor) -> Written:
+        """The next token."""
+        if bool(logits.isnan().any()):
+            raise ArithmeticError("the model's logits are not numbers")
+        scores = self.scores(logits)
+        if self.sampling.greedy:
+            token = int(scores.argmax())
+        else:
+            chances = torch.softmax(scores.double(), -1).cpu()
+            token = int(torch.multinomial(chances, 1, generator=self.generator))
+        return self.told(logits, token)
+
+    def told(self, logits: Tensor, token: int) -> Written:
+        """A token with what is to be told of it."""
+        if (n := self.sampling.n_logprobs) is None:
+            return Written(token)
+        logprobs = torch.log_softmax(logits, -1)
+        best = torch.topk(logprobs, min(n, len(logprobs)))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return Written(token, float(logprobs[token]), tuple(likeliest))
