@@ -234,6 +234,12 @@ def context_length(config: PreTrainedConfig) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
+def n_words(model: nn.Module) -> int:
+    """How many token ids its input layer knows."""
+    embeddings: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return int(embeddings.get_input_embeddings().weight.shape[0])
+
+
 def generation_config(folder: Path, template: Template) -> GenerationConfig:
     """The model's own sampling settings with all stop ids of the template."""
     try:

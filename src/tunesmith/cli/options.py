@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
+from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
 
@@ -38,7 +39,7 @@ OutOption = Annotated[
 def _settings_help() -> str:
     lines = []
     for section, field in recipes.Recipe.model_fields.items():
-        for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
+        for name, setting in cast("type[BaseModel]", field.annotation).model_fields.items():
             default = setting.get_default(call_default_factory=True)
             shown = (
                 {None: "none", True: "true", False: "false", "": "–"}.get(default, default)

@@ -6,7 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from tunesmith.serving import wire
@@ -42,7 +42,7 @@ def application(service: Service) -> FastAPI:
     )
     _routes(app, service)
     answer_errors(app)
-    app.openapi = lambda: description(app, service)  # type: ignore[method-assign]
+    app.openapi = lambda: description(app, service)  # type: ignore[method-assign]  # as FastAPI's documentation does
     app.add_middleware(
         Gate,
         limits=service.limits,
@@ -64,11 +64,10 @@ def _routes(app: FastAPI, service: Service) -> None:
     app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/health", responses={503: {"model": wire.Health, "description": "The server is closing."}})
-    async def health() -> wire.Health:
+    async def health(response: Response) -> wire.Health:
         """Whether requests are taken."""
-        if service.closing:
-            return JSONResponse({"status": "closing"}, 503)  # type: ignore[return-value]
-        return wire.Health(status="ok")
+        response.status_code = 503 if service.closing else 200
+        return wire.Health(status="closing" if service.closing else "ok")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:

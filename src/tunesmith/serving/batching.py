@@ -112,7 +112,7 @@ class Batch:
         """
         if self.reason is not None:
             return
-        n_words = self._causal.get_input_embeddings().weight.shape[0]
+        n_words = models.n_words(self._model)
         prompts = [[(7 * i + 11 * k) % n_words for i in range(n)] for k, n in ((1, 9), (2, 6))]
         sampling = Sampling(GenerationConfig(do_sample=False), 1)
         replies = [Reply(tuple(ids), None, sampling, frozenset(), lambda _: None) for ids in prompts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tunesmith import model as models
 from tunesmith.chat import Chat
 from tunesmith.errors import TunesmithError
 from tunesmith.serving import wire
@@ -40,7 +41,7 @@ def _plain_prompt(chat: Chat, given: str | list[int]) -> tuple[str, tuple[int, .
         except TunesmithError as error:
             raise Refused(refusal(400, str(error), param="prompt")) from None
     else:
-        n_words = int(chat.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        n_words = models.n_words(chat.model)
         if unknown := next((i for i in given if i >= n_words), None):
             message = f"prompt: found token id {unknown}; expected at most {n_words - 1}. Tokenise for this model."
             raise Refused(refusal(400, message, param="prompt"))
