@@ -43,6 +43,7 @@ from tunesmith.machines import free_bytes
 from tunesmith.serving import attention
 from tunesmith.serving.reply import Again, Ended, Reply, Sampling, Written
 
+AT_ONCE, QUEUE_LIMIT = 32, 256  # replies
 _PROMPT_TOKENS = 256  # read in a step, so that those who write are not kept waiting for longer
 _AGAIN_TOKENS = 8  # computed again at once, so that the others are not kept waiting
 _COUNTED_FROM_THE_PROMPT = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
@@ -71,7 +72,7 @@ class Batch:
     """
 
     def __init__(
-        self, model: nn.Module, *, budget: int | None = None, at_once: int = 32, queue_limit: int = 256
+        self, model: nn.Module, *, budget: int | None = None, at_once: int = AT_ONCE, queue_limit: int = QUEUE_LIMIT
     ) -> None:
         self._model, self._causal = model, _causal(model)
         self._device = next(model.parameters()).device

@@ -22,7 +22,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
 from tunesmith.serving.app import application
-from tunesmith.serving.batching import Batch
+from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch
 from tunesmith.serving.gate import Limits, is_loopback
 from tunesmith.serving.service import Served, Service
 
@@ -42,8 +42,8 @@ class Serving:
         api_key: str | None = None,
         tell: Callable[[str], None] = print,
         *,
-        at_once: int = 32,
-        queue_limit: int = 256,
+        at_once: int = AT_ONCE,
+        queue_limit: int = QUEUE_LIMIT,
         cache_tokens: int | None = None,
         grace_seconds: float = _GRACE_SECONDS,
         limits: Limits | None = None,
