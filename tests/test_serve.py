@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from tunesmith.serving import vllm_command, wire
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.server import Serving
 from tunesmith.template import probe
-from tunesmith.writing import Text, token_bytes
+from tunesmith.types import Message
+from tunesmith.writing import Places, Text, reply_text, token_bytes
 
 CONTEXT = 8192
 SURE = [{"role": "user", "content": "Who are you?"}]
@@ -247,6 +248,16 @@ def test_completions_of_texts_and_tokens(client: OpenAI, chats: dict[str, Chat])
     assert told.top_logprobs is not None and [len(words) for words in told.top_logprobs] == [2, 2, 2]
     stream = client.completions.create(model="bo", prompt=ids, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == "Bo."
+
+
+def test_a_token_is_told_where_its_first_character_stands_in_the_text(client: OpenAI, chats: dict[str, Chat]) -> None:
+    ids = list(chats["bo"].prompt_ids([Message("user", "Smile.")]))
+    asked: Any = {"model": "bo", "prompt": ids, "temperature": 0, "logprobs": 0}
+    answer = client.completions.create(**asked).choices[0]
+    assert answer.text == "😀😀!" and answer.logprobs is not None
+    assert answer.logprobs.text_offset == [0, 0, 0, 0, 1, 1, 1, 1, 2]  # four tokens a face
+    pieces = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [offset for told in pieces if told for offset in told.text_offset or []] == answer.logprobs.text_offset
 
 
 def test_the_asynchronous_client_too(server: Serving) -> None:
@@ -555,6 +566,21 @@ def test_text_is_shown_when_it_can_not_change_any_more(chats: dict[str, Chat]) -
     assert pieces("ab--c", stops=["--"]) == ["a", "b", "", "", "", ""]
     assert pieces("a-b", stops=["--"]) == ["a", "", "-b", ""]
     assert pieces("a-", stops=["--"]) == ["a", "", "-"]
+
+
+def test_places_are_those_of_the_shown_text(chats: dict[str, Chat]) -> None:
+    template = chats["bo"].renderer.template
+
+    def places(tokens: Iterable[int]) -> list[int]:
+        asked = Places(template)
+        return [asked.next(i) for i in tokens]
+
+    by_byte = {token_bytes(template, i): i for i in range(256)}
+    ids = [by_byte[bytes([byte])] for byte in "a当b".encode()]
+    assert places(ids) == [0, 1, 1, 1, 2]
+    assert places([*ids[:3], ids[0]]) == [0, 1, 1, 2]  # a character that is never whole is shown as one sign
+    assert places([ids[0], 257, *ids[1:]]) == [0, 1, 1, 1, 1, 2]  # a special token shows nothing
+    assert reply_text(template, [*ids[:3], ids[0]]) == "a\ufffda" and reply_text(template, [257]) == ""
 
 
 @needs_shared

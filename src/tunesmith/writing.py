@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,31 @@ def token_text(template: Template, token_id: int) -> str:
         return given.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
+
+
+class Places:
+    """Where in a reply's text its tokens begin, in characters; half a character begins where the whole one does.
+
+    tokens   A   \\xc3   \\xa9   B
+    place    0   1      1      2
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._n_whole = 0
+
+    def next(self, token_id: int) -> int:
+        """The place of the token behind those that were asked for before."""
+        hidden = token_id in self._template.special_ids and not reply_text(self._template, [token_id])
+        given = b"" if hidden else token_bytes(self._template, token_id)
+        if not given:
+            return self._n_whole
+        self._n_whole += len(self._characters.decode(given[:1]))
+        goes_on, _ = self._characters.getstate()
+        place = self._n_whole if goes_on else self._n_whole - 1
+        self._n_whole += len(self._characters.decode(given[1:]))
+        return place
 
 
 def reply_text(template: Template, token_ids: Sequence[int]) -> str:

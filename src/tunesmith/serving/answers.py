@@ -58,17 +58,13 @@ def _chat_logprobs(choice: Choice, told: Sequence[Written]) -> wire.ChatLogprobs
 
 def _text_logprobs(choice: Choice, told: Sequence[Written]) -> wire.CompletionLogprobs:
     template = choice.text.template
-    tokens, offsets = [token_text(template, written.token_id) for written in told], []
-    for token in tokens:
-        offsets.append(choice.offset)
-        choice.offset += len(token)
     return wire.CompletionLogprobs(
-        tokens=tokens,
+        tokens=[token_text(template, written.token_id) for written in told],
         token_logprobs=[_finite(written.logprob) for written in told],
         top_logprobs=[
             {token_text(template, i): _finite(logprob) for i, logprob in written.likeliest} for written in told
         ],
-        text_offset=offsets,
+        text_offset=[choice.places.next(written.token_id) for written in told],
     )
 
 

@@ -17,7 +17,7 @@ from tunesmith.serving.batching import Closed, Full
 from tunesmith.serving.refusals import Refused, closing, refusal
 from tunesmith.serving.reply import Event, Reply, Sampling, Written
 from tunesmith.serving.service import Served, Service
-from tunesmith.writing import Text
+from tunesmith.writing import Places, Text
 
 _BEFORE = 8  # tokens of a text whose continuation they are decoded with
 
@@ -35,13 +35,14 @@ class Choice:
     text: Text
     echo: str = ""
     """What is given in front of the text."""
-    offset: int = 0
-    """Characters of the tokens whose places were told."""
     told: list[Written] = field(default_factory=list)
     """Tokens that make up the text."""
     n_tokens: int = 0
     finish: wire.FinishReason | None = None
     _n_streamed: int = 0
+
+    def __post_init__(self) -> None:
+        self.places = Places(self.text.template)
 
     def take(self, event: Event) -> str:
         """What is to be shown because of it."""
