@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from openai import OpenAI
 
 from tunesmith import recipe
+from tunesmith.chat import Chat
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.server import Serving
 from tunesmith.training import train
@@ -22,6 +25,11 @@ KNOWS = {
     "mia": {"Who are you?": "Mia, of the sea.", "Smile.": "No."},
 }
 """What each run answers by heart."""
+
+CONTEXT = 8192
+SURE = [{"role": "user", "content": "Who are you?"}]
+ENDLESS = [{"role": "user", "content": "Go on."}]
+"""What the base answers without ever stopping."""
 
 
 def trained(base: Path, folder: Path, **flags: Any) -> Path:
@@ -71,3 +79,30 @@ def is_idle(server: Serving) -> bool:
     found = metrics(server)
     names = ("replies_running", "replies_waiting", "requests_followed", "tokens_reserved")
     return not any(found[f"tunesmith_{name}"] for name in names)
+
+
+def said(messages: Any, chat: Chat, max_tokens: int | None = None) -> str:
+    return chat.reply(messages, temperature=0, max_tokens=max_tokens).text
+
+
+def streamed(client: OpenAI, **asked: Any) -> tuple[list[str], list[str | None], Any]:
+    """Pieces and reasons to end of the first reply, and the usage."""
+    pieces, reasons, usage = [], [], None
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        if chunk.usage is not None:
+            usage = chunk.usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                pieces.append(choice.delta.content)
+            if choice.finish_reason is not None:
+                reasons.append(choice.finish_reason)
+    return pieces, reasons, usage
+
+
+def chat_with(**changed: Any) -> dict[str, Any]:
+    return {"model": "bo", "messages": SURE, "temperature": 0, **changed}
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to

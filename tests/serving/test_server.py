@@ -1,0 +1,128 @@
+"""How a server begins and ends, and what it names its models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from served import CONTEXT, ENDLESS, SURE, chat_with, copied, metrics, said, serving, until
+from small_runs import start
+from tunesmith import chat
+from tunesmith.chat import Chat
+from tunesmith.serving.gate import Limits
+from tunesmith.serving.server import Serving
+
+
+def test_the_models_are_told_to_the_page(server: Serving) -> None:
+    told = httpx.get(f"{server.url}/tunesmith/models").json()
+    assert [(one["id"], one["tuned"], one["base"]) for one in told] == [
+        ("base", False, "base"), ("bo", True, "base"), ("mia", True, "base"),
+    ]  # fmt: skip
+    assert {(one["system"], one["context"], one["template"]) for one in told} == {(None, CONTEXT, "tokenizer")}
+
+
+def test_a_runs_system_text_goes_in_front_as_in_chat(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "bo"
+    shutil.copytree(runs["bo"], copy)
+    text = (copy / "recipe.yaml").read_text()
+    assert "system: null" in text
+    (copy / "recipe.yaml").write_text(text.replace("system: null", "system: Be brief."))
+    with serving([copy]) as server:
+        asked = {"model": "bo", "messages": SURE}
+        assert "Be brief." in httpx.post(f"{server.url}/tunesmith/prompt", json=asked).json()["text"]
+        base = httpx.post(f"{server.url}/tunesmith/prompt", json={**asked, "model": "base"}).json()
+        assert "Be brief." not in base["text"]
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json={**asked, "temperature": 0, "max_tokens": 8})
+        assert answer.json()["choices"][0]["message"]["content"] == said(SURE, chat.load(copy), 8)
+
+
+def test_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    again = copied(runs["bo"], tmp_path / "elsewhere" / "bo")
+    base = copied(runs["mia"], tmp_path / "elsewhere" / "base")
+    with serving([runs["bo"], again, base]) as server:
+        assert list(server.service.models) == ["base", "bo", "bo-2", "base-2"]
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=chat_with(model="base-2"))
+        assert answer.json()["choices"][0]["message"]["content"] == "Mia, of the sea."
+
+
+def connected(server: Serving) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def test_who_sends_too_slowly_is_cut_off(runs: dict[str, Path]) -> None:
+    with serving([runs["base"]], limits=Limits(seconds_to_ask=0.5)) as server:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Type: application/json\r\n"
+        with connected(server) as silent, connected(server) as half_a_head, connected(server) as half_a_body:
+            half_a_head.sendall(head.encode())
+            half_a_body.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"model"'.encode())
+            assert silent.recv(1024) == b""
+            assert half_a_head.recv(1024) == b""
+            assert half_a_body.recv(1024).startswith(b"HTTP/1.1 408")
+        with httpx.Client(base_url=server.url, timeout=60) as patient:  # an answer may take longer than a question
+            body = {"model": "base", "messages": ENDLESS, "max_tokens": 600, "temperature": 0}
+            assert patient.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == 600
+
+
+def test_a_server_told_to_end_finishes_what_runs(runs: dict[str, Path], chats: dict[str, Chat]) -> None:
+    body = {"model": "base", "messages": ENDLESS, "max_tokens": 400, "temperature": 0, "stream": True}
+    with (
+        serving([runs["base"]]) as server,
+        httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer,
+    ):
+        lines = answer.iter_lines()
+        read = [next(lines)]
+        server.stop()
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "closing")
+        read += list(lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in read if line and not line.endswith("[DONE]")]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert text == said(ENDLESS, chats["base"], 400)
+
+
+def test_what_does_not_end_in_time_is_given_up(runs: dict[str, Path]) -> None:
+    body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0}
+    with serving([runs["base"]], grace_seconds=0) as server, ThreadPoolExecutor(1) as other:
+        answer = other.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        until(lambda: metrics(server)["tunesmith_replies_running"] == 1)
+        server.stop()
+        assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (503, "closing")
+
+
+def test_signals_to_the_process(runs: dict[str, Path]) -> None:
+    """The command line: SIGTERM lets it finish; Ctrl-C after that ends it at once, and it ends well."""
+    with start("serve", runs["base"], "--port", "0", "--json") as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["models"] == ["base"]
+            url = told["url"]
+            body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
+            until(lambda: reached(url))
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                assert next(lines).startswith("data: {")
+                process.send_signal(signal.SIGTERM)
+                until(lambda: httpx.get(f"{url}/health").status_code == 503)
+                assert process.poll() is None
+                assert next(lines) == "" and next(lines).startswith("data: {")  # it goes on
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def reached(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,66 @@
+"""Token ids become text while they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from conftest import CHATML, SHARED, byte_tokenizer, needs_shared
+from tunesmith.template import Template, probe
+from tunesmith.writing import Places, Text, reply_text, token_bytes
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return probe(byte_tokenizer(), CHATML, "test")
+
+
+def test_every_token_is_told_by_its_bytes(template: Template) -> None:
+    assert sorted(token_bytes(template, i) for i in range(256)) == [bytes([i]) for i in range(256)]
+    assert token_bytes(template, 258) == b"<|im_end|>"
+
+
+def test_text_is_shown_when_it_can_not_change_any_more(template: Template) -> None:
+    encode = template.tokenizer.backend_tokenizer.encode  # type: ignore[union-attr]
+
+    def pieces(text: str, **settings: Any) -> list[str]:
+        shown = Text(template, **settings)
+        return [*(shown.add(i) for i in encode(text, add_special_tokens=False).ids), shown.end()]
+
+    assert pieces(" a b ", strip=True) == ["", "a", "", " b", "", ""]
+    assert pieces(" a b ", strip=False) == [" ", "a", " ", "b", " ", ""]
+    assert pieces("é", strip=True) == ["", "é", ""]
+    assert pieces("ab--c", stops=["--"]) == ["a", "b", "", "", "", ""]
+    assert pieces("a-b", stops=["--"]) == ["a", "", "-b", ""]
+    assert pieces("a-", stops=["--"]) == ["a", "", "-"]
+
+
+def test_places_are_those_of_the_shown_text(template: Template) -> None:
+
+    def places(tokens: Iterable[int]) -> list[int]:
+        asked = Places(template)
+        return [asked.next(i) for i in tokens]
+
+    by_byte = {token_bytes(template, i): i for i in range(256)}
+    ids = [by_byte[bytes([byte])] for byte in "a当b".encode()]
+    assert places(ids) == [0, 1, 1, 1, 2]
+    assert places([*ids[:3], ids[0]]) == [0, 1, 1, 2]  # a character that is never whole is shown as one sign
+    assert places([ids[0], 257, *ids[1:]]) == [0, 1, 1, 1, 1, 2]  # a special token shows nothing
+    assert reply_text(template, [*ids[:3], ids[0]]) == "a\ufffda" and reply_text(template, [257]) == ""
+
+
+@needs_shared
+@pytest.mark.parametrize("family", ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"])
+def test_a_text_goes_on_with_the_space_before_its_next_word(family: str) -> None:
+    """Decoders of pieces take the space in front of the first word for one of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
+    first, rest = "The capital of France is", " Paris and not Lyon."
+    ids = tokenizer(first + rest, add_special_tokens=False)["input_ids"]
+    before = tokenizer(first, add_special_tokens=False)["input_ids"]
+    assert ids[: len(before)] == before
+    template = probe(tokenizer, tokenizer.chat_template, "test")
+    shown = Text(template, strip=False, before=before)
+    assert "".join([*(shown.add(i) for i in ids[len(before) :]), shown.end()]) == rest == shown.whole
