@@ -103,9 +103,9 @@ def test_llama_cpp_reads_and_answers_as_the_live_adapter(trained: Trained, tmp_p
     written = export(trained.run, "ollama", tmp_path / "out")
     assert {path.name for path in written.path.iterdir()} == {"model.gguf", "Modelfile", "export.json", "files.json"}
     values = found(written)
-    assert values["llama.cpp: same greedy replies"] >= 18 / 20
+    assert values["llama.cpp: same greedy replies"] >= 16 / 20  # observed 18 to 20; another machine trains other ties
     assert values["largest difference of a weight"] < 2**-11  # observed 2^-11.1
-    assert values["llama.cpp: largest gap of logits where a reply parts"] < 0.05  # observed 0.016
+    assert values["llama.cpp: largest gap of logits where a reply parts"] < 0.05  # observed 0.013
     awkward = 0.8 if trained.family == "phi-4" else 1  # white space beside its marks: see docs/how-to/export.md
     assert values["llama.cpp: same token ids of awkward messages"] == awkward
     for name in (
