@@ -12,6 +12,8 @@ from conftest import CHATML, SHARED, byte_tokenizer, needs_shared
 from tunesmith.template import Template, probe
 from tunesmith.writing import Places, Text, reply_text, token_bytes
 
+WITH_TEMPLATES = ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"]
+
 
 @pytest.fixture(scope="module")
 def template() -> Template:
@@ -53,7 +55,7 @@ def test_places_are_those_of_the_shown_text(template: Template) -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("family", ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"])
+@pytest.mark.parametrize("family", WITH_TEMPLATES)
 def test_a_text_goes_on_with_the_space_before_its_next_word(family: str) -> None:
     """Decoders of pieces take the space in front of the first word for one of their own."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
@@ -64,3 +66,27 @@ def test_a_text_goes_on_with_the_space_before_its_next_word(family: str) -> None
     template = probe(tokenizer, tokenizer.chat_template, "test")
     shown = Text(template, strip=False, before=before)
     assert "".join([*(shown.add(i) for i in ids[len(before) :]), shown.end()]) == rest == shown.whole
+
+
+@needs_shared
+@pytest.mark.parametrize("family", WITH_TEMPLATES)
+def test_pieces_join_to_the_text_that_is_decoded_at_once(family: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
+    template = probe(tokenizer, tokenizer.chat_template, "test")
+    for text in ("Bo, of the sea.", "  a  b ", "é 😀😀 当b。", "👩‍👩‍👧‍👦" * 3, "x\n\n\ty\n", "\ufffd a", "a\ufffd"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for end in range(len(ids) + 1):  # wherever a reply meets its limit
+            shown = Text(template)
+            pieces = [*(shown.add(i) for i in ids[:end]), shown.end()]
+            assert "".join(pieces) == shown.whole == reply_text(template, ids[:end])
+        assert shown.whole == tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+
+
+@needs_shared
+@pytest.mark.parametrize("family", WITH_TEMPLATES)
+def test_half_a_character_at_the_end_leaves_the_one_before_it_whole(family: str) -> None:
+    """Decoders of single bytes give up a whole run of them for one that is missing."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
+    template = probe(tokenizer, tokenizer.chat_template, "test")
+    ids = tokenizer("a 😀😀", add_special_tokens=False)["input_ids"]
+    assert reply_text(template, ids[:-1]).startswith("a 😀")

@@ -169,13 +169,8 @@ class Chat:
         stops = self.renderer.template.stop_ids
         end = next((i + 1 for i, token in enumerate(written) if token in stops), None)
         token_ids = tuple(written[:end])
-        return Reply(self.text(token_ids), prompt_ids, token_ids, "length" if end is None else "stop")
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Reply ids as text, without stop tokens and without white space around."""
-        stops = self.renderer.template.stop_ids
-        end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
-        return reply_text(self.renderer.template, token_ids[:end]).strip()
+        text = reply_text(self.renderer.template, token_ids)
+        return Reply(text, prompt_ids, token_ids, "length" if end is None else "stop")
 
 
 def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, base: bool = False) -> Chat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import pre_tokenizers
@@ -62,7 +62,7 @@ class Places:
 
     def next(self, token_id: int) -> int:
         """The place of the token behind those that were asked for before."""
-        hidden = token_id in self._template.special_ids and not reply_text(self._template, [token_id])
+        hidden = token_id in self._template.special_ids and not _decoded(self._template, [token_id])
         given = b"" if hidden else token_bytes(self._template, token_id)
         if not given:
             return self._n_whole
@@ -71,12 +71,6 @@ class Places:
         place = self._n_whole if goes_on else self._n_whole - 1
         self._n_whole += len(self._characters.decode(given[1:]))
         return place
-
-
-def reply_text(template: Template, token_ids: Sequence[int]) -> str:
-    """What is shown of a reply's tokens, decoded at once."""
-    ids = list(token_ids)
-    return str(template.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass
@@ -111,23 +105,29 @@ class Text:
         if token_id in self.template.stop_ids:
             return ""
         self._ids.append(token_id)
-        known, text = self._decoded(self._begin, self._end), self._decoded(self._begin, len(self._ids))
-        if len(text) <= len(known) or text.endswith("\ufffd"):  # nothing new, or half of a character
+        new = self._new()
+        if not new or new.endswith("\ufffd"):  # half of a character
             return ""
-        self._certain += text[len(known) :]
+        n_known = len(self._certain)
+        self._certain += new
         self._begin, self._end = self._end, len(self._ids)
-        text = self._before_stop(self._certain, len(self._certain) - len(text))
+        text = self._before_stop(self._certain, n_known)
         return self._show(text if self.stopped else text[: len(text) - self._held_back(text)])
 
     def end(self) -> str:
         """What is left to show."""
-        known = self._decoded(0, len(self.before))
-        text = self._before_stop(self._decoded(0, len(self._ids))[len(known) :], 0)
+        text = self._before_stop(self._certain + self._new(), 0)
         self.whole = text.strip() if self.strip else text
         return self._show(text)
 
-    def _decoded(self, begin: int, end: int) -> str:
-        return reply_text(self.template, self._ids[begin:end])
+    def _new(self) -> str:
+        """What the tokens from `_end` on add."""
+        known = _decoded(self.template, self._ids[self._begin : self._end])
+        text = _decoded(self.template, self._ids[self._begin :])
+        if text.startswith(known):
+            return text[len(known) :]
+        # Where bytes that stand together are decoded as one, half a character takes whole ones before it with it.
+        return _decoded(self.template, self._ids[self._end :])
 
     def _before_stop(self, text: str, known: int) -> str:
         """The text up to the first stop string, of which none is complete in its first `known` characters."""
@@ -146,3 +146,16 @@ class Text:
             text = text.strip()
         piece, self._n_shown = text[self._n_shown :], max(len(text), self._n_shown)
         return piece
+
+
+def reply_text(template: Template, token_ids: Iterable[int]) -> str:
+    """What a reader has been shown when a reply has ended."""
+    text = Text(template)
+    for token_id in token_ids:
+        text.add(token_id)
+    text.end()
+    return text.whole
+
+
+def _decoded(template: Template, token_ids: list[int]) -> str:
+    return str(template.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -98,7 +98,7 @@ class Answer:
 
     def whole(self) -> wire.ChatCompletion | wire.Completion:
         """All of it, when the replies have ended."""
-        choices: list[Any] = [  # as their model reads them
+        choices: list[Any] = [  # which the answer's class reads and checks
             {
                 "index": choice.index,
                 **self.form.whole(choice.echo + choice.text.whole),

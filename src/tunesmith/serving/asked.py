@@ -127,6 +127,7 @@ class Asked:
         return emit
 
     def begin(self, choices: Sequence[Choice]) -> None:
+        """They wait for room in the batch; raises Refused where there is no more waiting."""
         try:
             self.service.batch.submit([choice.reply for choice in choices])
         except Full:
