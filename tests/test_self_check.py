@@ -31,6 +31,7 @@ from test_engine import (
     truth,
 )
 from tunesmith.engine import attention, decoder, step, trie
+from tunesmith.engine.layers import NotCovered
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Rendered
@@ -157,9 +158,13 @@ def test_a_check_that_is_not_wanted_is_not_made(monkeypatch: pytest.MonkeyPatch,
 # --- weights of 16 bits and fewer -------------------------------------------------------------------------------------
 
 
-def multiplies_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU does, so that transformers' layers and products of 16 bits are taken."""
-    monkeypatch.setattr(step, "_times_as_fast", lambda dtype: 8.0)
+def not_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, transformers' layers are taken, with products of 16 bits."""
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise NotCovered("this test")
+
+    monkeypatch.setattr(step, "Decoder", refuses)
 
 
 def bare(model: PeftModel) -> None:
@@ -181,7 +186,7 @@ def test_weights_of_16_bits_are_checked_by_products_in_fp32(
     right = plain(copy.deepcopy(model).double(), FEW)
     assert distance(plain(model, FEW), right) > 0.05  # observed 0.13
     if way == "tree":
-        multiplies_well(monkeypatch)
+        not_by_hand(monkeypatch)
     notes: list[str] = []
     made = checking(model, notes)
     monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 2.9e-6
@@ -191,7 +196,7 @@ def test_weights_of_16_bits_are_checked_by_products_in_fp32(
 
 
 def test_a_window_that_is_off_by_one_is_seen_in_bf16(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    multiplies_well(monkeypatch)
+    not_by_hand(monkeypatch)
     made = checking(family("Mistral", torch.bfloat16), notes := [])
     style = attention.Style
     monkeypatch.setattr(attention, "Style", lambda scale, window, *more: style(scale, window + 1, *more))
@@ -210,7 +215,7 @@ def nf4(tmp_path: Path) -> PeftModel:
 def test_a_base_of_4_bits_is_checked_by_products_in_fp32(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
 ) -> None:
-    multiplies_well(monkeypatch)
+    not_by_hand(monkeypatch)
     model = nf4(tmp_path / "base")
     monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 1.1e-6
     made = checking(model, notes := [])
@@ -222,7 +227,7 @@ def test_a_base_of_4_bits_is_checked_by_products_in_fp32(
 
 
 def test_a_wrong_tree_of_a_base_of_4_bits_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    multiplies_well(monkeypatch)
+    not_by_hand(monkeypatch)
     wrong_trees(monkeypatch)
     made = checking(nf4(tmp_path / "base"), [])
     made.gradient(FEW, n_supervised(FEW))

@@ -11,7 +11,8 @@ Legend: T tokens of a lane, U predicting positions of a lane, H width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.engine.layers import Activation, InFloat32, Linears, Masks, Norm, NotCovered, arithmetic, rotate
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
 from tunesmith.engine.memory import Buffers, Pieces
+from tunesmith.engine.products import of_bfloat16
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))
@@ -111,11 +113,12 @@ class _Model(NamedTuple):
 class Decoder:
     """A causal language model with LoRA, ready to give the gradient of a micro-batch.
 
-    The lowest `recomputed` layers keep nothing but their input. Raises NotCovered when a part of the model is not
-    exactly what is written here.
+    The lowest `recomputed` layers keep nothing but their input. With `rounds`, factors of products are rounded to bf16.
+    Raises NotCovered when a part of the model is not exactly what is written here.
     """
 
-    def __init__(self, model: PeftModel, recomputed: int = 0) -> None:
+    def __init__(self, model: PeftModel, recomputed: int = 0, *, rounds: bool = False) -> None:
+        self._rounds = rounds
         causal = cast("Any", model.get_base_model())
         body = getattr(causal, "model", None)
         layers = getattr(body, "layers", None)
@@ -161,6 +164,15 @@ class Decoder:
         self._joint = Buffers(self._dtype, self._model.head.device)
         self._memories: list[_Memory] = []
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, no factor is rounded."""
+        before, self._rounds = self._rounds, False
+        try:
+            yield
+        finally:
+            self._rounds = before
+
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
         """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
         with torch.no_grad():
@@ -196,7 +208,8 @@ class Decoder:
         micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
         if n_supervised is not None:
             memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
-        losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
+        with of_bfloat16(self._rounds):
+            losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
 
     def _costs(self, batch: Batch) -> Tensor:

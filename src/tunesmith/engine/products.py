@@ -1,4 +1,4 @@
-"""Products of matrices by one thread.
+"""Products of matrices: by which library, and of which numbers.
 
 torch multiplies with MKL, numpy with OpenBLAS. On an AMD processor OpenBLAS is the faster one where the result is wide
 (by a tenth for an MLP's first product, a quarter for the output layer) or an adapter's rank is one side (by half); for
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,24 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 _thread = threading.local()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has units of its own for products of bf16 with sums in fp32 (Intel's AMX)."""
+    return "amx_bf16" in _processor()
+
+
+@contextmanager
+def of_bfloat16(wanted: bool = True) -> Iterator[None]:
+    """Inside, factors in fp32 are rounded to bf16 for a product and its sums formed in fp32, by oneDNN in all threads;
+    on a processor without such units nothing changes."""
+    matmul = cast("Any", torch.backends.mkldnn).matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -51,8 +70,14 @@ def one_thread_each() -> Iterator[None]:
 def _openblas() -> ThreadpoolController | None:
     """numpy's, where it is worth the detour. What decides is the machine, never a clock: the same run has the same
     bytes."""
-    cpu = Path("/proc/cpuinfo")
-    if not torch.backends.mkl.is_available() or not cpu.exists() or "AuthenticAMD" not in cpu.read_text():
+    if not torch.backends.mkl.is_available() or "AuthenticAMD" not in _processor():
         return None
     found = ThreadpoolController().select(internal_api="openblas")
     return found if found.lib_controllers else None
+
+
+@functools.cache
+def _processor() -> str:
+    """What Linux says of it; "" elsewhere."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.read_text(encoding="utf-8") if cpu.exists() else ""

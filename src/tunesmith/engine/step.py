@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -29,6 +28,7 @@ from tunesmith.engine import attention, batch, lora, memory, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
+from tunesmith.engine.products import multiplies_bfloat16
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory
 from tunesmith.recipe import EngineSettings
@@ -38,7 +38,6 @@ Way = Literal["decoder", "tree", "padded"]
 TOKENS = {"cpu": 1024, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
-_WELL = 1.5  # times as fast as in fp32
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
 # Settings of a config that change what the output layer gives; for those the model is asked for the logits itself.
 _HEAD_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "mup_width_scale")
@@ -79,17 +78,14 @@ class Engine:
             return
         attention.register()
         dtype = self._compute_dtype
-        fast = _times_as_fast(dtype) if self._device.type == "cpu" and dtype.itemsize == 2 else 1.0
-        if fast > _WELL:
-            note(
-                f"transformers' own layers are used: this processor multiplies {_said(dtype)} {fast:.0f} times as fast."
-            )
-        elif self._device.type == "cpu" and not sharded:
+        if self._device.type == "cpu" and not sharded:
+            rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
             try:
-                self._decoder = Decoder(model, recomputed=self._recomputed)
+                self._decoder = Decoder(model, recomputed=self._recomputed, rounds=rounds)
                 self.way = "decoder"
                 if dtype.itemsize == 2:
-                    note(f"Weights stay in {_said(dtype)}; products are computed in float32, which is faster here.")
+                    how = "formed of them, with sums in float32" if rounds else "computed in float32"
+                    note(f"Weights stay in {_said(dtype)}; products are {how}, which is faster here.")
             except NotCovered as reason:
                 note(f"transformers' own layers are used: {reason} is not written by hand.")
         _recompute(model, self._recomputed)
@@ -269,7 +265,7 @@ class Engine:
         few = _few_tokens(documents)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         # Products of 16 bits put two right computations up to a third apart, which would hide most mistakes.
-        with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model):
+        with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model, self._decoder):
             expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
                 difference = float((self._gradient_of(few, self.way, trained) - expected).norm() / expected.norm())
@@ -314,26 +310,6 @@ class Engine:
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _times_as_fast(dtype: torch.dtype) -> float:
-    """How many times as fast as in fp32 this processor multiplies matrices of a type; measured, in milliseconds."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix, taken = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(10):
-            began = time.perf_counter()
-            torch.mm(matrix, matrix.T)
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other where another program is at work
-    try:
-        return seconds(torch.float32) / seconds(dtype)
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def _said(dtype: torch.dtype) -> str:
@@ -485,8 +461,8 @@ def _few_tokens(documents: Sequence[Rendered]) -> list[Rendered]:
 
 
 @contextmanager
-def _exactly(model: PeftModel) -> Iterator[None]:
-    """Inside, transformers' layers multiply in fp32, with weights in fp32 for one layer at a time."""
+def _exactly(model: PeftModel, decoder: Decoder | None) -> Iterator[None]:
+    """Inside, the decoder and transformers' layers multiply in fp32, with weights in fp32 for one layer at a time."""
     short = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dtype.itemsize < 4]
     if not short:
         yield
@@ -502,7 +478,8 @@ def _exactly(model: PeftModel) -> Iterator[None]:
                 vars(module).update(compute_dtype=torch.float32, compute_type_is_set=True)
             else:
                 vars(module).update(forward=functools.partial(_forward_in_float32, module))
-        yield
+        with nullcontext() if decoder is None else decoder.exactly():
+            yield
     finally:
         for module, attributes in before:
             vars(module).clear()
