@@ -41,7 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     names = [name for name in (SMOLLM2, *WIDER) if not arguments.only or any(word in name for word in arguments.only)]
     found: list[dict[str, Any]] = []
-    interpreter = peak_bytes([sys.executable, "-c", "import tunesmith.cli.main, tunesmith.export, transformers, peft"])
+    interpreter = peak_bytes([sys.executable, "-c", "import tunesmith.cli, tunesmith.export, transformers, peft"])
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             found.append(measure(name, Path(scratch), interpreter))

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tunesmith as library
 from conftest import tunesmith
+from tunesmith import doctor
+from tunesmith.engine import products
 
 COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
 
@@ -101,6 +104,15 @@ def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
     assert doctor.code in (0, 2)
     assert doctor.json["ok"] is (doctor.code == 0)
     assert all(set(finding) == {"name", "found", "ok", "fix"} for finding in doctor.json["findings"])
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_doctor_says_where_bfloat16_is_faster(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+    flags = "flags : avx2 avx512_bf16" + " amx_bf16 amx_tile" * has_amx
+    monkeypatch.setattr(products, "_processor", lambda: flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (accelerator,) = (finding for finding in doctor.examine() if finding.name == "accelerator")
+    assert ("model.dtype=bfloat16" in accelerator.found) is has_amx
 
 
 def test_offline_and_not_here_says_what_to_do(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from tunesmith import hub
+from tunesmith.engine.products import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def _accelerator() -> Finding:
         return Finding("accelerator", f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
     built = torch.version.cuda is not None
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
+    if multiplies_bfloat16():
+        found += ", which has AMX: --set model.dtype=bfloat16 is faster"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(
         "accelerator",

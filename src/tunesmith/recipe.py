@@ -118,7 +118,9 @@ class ModelSettings(Section):
         default=None, description="Branch, tag or commit of the hub repository; the commit used is recorded."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on a GPU."
+        default="auto",
+        description="Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on a GPU. On a CPU with "
+        "AMX bfloat16 is faster.",
     )
     quantize: Literal["none", "nf4"] = Field(
         default="none", description="Hold the frozen weights in 4 bits (needs a CUDA GPU)."
