@@ -2,7 +2,7 @@
 
     python benchmarks/merging.py [--only NAME ...]
 
-SmolLM2-135M and random Qwen3 models of 200 and 600 million numbers with its tokenizer, in fp32. A run of two rows is
+SmolLM2-135M and random Qwen3 models of 185 and 410 million numbers with its tokenizer, in fp32. A run of two rows is
 trained for each; the export, which asks the live adapter, writes, reopens and compares, is a process of its own. What
 the interpreter with its libraries takes by itself is measured in the same way and given beside it. Writes JSON and
 prints a table.
@@ -26,7 +26,7 @@ from plans import save_qwen3
 
 HERE = Path(__file__).parent
 SMOLLM2 = "SmolLM2-135M"
-WIDER = {"Qwen3, 0.2 billion": {}, "Qwen3, 0.6 billion": {"hidden_size": 1536, "num_hidden_layers": 20}}
+WIDER = {"Qwen3, 0.2 billion": {}, "Qwen3, 0.4 billion": {"hidden_size": 1536, "num_hidden_layers": 20}}
 # The last line of standard output is the peak of the only child.
 MEASURED = (
     "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
