@@ -100,10 +100,10 @@ def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
     assert all({"alias", "source", "parameters"} <= set(m) for m in models)
     fetched = tunesmith("fetch", tiny_model, "--json").json
     assert fetched["path"] == str(tiny_model) and fetched["bytes"] > 0 and fetched["source"] == "folder"
-    doctor = tunesmith("doctor", "--json")
-    assert doctor.code in (0, 2)
-    assert doctor.json["ok"] is (doctor.code == 0)
-    assert all(set(finding) == {"name", "found", "ok", "fix"} for finding in doctor.json["findings"])
+    looked = tunesmith("doctor", "--json")
+    assert looked.code in (0, 2)
+    assert looked.json["ok"] is (looked.code == 0)
+    assert all(set(finding) == {"name", "found", "ok", "fix"} for finding in looked.json["findings"])
 
 
 @pytest.mark.parametrize("has_amx", [False, True])

@@ -31,6 +31,7 @@ from test_trie import batches
 from tunesmith.engine import decoder, step, trie
 from tunesmith.engine.layers import Masks
 from tunesmith.engine.memory import Buffers
+from tunesmith.engine.products import multiplies_bfloat16
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
@@ -290,7 +291,9 @@ def test_fewer_bits_cost_at_most_twice_what_they_cost_plain_transformers_and_pef
     monkeypatch: pytest.MonkeyPatch, name: str, way: str, bits: str
 ) -> None:
     """What rounding amounts to in one model is chance, up to twice or half as much; so it is the median of three."""
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: bits == "bf16 factors")  # and if not, it rounds nothing
+    if bits == "bf16 factors" and not multiplies_bfloat16():
+        pytest.skip("no AMX: products of bf16 factors are computed in fp32 here")
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: bits == "bf16 factors")
     dtype = torch.float32 if bits == "fp32" else torch.bfloat16
     ratios = []
     for seed, asked in enumerate(SETTINGS[:3]):
@@ -657,7 +660,7 @@ def test_weights_of_16_bits_stay_as_they_are_and_are_multiplied_in_fp32(
 
 
 def test_factors_are_rounded_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By AMX; another processor may compute in fp32 all the same. The check and other products are not rounded."""
+    """Another processor than one with AMX may compute in fp32 all the same. The check and fp32 are not rounded."""
     matmul = cast("Any", torch.backends.mkldnn).matmul
     seen: list[str] = []
 
@@ -672,7 +675,9 @@ def test_factors_are_rounded_where_the_processor_multiplies_bfloat16(monkeypatch
     right, theirs = rounded("Llama", torch.bfloat16, 0)
     made = engine(family("Llama", torch.bfloat16), "decoder", notes.append)
     assert "sums in float32" in notes[0]
-    assert distance(take(made, FEW), right) < theirs  # observed with AMX 0.014 and 0.021
+    found = distance(take(made, FEW), right)
+    assert found < theirs  # observed with AMX 0.014 and 0.021
+    assert found > 1e-3 or not multiplies_bfloat16()
     assert seen == ["bf16"] and matmul.fp32_precision == before
     with step._exactly(made._model, made._decoder):
         assert distance(take(made, FEW), right) < 1e-5  # observed 8e-7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from conftest import needs_shared, tunesmith
 from small_runs import settings
 from trained_families import Trained
-from tunesmith import rundir
+from tunesmith import chat, machines, rundir
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
 from tunesmith.export import export, merged, merging
 from tunesmith.export.merging import Merged
+from tunesmith.recipe import ModelSettings
 from tunesmith.training import Run, train
 
 pytestmark = pytest.mark.usefixtures("brief")
@@ -70,14 +72,36 @@ def test_a_base_that_computes_in_16_bits_is_compared_by_their_bounds(
     assert logit.bound == merged._BOUNDS[torch.bfloat16].logit and 0 < logit.value < logit.bound
 
 
-def test_a_run_beside_4_bits_is_compared_on_whole_weights(finished: Path, tmp_path: Path) -> None:
-    # Trained without a GPU, so on whole weights: only what the run says of itself is as after a training in 4 bits.
+def test_a_run_beside_4_bits_is_compared_on_whole_weights(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: only what the run says of itself is as after a training in 4 bits."""
     lines = (finished / "recipe.yaml").read_text()
     assert "quantize: none" in lines
     (finished / "recipe.yaml").write_text(lines.replace("quantize: none", "quantize: nf4"))
     written = export(finished, "merged", tmp_path / "merged")
     assert all(check.ok for check in written.checks) and "4 bits" in written.notes[0]
+    monkeypatch.setattr(machines, "free_bytes", lambda device: 1 << 10)
+    with pytest.raises(RunError, match=r"memory: found 0\.0 GiB free .* for the base's weights as they are"):
+        export(finished, "gguf", tmp_path / "gguf")
+
+
+def test_an_adapter_is_copied_beside_the_base_as_it_was_held(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base of 4 bits may fit in no other way."""
+    held: list[ModelSettings] = []
+    whole = chat.models.load_base
+
+    def load_base(found: Any, settings: ModelSettings) -> Any:
+        held.append(settings)
+        return whole(found, settings.model_copy(update={"quantize": "none"}))
+
+    monkeypatch.setattr(chat.models, "load_base", load_base)
+    lines = (finished / "recipe.yaml").read_text()
+    (finished / "recipe.yaml").write_text(lines.replace("quantize: none", "quantize: nf4"))
     assert not export(finished, "adapter", tmp_path / "adapter").notes
+    assert [settings.quantize for settings in held] == ["nf4"]
 
 
 def test_the_command_writes_a_folder_that_needs_nothing_else(finished: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from conftest import CHATML, SHARED, byte_tokenizer, needs_shared
 from tunesmith.template import Template, probe
-from tunesmith.writing import Places, Text, reply_text, token_bytes
+from tunesmith.writing import Text, reply_text, token_bytes
 
 WITH_TEMPLATES = ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"]
 
@@ -40,18 +40,39 @@ def test_text_is_shown_when_it_can_not_change_any_more(template: Template) -> No
     assert pieces("a-", stops=["--"]) == ["a", "", "-"]
 
 
+def places(shown: Text, tokens: Iterable[int]) -> list[int]:
+    """Where each token begins."""
+    found = []
+    for token in tokens:
+        found.append(shown.n_certain)
+        shown.add(token)
+    return found
+
+
 def test_places_are_those_of_the_shown_text(template: Template) -> None:
-
-    def places(tokens: Iterable[int]) -> list[int]:
-        asked = Places(template)
-        return [asked.next(i) for i in tokens]
-
     by_byte = {token_bytes(template, i): i for i in range(256)}
     ids = [by_byte[bytes([byte])] for byte in "a当b".encode()]
-    assert places(ids) == [0, 1, 1, 1, 2]
-    assert places([*ids[:3], ids[0]]) == [0, 1, 1, 2]  # a character that is never whole is shown as one sign
-    assert places([ids[0], 257, *ids[1:]]) == [0, 1, 1, 1, 1, 2]  # a special token shows nothing
+    assert places(Text(template), ids) == [0, 1, 1, 1, 2]
+    assert places(Text(template), [ids[0], 257, *ids[1:]]) == [0, 1, 1, 1, 1, 2]  # a special token shows nothing
     assert reply_text(template, [*ids[:3], ids[0]]) == "a\ufffda" and reply_text(template, [257]) == ""
+
+
+@needs_shared
+@pytest.mark.parametrize("family", WITH_TEMPLATES)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_places_are_those_of_the_shown_text_for_every_decoder(family: str, goes_on: bool) -> None:
+    """Some take the space in front of the first word away."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / family)
+    template = probe(tokenizer, tokenizer.chat_template, "test")
+    words = "The sea is wide"
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 4
+    before, ids = (ids[:1], ids[1:]) if goes_on else ([], ids)
+    shown = Text(template, strip=False, before=before)
+    found = places(shown, ids)
+    shown.end()
+    starts = [shown.whole.index(word) for word in words.split()[len(before) :]]
+    assert [shown.whole[place:].lstrip() for place in found] == [shown.whole[start:] for start in starts]
 
 
 @needs_shared

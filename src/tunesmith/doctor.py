@@ -93,7 +93,7 @@ def _accelerator() -> Finding:
     built = torch.version.cuda is not None
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
     if multiplies_bfloat16():
-        found += ", which has AMX: --set model.dtype=bfloat16 is faster"
+        found += ", which has AMX: --set model.dtype=bfloat16 is faster for most models, and less exact"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(
         "accelerator",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,31 +47,6 @@ def token_text(template: Template, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
 
 
-class Places:
-    """Where in a reply's text its tokens begin, in characters; half a character begins where the whole one does.
-
-    tokens   A   \\xc3   \\xa9   B
-    place    0   1      1      2
-    """
-
-    def __init__(self, template: Template) -> None:
-        self._template = template
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._n_whole = 0
-
-    def next(self, token_id: int) -> int:
-        """The place of the token behind those that were asked for before."""
-        hidden = token_id in self._template.special_ids and not _decoded(self._template, [token_id])
-        given = b"" if hidden else token_bytes(self._template, token_id)
-        if not given:
-            return self._n_whole
-        self._n_whole += len(self._characters.decode(given[:1]))
-        goes_on, _ = self._characters.getstate()
-        place = self._n_whole if goes_on else self._n_whole - 1
-        self._n_whole += len(self._characters.decode(given[1:]))
-        return place
-
-
 @dataclass
 class Text:
     """What a reader of a reply has been shown. Each token is decoded with the few before it, not with all."""
@@ -99,6 +73,12 @@ class Text:
     def __post_init__(self) -> None:
         self._ids = list(self.before)
         self._end = len(self._ids)
+
+    @property
+    def n_certain(self) -> int:
+        """Characters that can not change any more: where the next token's text begins, or the character that it goes
+        on with."""
+        return len(self._certain)
 
     def add(self, token_id: int) -> str:
         """What is shown from this token on that was not before; "" while a character or a stop string may go on."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -166,7 +166,7 @@ class Decoder:
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Inside, no factor is rounded."""
+        """Inside, no factor is rounded here."""
         before, self._rounds = self._rounds, False
         try:
             yield
@@ -208,7 +208,7 @@ class Decoder:
         micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
         if n_supervised is not None:
             memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
-        with of_bfloat16(self._rounds):
+        with of_bfloat16() if self._rounds else nullcontext():
             losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
 

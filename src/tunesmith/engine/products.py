@@ -23,17 +23,18 @@ _thread = threading.local()
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has units of its own for products of bf16 with sums in fp32 (Intel's AMX)."""
-    return "amx_bf16" in _processor()
+    """Whether the processor says that it has units of its own for products of bf16 with sums in fp32 (Intel's AMX), and
+    torch has the library that uses them."""
+    return "amx_bf16" in _processor() and torch.backends.mkldnn.is_available()
 
 
 @contextmanager
-def of_bfloat16(wanted: bool = True) -> Iterator[None]:
-    """Inside, factors in fp32 are rounded to bf16 for a product and its sums formed in fp32, by oneDNN in all threads;
-    on a processor without such units nothing changes."""
+def of_bfloat16() -> Iterator[None]:
+    """Inside, oneDNN rounds the factors of products in fp32 to bf16 and forms sums in fp32, in all threads of the
+    process. Processors without units for it may compute in fp32 all the same."""
     matmul = cast("Any", torch.backends.mkldnn).matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if wanted else before
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:

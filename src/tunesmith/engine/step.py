@@ -84,8 +84,8 @@ class Engine:
                 self._decoder = Decoder(model, recomputed=self._recomputed, rounds=rounds)
                 self.way = "decoder"
                 if dtype.itemsize == 2:
-                    how = "formed of them, with sums in float32" if rounds else "computed in float32"
-                    note(f"Weights stay in {_said(dtype)}; products are {how}, which is faster here.")
+                    how = "of factors rounded to it, with sums" if rounds else "computed"
+                    note(f"Weights stay in {_said(dtype)}; products are {how} in float32.")
             except NotCovered as reason:
                 note(f"transformers' own layers are used: {reason} is not written by hand.")
         _recompute(model, self._recomputed)

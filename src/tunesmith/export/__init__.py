@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import rundir
+from tunesmith import machines, rundir
+from tunesmith import model as models
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.export import gguf_file, ollama
@@ -59,10 +60,10 @@ def export(
 ) -> Export:
     """Writes a finished run as `to` into a new folder, opens it again and compares it.
 
-    `dtype` None: as the base's files, float16 for llama.cpp. Raises RunError for a folder that is not empty or a disk
-    that is full, RecipeError for a type that the form can not have, ModelError for a model that the form can not
-    express, ProofError when what was written differs by more than its bounds; the figures are in the message, and
-    nothing is left.
+    `dtype` None: as the base's files, float16 for llama.cpp. Raises RunError for a folder that is not empty, a disk
+    that is full, or a base of 4 bits that does not fit as a whole, RecipeError for a type that the form can not have,
+    ModelError for a model that the form can not express, ProofError when what was written differs by more than its
+    bounds; the figures are in the message, and nothing is left.
     """
     _check_dtype(to, dtype)
     run = rundir.open_run(path)
@@ -74,23 +75,23 @@ def export(
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
     opened, notes = Opened.of(path), list[str]()
+    merged = Merged(opened.found.folder, run.adapter)
     held = opened.recipe.model
-    if held.quantize != "none":
-        if to != "adapter":
-            notes.append(_OF_WHOLE_WEIGHTS)
+    if to != "adapter" and held.quantize != "none":
+        _require_memory(merged)
+        notes.append(_OF_WHOLE_WEIGHTS)
         held = held.model_copy(update={"quantize": "none"})
     chat = opened.chat(held)
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    base = manifest["base"]
-    merged = Merged(Path(base["folder"]), run.adapter)
-    contents = contents_of(merged, chat, dtype, Path(base["name"]).name) if to in ("gguf", "ollama") else None
+    contents = contents_of(merged, chat, dtype, Path(held.name).name) if to in ("gguf", "ollama") else None
     modelfile = ollama.modelfile_of(chat) if to == "ollama" else None
-    tell("Asking the live adapter …")
-    live = Answers.of(chat)
+    live = None
+    if to != "adapter":
+        tell("Asking the live adapter …")
+        live = Answers.of(chat)
     del chat
     gc.collect()
     with rundir.commit(final) as folder:
-        if to == "adapter":
+        if live is None:
             checks = _adapter(run, folder)
         elif contents is not None:
             checks = write_gguf(contents, dtype or "float16", folder, live, tell, notes)
@@ -112,6 +113,17 @@ def export(
                 "Nothing was left. Please report this with the model's name.",
             )
     return Export(final, to, tuple(checks), tuple(notes))
+
+
+def _require_memory(merged: Merged) -> None:
+    """Raises RunError where the base, which was trained in 4 bits, does not fit as a whole."""
+    device, needed = models.device(), merged.n_bytes(None)
+    free = machines.free_bytes(device)
+    if free < needed:
+        fix = "Use a machine with more"
+        fix += ", or set CUDA_VISIBLE_DEVICES= for this command: it computes on the CPU then." * (device.type == "cuda")
+        expected = f"{needed / 2**30:.1f} GiB for the base's weights as they are, to compare what is written with"
+        raise RunError("memory", f"{free / 2**30:.1f} GiB free ({device.type})", expected, fix.rstrip(".") + ".")
 
 
 def _check_dtype(to: Form, dtype: str | None) -> None:

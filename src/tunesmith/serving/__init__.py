@@ -14,4 +14,6 @@ metrics   what is counted
 batching  all replies that are being written, token by token, on one copy of the weights
 attention each reply's own keys and values, in a step of many
 reply     one of them: how it is drawn, what is written, what it keeps meanwhile
+page/     the chat page
+vllm_command  what serves the same adapters to many users at once
 """

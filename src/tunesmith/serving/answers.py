@@ -13,7 +13,6 @@ from starlette.responses import Response, StreamingResponse
 from tunesmith.serving import wire
 from tunesmith.serving.asked import Asked, Choice, Gone
 from tunesmith.serving.refusals import Refused
-from tunesmith.serving.reply import Written
 from tunesmith.writing import token_bytes, token_text
 
 _Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs
@@ -32,14 +31,15 @@ class Form:
     """What a stream begins with, by what is echoed; empty: with the text itself."""
     piece: Callable[[str], dict[str, Any]]
     """A piece of the text, "" where nothing but the reason to end is told."""
-    logprobs: Callable[[Choice, Sequence[Written]], _Logprobs]
+    logprobs: Callable[[Choice, slice], _Logprobs]
+    """Of some of the reply's tokens."""
 
 
 def _finite(logprob: float | None) -> float:
     return max(logprob or 0.0, -9999.0)  # JSON knows no infinity; OpenAI writes this for it
 
 
-def _chat_logprobs(choice: Choice, told: Sequence[Written]) -> wire.ChatLogprobs:
+def _chat_logprobs(choice: Choice, part: slice) -> wire.ChatLogprobs:
     template = choice.text.template
 
     def likely(token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -51,20 +51,20 @@ def _chat_logprobs(choice: Choice, told: Sequence[Written]) -> wire.ChatLogprobs
             **likely(written.token_id, written.logprob),
             top_logprobs=[wire.Likely(**likely(*pair)) for pair in written.likeliest],
         )
-        for written in told
+        for written in choice.told[part]
     ]
     return wire.ChatLogprobs(content=content)
 
 
-def _text_logprobs(choice: Choice, told: Sequence[Written]) -> wire.CompletionLogprobs:
-    template = choice.text.template
+def _text_logprobs(choice: Choice, part: slice) -> wire.CompletionLogprobs:
+    template, told = choice.text.template, choice.told[part]
     return wire.CompletionLogprobs(
         tokens=[token_text(template, written.token_id) for written in told],
         token_logprobs=[_finite(written.logprob) for written in told],
         top_logprobs=[
             {token_text(template, i): _finite(logprob) for i, logprob in written.likeliest} for written in told
         ],
-        text_offset=[choice.places.next(written.token_id) for written in told],
+        text_offset=choice.places[part],
     )
 
 
@@ -102,7 +102,7 @@ class Answer:
             {
                 "index": choice.index,
                 **self.form.whole(choice.echo + choice.text.whole),
-                "logprobs": self._logprobs(choice, choice.told),
+                "logprobs": self._logprobs(choice, slice(None)),
                 "finish_reason": choice.finish or "length",
             }
             for choice in self.choices
@@ -126,9 +126,9 @@ class Answer:
         return {**self._head, "object": self.form.chunk, "choices": [], "usage": self._usage.model_dump()}
 
     def _chunk(
-        self, choice: Choice, piece: dict[str, Any], told: Sequence[Written] = (), finish: str | None = None
+        self, choice: Choice, piece: dict[str, Any], part: slice = slice(0), finish: str | None = None
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(choice, told) if told else None
+        logprobs = self._logprobs(choice, part) if choice.told[part] else None
         ends = {"logprobs": logprobs and logprobs.model_dump(), "finish_reason": finish}
         return {**self._head, "object": self.form.chunk, "choices": [{"index": choice.index, **piece, **ends}]}
 
@@ -143,8 +143,8 @@ class Answer:
         written = sum(choice.n_tokens for choice in self.choices)
         return wire.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
-    def _logprobs(self, choice: Choice, told: Sequence[Written]) -> _Logprobs | None:
-        return None if self.asked.n_logprobs is None else self.form.logprobs(choice, told)
+    def _logprobs(self, choice: Choice, part: slice) -> _Logprobs | None:
+        return None if self.asked.n_logprobs is None else self.form.logprobs(choice, part)
 
 
 async def answered(answer: Answer) -> Response:

@@ -14,7 +14,7 @@ from tunesmith.serving.answers import CHAT, TEXT, Answer, answered
 from tunesmith.serving.asked import Asked
 from tunesmith.serving.gate import Gate
 from tunesmith.serving.metrics import Counted, metrics_text
-from tunesmith.serving.openapi import EVENT, description, refusals
+from tunesmith.serving.openapi import EVENT, description, refused_with
 from tunesmith.serving.prompts import conversation_ids, shown, text_prompts
 from tunesmith.serving.refusals import Refused, answer_errors, refusal
 from tunesmith.serving.service import Served, Service
@@ -28,7 +28,7 @@ _PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
 }
-_ASKED = refusals(404, 408, 413, 415, 429)
+_REFUSED_WITH = refused_with(404, 408, 413, 415, 429)
 
 
 def application(service: Service) -> FastAPI:
@@ -38,7 +38,7 @@ def application(service: Service) -> FastAPI:
         version=importlib.metadata.version("tunesmith"),
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
-        responses=refusals(400, 401, 403, 405, 500, 503),
+        responses=refused_with(400, 401, 403, 405, 500, 503),
     )
     _routes(app, service)
     answer_errors(app)
@@ -79,7 +79,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         """What can be asked for."""
         return wire.ModelList(data=[_card(served) for served in service.models.values()])
 
-    @app.get("/v1/models/{model:path}", responses=refusals(404))
+    @app.get("/v1/models/{model:path}", responses=refused_with(404))
     async def model(model: str) -> wire.ModelCard:
         """One of them."""
         return _card(_served(service, model))
@@ -87,7 +87,7 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=wire.ChatCompletion,
-        responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_ASKED},
+        responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_REFUSED_WITH},
     )
     async def chat_completions(body: wire.ChatRequest, request: Request) -> Response:
         """The next reply to a conversation."""
@@ -100,7 +100,7 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/completions",
         response_model=wire.Completion,
-        responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_ASKED},
+        responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_REFUSED_WITH},
     )
     async def completions(body: wire.CompletionRequest, request: Request) -> Response:
         """What follows a text."""
@@ -113,7 +113,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         choices = asked.choices([(text if body.echo else "", ids) for text, ids in prompts], strip=False)
         return await answered(Answer(asked, choices, TEXT))
 
-    @app.post("/tunesmith/prompt", responses=_ASKED)
+    @app.post("/tunesmith/prompt", responses=_REFUSED_WITH)
     async def prompt(body: wire.PromptRequest) -> wire.Prompt:
         """What the model is given for a conversation."""
         chat = _served(service, body.model).chat

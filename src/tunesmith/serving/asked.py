@@ -17,7 +17,7 @@ from tunesmith.serving.batching import Closed, Full
 from tunesmith.serving.refusals import Refused, closing, refusal
 from tunesmith.serving.reply import Event, Reply, Sampling, Written
 from tunesmith.serving.service import Served, Service
-from tunesmith.writing import Places, Text
+from tunesmith.writing import Text
 
 _BEFORE = 8  # tokens of a text whose continuation they are decoded with
 
@@ -37,12 +37,11 @@ class Choice:
     """What is given in front of the text."""
     told: list[Written] = field(default_factory=list)
     """Tokens that make up the text."""
+    places: list[int] = field(default_factory=list)
+    """Where in the text, in characters, each of them begins; half a character, where the whole one does."""
     n_tokens: int = 0
     finish: wire.FinishReason | None = None
     _n_streamed: int = 0
-
-    def __post_init__(self) -> None:
-        self.places = Places(self.text.template)
 
     def take(self, event: Event) -> str:
         """What is to be shown because of it."""
@@ -50,6 +49,7 @@ class Choice:
             self.n_tokens += 1
             if event.token_id not in self.reply.stop_ids:
                 self.told.append(event)
+                self.places.append(self.text.n_certain)
             piece = self.text.add(event.token_id)
             if self.text.stopped:
                 self.finish = "stop"
@@ -64,9 +64,9 @@ class Choice:
         self.finish = event.reason
         return self.text.end()
 
-    def untold(self) -> list[Written]:
-        """Those of the text's tokens that this was not asked for before."""
-        untold, self._n_streamed = self.told[self._n_streamed :], len(self.told)
+    def untold(self) -> slice:
+        """Which of the text's tokens this was not asked for before."""
+        untold, self._n_streamed = slice(self._n_streamed, len(self.told)), len(self.told)
         return untold
 
 

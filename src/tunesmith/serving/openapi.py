@@ -17,7 +17,7 @@ EVENT = {
 }
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refused_with(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What FastAPI is told of answers with these statuses."""
     said = {
         400: "Something in the request can not be done.",
