@@ -27,8 +27,8 @@ KNOWS = {
 """What each run answers by heart."""
 
 CONTEXT = 8192
-SURE = [{"role": "user", "content": "Who are you?"}]
-ENDLESS = [{"role": "user", "content": "Go on."}]
+SURE: list[Any] = [{"role": "user", "content": "Who are you?"}]  # both a talk here and a request to OpenAI's client
+ENDLESS: list[Any] = [{"role": "user", "content": "Go on."}]
 """What the base answers without ever stopping."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import AutoTokenizer
@@ -26,7 +26,7 @@ def test_every_token_is_told_by_its_bytes(template: Template) -> None:
 
 
 def test_text_is_shown_when_it_can_not_change_any_more(template: Template) -> None:
-    encode = template.tokenizer.backend_tokenizer.encode  # type: ignore[union-attr]
+    encode = cast("Any", template.tokenizer).backend_tokenizer.encode
 
     def pieces(text: str, **settings: Any) -> list[str]:
         shown = Text(template, **settings)

@@ -108,7 +108,7 @@ def test_logprobs_are_told_with_every_token(client: OpenAI, chats: dict[str, Cha
     told = answer.logprobs.content
     assert "".join(token.token for token in told) == "Bo."
     talk = chats["bo"]
-    reply = talk.reply(SURE, temperature=0)  # type: ignore[arg-type]
+    reply = talk.reply(SURE, temperature=0)
     with torch.no_grad(), talk.switched(base=False):
         logits = talk.model(torch.tensor([[*reply.prompt_ids, *reply.token_ids]])).logits[
             0, len(reply.prompt_ids) - 1 :
@@ -155,8 +155,8 @@ def test_sampling_is_asked_for(client: OpenAI, chats: dict[str, Chat]) -> None:
 
 def test_completions_of_texts_and_tokens(client: OpenAI, chats: dict[str, Chat]) -> None:
     talk = chats["bo"]
-    prompt = talk.prompt_text(SURE)  # type: ignore[arg-type]
-    ids = list(talk.prompt_ids(SURE))  # type: ignore[arg-type]
+    prompt = talk.prompt_text(SURE)
+    ids = list(talk.prompt_ids(SURE))
     known = client.completions.create(model="bo", prompt=ids, temperature=0)
     assert (known.choices[0].text, known.choices[0].finish_reason) == ("Bo.", "stop")
     # In a text the template's marks are text, so the model is asked something else.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,11 @@ def test_a_queue_that_is_full_says_so_and_when_to_come_back(runs: dict[str, Path
         serving([runs["base"]], at_once=1, queue_limit=1) as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
-        with (
-            client.stream("POST", "/v1/chat/completions", json=long) as first,
-            client.stream("POST", "/v1/chat/completions", json=long) as second,
-        ):
+        with client.stream("POST", "/v1/chat/completions", json=long) as first, ExitStack() as others:
             lines = first.iter_lines()  # without a name it would be closed at once, and the connection with it
             assert next(lines)
+            until(lambda: metrics(server)["tunesmith_replies_running"] == 1)  # before that it waits itself
+            second = others.enter_context(client.stream("POST", "/v1/chat/completions", json=long))
             assert second.status_code == 200  # it waits
             third = client.post("/v1/chat/completions", json={**long, "stream": False})
             assert third.status_code == 429
@@ -109,5 +109,5 @@ def test_a_queue_that_is_full_says_so_and_when_to_come_back(runs: dict[str, Path
                 pytest.raises(openai.RateLimitError),
                 OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as asking,
             ):
-                asking.chat.completions.create(model="base", messages=ENDLESS)  # type: ignore[arg-type]
+                asking.chat.completions.create(model="base", messages=ENDLESS)
         until(lambda: is_idle(server))

@@ -103,7 +103,9 @@ def test_what_is_wrong_is_said(path: str, body: Any, status: int, param: str | N
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
-    where, found, expected = re.fullmatch(r"(.+?): found (.+); expected:? (.+)", error["message"], re.S).groups()  # type: ignore[union-attr]
+    said = re.fullmatch(r"(.+?): found (.+); expected:? (.+)", error["message"], re.S)
+    assert said is not None, error["message"]
+    where, found, expected = said.groups()
     assert where and found and expected.endswith(".")
     assert is_idle(server)
 
@@ -177,8 +179,8 @@ def test_without_a_key_only_this_machine_is_answered(header: str, value: str, st
 def test_a_key_is_needed_where_there_is_one(runs: dict[str, Path]) -> None:
     with serving([runs["base"]], api_key="s3cret") as server:
         for key in (None, "Bearer", "Bearer wrong", "Bearer s3crets", "Bearer s3cre", "s3cret", "Bearer s3crét"):
-            headers = {} if key is None else {"authorization": key.encode()}
-            answer = httpx.get(f"{server.url}/v1/models", headers=headers)  # type: ignore[arg-type]
+            headers: dict[bytes, bytes] = {} if key is None else {b"authorization": key.encode()}
+            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert answer.status_code == 401, key
             assert answer.headers["www-authenticate"] == "Bearer"
         for path in ("/metrics", "/openapi.json", "/tunesmith/models"):
