@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing tunesmith into $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --constraint constraints.txt uv
-	@$(call INSTALL,.)
+	@$(call INSTALL,'.[cpu]')
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed

@@ -13,7 +13,7 @@ import torch
 import tunesmith as library
 from conftest import tunesmith
 from tunesmith import doctor
-from tunesmith.engine import products
+from tunesmith.engine import onepass, products
 
 COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
 
@@ -113,6 +113,14 @@ def test_doctor_says_where_bfloat16_is_faster(monkeypatch: pytest.MonkeyPatch, h
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (accelerator,) = (finding for finding in doctor.examine() if finding.name == "accelerator")
     assert ("model.dtype=bfloat16" in accelerator.found) is has_amx
+
+
+@pytest.mark.parametrize("version", [None, "0.68.1"])
+def test_doctor_says_what_makes_a_cpu_faster(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(onepass, "version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (accelerator,) = (finding for finding in doctor.examine() if finding.name == "accelerator")
+    assert ("tunesmith[cpu]" in accelerator.found) is (version is None)
 
 
 def test_offline_and_not_here_says_what_to_do(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from test_engine import (
@@ -55,7 +55,13 @@ def verdicts(cache: Path) -> list[str]:
 
 def wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers written by hand forget where a token stands, forward and backward alike."""
-    monkeypatch.setattr(decoder, "rotate", lambda *_: None)
+
+    def as_it_is(
+        x: Tensor, size: int, heads: int, cos: Tensor, sin: Tensor, out: Tensor, at: int = 0, **_: int
+    ) -> None:
+        out[:, at : at + heads * size] = x[:, : heads * size]
+
+    monkeypatch.setattr(decoder, "rotate", as_it_is)
 
 
 def wrong_trees(monkeypatch: pytest.MonkeyPatch) -> None:

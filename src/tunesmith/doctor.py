@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from tunesmith import hub
+from tunesmith.engine import onepass
 from tunesmith.engine.products import multiplies_bfloat16
 
 
@@ -94,6 +95,8 @@ def _accelerator() -> Finding:
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
     if multiplies_bfloat16():
         found += ", which has AMX: --set model.dtype=bfloat16 is faster for most models, and less exact"
+    if onepass.version() is None:
+        found += "; about a tenth faster with: pip install 'tunesmith[cpu]'"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(
         "accelerator",

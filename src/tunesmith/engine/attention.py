@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tunesmith.engine.memory import Take
+from tunesmith.engine.onepass import array, kernels
 from tunesmith.engine.trie import Tree
 
 Backend = Literal["reference", "gather", "flex"]
@@ -70,16 +71,18 @@ def by_hand(
     *,
     keep: bool,
     take: Take | None = None,
+    scores: Callable[[int], Tensor] | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """(rows, H, D) for consecutive queries, and with `keep` its backward pass as a function, for layers whose backward
     pass is written by hand.
 
     The function gives the gradients of the queries `rows`, and of all keys and values as far as these queries see
     them. The three must stay as they are until it is called, once. Only `Gather` can leave out queries, or use memory
-    that is kept (`take`); then what belongs to queries is good until the next call.
+    that is kept (`take`); then what belongs to queries is good until the next call. `scores` gives memory for so many
+    numbers, which the function needs.
     """
     if isinstance(sight, Gather):
-        gathered = _Gathered(sight.plan(style.window, rows), style, take)
+        gathered = _Gathered(sight.plan(style.window, rows), style, take, scores)
         return gathered.forward(query_THD, key_TKD, value_TKD, differentiable=keep), gathered.backward
     assert len(rows) == len(query_THD)
     with torch.set_grad_enabled(keep):
@@ -314,8 +317,10 @@ class _Gathered:
     `take` gives memory that is kept; None: there is none.
     """
 
-    def __init__(self, plan: _Plan, style: Style, take: Take | None = None) -> None:
-        self._plan, self._style, self._take = plan, style, take
+    def __init__(
+        self, plan: _Plan, style: Style, take: Take | None = None, scores: Callable[[int], Tensor] | None = None
+    ) -> None:
+        self._plan, self._style, self._take, self._scores = plan, style, take, scores
         always = style.softcap is not None or style.sinks is not None
         self._written = [always or group.key.shape[1] <= LONGEST_WRITTEN for group in plan.groups]
         kinds = [_Written if written else _Fused for written in self._written]
@@ -328,8 +333,9 @@ class _Gathered:
         plan, take, heads = self._plan, self._memory(), query.shape[1]
         out = take("attended", plan.size(heads, of_keys=False), value.shape[2])
         parts = zip(*self._collected(), self._parts(out, of_keys=False), strict=True)
-        for core, (*collected, part) in zip(self._cores, parts, strict=True):
-            core.forward(*collected, out=part, differentiable=differentiable)
+        spaces = self._spaces(heads)
+        for core, space, (*collected, part) in zip(self._cores, spaces, parts, strict=True):
+            core.forward(*collected, out=part, space=space, differentiable=differentiable)
         return plan.in_order(out, heads, take, "attended in order")
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,6 +359,14 @@ class _Gathered:
             plan.summed(d_key, key_heads),
             plan.summed(d_value, key_heads),
         )
+
+    def _spaces(self, heads: int) -> Sequence[Tensor | None]:
+        """Memory for each group's scores, where they are written out and there is any."""
+        groups = self._plan.groups
+        if self._scores is None:
+            return [None] * len(groups)
+        sizes = [heads * math.prod(g.area) if written else 0 for g, written in zip(groups, self._written, strict=True)]
+        return self._scores(sum(sizes)).split(sizes)
 
     def _collected(self) -> list[list[Tensor]]:
         """Of every group the queries, keys and values."""
@@ -395,10 +409,13 @@ class _Written:
     def __init__(self, group: _Group, style: Style) -> None:
         self._group, self._style = group, style
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor, differentiable: bool) -> None:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor, space: Tensor | None, differentiable: bool
+    ) -> None:
         """Fills `out` (n · K, H / K · L, D) from queries of that shape and (n · K, keys, D) keys and values."""
         style = self._style
-        scores = torch.baddbmm(self._group.nothing(query.dtype), query, key.mT, beta=0, alpha=style.scale)
+        room = None if space is None else space.view(len(query), query.shape[1], key.shape[1])
+        scores = torch.baddbmm(self._group.nothing(query.dtype), query, key.mT, beta=0, alpha=style.scale, out=room)
         scores = _as(torch.promote_types(scores.dtype, torch.float32), scores)
         self._slope = None
         if style.softcap is not None:
@@ -408,10 +425,15 @@ class _Written:
         bias = self._group.bias(scores.dtype)
         n, length = self._group.query.shape
         by_head = (n, -1, length, scores.shape[2])
-        scores.view(by_head).add_(bias)
-        if style.sinks is None:
+        compiled = kernels(scores, bias) if style.sinks is None else None
+        if compiled is not None:
+            compiled.softmax(array(scores.view(by_head)), array(bias))
+            probabilities = scores
+        elif style.sinks is None:
+            scores.view(by_head).add_(bias)
             probabilities = torch.softmax(scores, -1, out=scores)
         else:
+            scores.view(by_head).add_(bias)
             sinks = style.sinks.to(scores.dtype)[None, :, None, None].expand(n, -1, length, 1)
             joined = torch.cat([scores.view(by_head), sinks], -1)
             probabilities = torch.softmax(joined, -1)[..., :-1].reshape(scores.shape)
@@ -426,7 +448,12 @@ class _Written:
         (query, key, value), (d_query, d_key, d_value) = collected, out
         torch.bmm(_as(d_out.dtype, probabilities).mT, d_out, out=d_value)
         d_probabilities = _as(probabilities.dtype, torch.bmm(d_out, value.mT))
-        d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+        compiled = kernels(d_probabilities, probabilities)
+        if compiled is not None:
+            d_scores = d_probabilities
+            compiled.softmax_backward(array(d_scores.flatten(0, 1)), array(probabilities.flatten(0, 1)))
+        else:
+            d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
         if self._slope is not None:
             d_scores.mul_(self._slope)
         d_scores, nothing = _as(query.dtype, d_scores), self._group.nothing(query.dtype)
@@ -441,7 +468,7 @@ class _Fused:
     def __init__(self, group: _Group, style: Style) -> None:
         self._group, self._style = group, style
 
-    def forward(self, *collected: Tensor, out: Tensor, differentiable: bool) -> None:
+    def forward(self, *collected: Tensor, out: Tensor, space: Tensor | None, differentiable: bool) -> None:
         """Fills `out` (n, H, L, D) from queries of that shape and (n, K, keys, D) keys and values."""
         with torch.set_grad_enabled(differentiable):
             self._leaves = [tensor.clone().requires_grad_(differentiable) for tensor in collected]

@@ -23,9 +23,23 @@ from tunesmith.engine import attention
 from tunesmith.engine.attention import Sight, Style
 from tunesmith.engine.batch import Batch
 from tunesmith.engine.lanes import Lanes, count_for, shares
-from tunesmith.engine.layers import Activation, InFloat32, Linears, Masks, Norm, NotCovered, arithmetic, rotate
+from tunesmith.engine.layers import (
+    Activation,
+    InFloat32,
+    Linears,
+    Masks,
+    Norm,
+    NotCovered,
+    Sums,
+    add_share,
+    arithmetic,
+    drop,
+    put,
+    rotate,
+)
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
 from tunesmith.engine.memory import Buffers, Pieces
+from tunesmith.engine.onepass import kernels
 from tunesmith.engine.products import of_bfloat16
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
@@ -57,7 +71,7 @@ class _Micro(NamedTuple):
 
     batch: Batch
     cos: Tensor
-    """(tokens, 1, rotary / 2)"""
+    """(tokens, rotary / 2)"""
     sin: Tensor
     sight: Sight
     masks: Masks | None
@@ -157,6 +171,7 @@ class Decoder:
         self._rotary = body.rotary_emb
         self._dtype = arithmetic(head.weight.dtype)
         self._lanes: dict[int, Lanes] = {}
+        kernels(head.weight.new_empty(0, dtype=self._dtype))  # Numba is loaded now, not within the first step
         self.forget()
 
     def forget(self) -> None:
@@ -179,11 +194,12 @@ class Decoder:
             for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            loss, memories = self._run(batch, sight, n_supervised, dropout)
-            for memory in memories:
-                for parameter, share in memory.gradients.items():
-                    if share is not parameter.grad:
-                        cast("Tensor", parameter.grad).add_(share)
+            loss, (first, *others) = self._run(batch, sight, n_supervised, dropout)
+            for other in others:
+                first.trained.add_(other.trained)
+            for layer, sums in zip(self._model.layers, first.sums, strict=True):
+                for linears, of_group in zip(layer.linears, sums, strict=True):
+                    linears.add_to_grad(of_group)
         return loss / n_supervised
 
     def loss(self, batch: Batch, sight: Sight) -> Tensor:
@@ -199,15 +215,13 @@ class Decoder:
         memories = self._memories[: lanes.count]
         cos, sin = self._rotary(model.head.new_empty(0, dtype=self._dtype), batch.position_ids[None])
         half = cos.shape[-1] // 2
-        cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         masks = None
         if dropout and self._dropout:
             widest = max(linears.inputs for linears in model.layers[0].linears)
             masks = Masks(self._dropout, n_tokens * widest, len(model.layers), self._joint)
         rows = shares(self._costs(batch), lanes.count)
         micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
-        if n_supervised is not None:
-            memories[0].gradients.update((p, cast("Tensor", p.grad)) for p in self._trained)
         with of_bfloat16() if self._rounds else nullcontext():
             losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
@@ -227,9 +241,11 @@ class Decoder:
             self._lanes[count] = Lanes(count)
         head = self._model.head
         while len(self._memories) < count:
-            first = not self._memories  # its gradients are the adapters' own
-            gradients = {} if first else {parameter: torch.zeros_like(parameter) for parameter in self._trained}
-            self._memories.append(_Memory(Buffers(self._dtype, head.device), gradients))
+            groups = [linears for layer in self._model.layers for linears in layer.linears]
+            flat = torch.empty(sum(group.n_trained for group in groups), dtype=self._dtype, device=head.device)
+            parts = iter(flat.split([group.n_trained for group in groups]))
+            sums = [[linears.sums(next(parts)) for linears in layer.linears] for layer in self._model.layers]
+            self._memories.append(_Memory(Buffers(self._dtype, head.device), flat, sums))
         return self._lanes[count]
 
 
@@ -252,8 +268,10 @@ class _Memory(NamedTuple):
     """What a lane keeps from step to step."""
 
     buffers: Buffers
-    gradients: dict[nn.Parameter, Tensor]
-    """The adapters' own `.grad` for the first lane."""
+    trained: Tensor
+    """The sums of all groups, one behind the other."""
+    sums: Sequence[Sequence[Sums]]
+    """For each layer and group."""
 
 
 class _Lane:
@@ -264,7 +282,7 @@ class _Lane:
         self._range = rows = micro.rows[number]
         self._earlier, self._later = range(number), range(number + 1, micro.lanes.count)
         self._rows = slice(rows.start, rows.stop)
-        self._buffers, self._take, self._gradients = memory.buffers, memory.buffers.take, memory.gradients
+        self._memory, self._buffers, self._take = memory, memory.buffers, memory.buffers.take
         self._masks: dict[int, Sequence[Tensor | None]] = {}
         self._cos, self._sin = micro.cos[self._rows], micro.sin[self._rows]
         predict_from = micro.batch.predict_from
@@ -283,9 +301,8 @@ class _Lane:
         for layer in layers[self._number :: micro.lanes.count]:
             for linears in layer.linears:
                 linears.refresh()
-        if self._number and n_supervised is not None:
-            for share in self._gradients.values():
-                share.zero_()
+        if n_supervised is not None:
+            self._memory.trained.zero_()
         micro.lanes.tell(self._number, "refreshed")
         micro.lanes.hear(range(micro.lanes.count), "refreshed")
         with InFloat32():
@@ -303,12 +320,13 @@ class _Lane:
             if state is not None:
                 saved[number] = state
         normed = micro.joint.take("normed", len(micro.batch.predict_from), x.shape[1])
-        rstd = model.norm.forward(x, normed[self._first : self._behind])
+        own = normed[self._first : self._behind]
+        rstd = model.norm.of_heads(x, own)
         loss = self._loss(normed)
         if n_supervised is None:
             return loss
         d_x = torch.zeros_like(x)
-        model.norm.backward(normed[self._first : self._behind].div_(n_supervised), x, rstd, d_x)
+        model.norm.of_heads_backward(own.div_(n_supervised), x, rstd, d_x)
         for number in range(last, model.lowest - 1, -1):
             layer, state = layers[number], saved.pop(number, None)
             if state is None:
@@ -358,15 +376,24 @@ class _Lane:
             ]
         return self._masks[layer.number]
 
-    def _dropped(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """x̃; `x` itself where nothing is dropped."""
-        return x if keep is None else torch.mul(x, keep, out=self._take("dropped", *x.shape))
+    def _dropped(self, extended: Tensor, width: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where x̃ is to be written, and x̃ once it is: x itself where nothing is dropped."""
+        if keep is None:
+            return extended, extended[:, :width]
+        dropped = self._take("dropped", len(extended), width)
+        return dropped, dropped
 
     def _place(self, buffers: Buffers, layer: _Layer, name: str, rows: int, width: int, tag: str) -> Tensor:
         """Memory of the layer's own, or with a `tag` that of this name."""
         if tag or self._is_last(layer):  # which has fewer rows
             return buffers.take(f"{name} {tag or 'last'}", rows, width)
         return buffers.take_each(f"{name} {width}", len(self._model.layers), rows, width)[layer.number]
+
+    def _scores(self, layer: _Layer, n: int, tag: str) -> Tensor:
+        """Memory for n numbers: the layer's own, or with a `tag` that of this name."""
+        if tag:
+            return self._take(f"scores {tag}", n)
+        return self._buffers.take_each("scores", len(self._model.layers), n)[layer.number]
 
     def _forward(self, layer: _Layer, x: Tensor, out: Tensor, tag: str, *, keep: bool) -> tuple[Tensor, _Saved | None]:
         """The layer's output, in `out`, and with `keep` what its backward pass needs: in buffers of the layer's own, or
@@ -375,8 +402,8 @@ class _Lane:
         place = functools.partial(self._place, self._buffers, layer, tag=tag)
         keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
         extended = take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
-        normed = extended[:, : layer.qkv.inputs]
-        rstd = layer.norm.forward(x, normed)
+        room, dropped = self._dropped(extended, layer.qkv.inputs, keep_qkv)
+        rstd = layer.norm.forward(x, extended, keep_qkv, room)
         # While a lane is in the next layer, those behind it may still look at the keys of this one.
         joint_tag = tag if keep else f"{tag} {layer.number % 2}"
         if not keep and layer.number >= 2:
@@ -384,7 +411,7 @@ class _Lane:
         n_tokens = len(micro.batch.input_ids)
         qkv_all = self._place(micro.joint, layer, "qkv", n_tokens, layer.qkv.outputs, joint_tag)
         qkv = qkv_all[rows]
-        layer.qkv.forward(take, extended, self._dropped(normed, keep_qkv), qkv)
+        layer.qkv.forward(take, extended, dropped, qkv)
         h_qkv = extended[:, layer.qkv.inputs :].clone()
         query, key, value = qkv_all.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
         query, key, value = (part.unflatten(1, (-1, layer.head_size)) for part in (query, key, value))
@@ -394,16 +421,20 @@ class _Lane:
             for norm, part, name in zip(layer.head_norms, (query, key), ("query", "key"), strict=True):
                 width = part.shape[1] * part.shape[2]
                 normed_part = self._place(micro.joint, layer, name, n_tokens, width, joint_tag).view(part.shape)
-                head_rstds.append(norm.forward(part[rows], normed_part[rows]))
+                head_rstds.append(norm.of_heads(part[rows], normed_part[rows]))
                 normed_heads.append(normed_part)
             query, key = normed_heads
-        rotate(query[rows], self._cos, self._sin)
-        rotate(key[rows], self._cos, self._sin)
+            for part in normed_heads:
+                own = part[rows].flatten(1)
+                rotate(own, layer.head_size, part.shape[1], self._cos, self._sin, own)
+        else:
+            rotate(qkv, layer.head_size, query.shape[1] + key.shape[1], self._cos, self._sin, qkv)
         micro.lanes.tell(self._number, ("keys", tag, layer.number))
         micro.lanes.hear(self._earlier, ("keys", tag, layer.number))
         attended, attention_backward = attention.by_hand(
-            micro.sight, query, key, value, layer.style, self._range, keep=keep, take=take
-        )
+            micro.sight, query, key, value, layer.style, self._range, keep=keep, take=take,
+            scores=lambda n: self._scores(layer, n, tag),
+        )  # fmt: skip
         if not keep:
             micro.lanes.tell(self._number, ("looked", layer.number))
         result = attended.flatten(1)
@@ -412,21 +443,22 @@ class _Lane:
             result, x_rows = (t.index_select(0, self._predicting) for t in (result, x))
             out = out[: len(self._predicting)]
         extended_o = place("o", len(x_rows), layer.o.inputs + layer.o.ranks)
-        extended_o[:, : layer.o.inputs] = result
         x_middle = place("x middle", len(x_rows), layer.o.outputs)
-        given = extended_o[:, : layer.o.inputs]
-        layer.o.forward(take, extended_o, self._dropped(given, keep_o), x_middle, residual=x_rows)
+        room, dropped = self._dropped(extended_o, layer.o.inputs, keep_o)
+        put(result, extended_o, keep_o, room)
+        layer.o.forward(take, extended_o, dropped, x_middle)
 
         extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
-        normed = extended[:, : layer.gate_up.inputs]
-        rstd_middle = layer.norm_middle.forward(x_middle, normed)
+        room, dropped = self._dropped(extended, layer.gate_up.inputs, keep_gate_up)
+        rstd_middle = layer.norm_middle.forward(x_middle, extended, keep_gate_up, room, more=x_rows)
         gate_up = place("gate up", len(x_rows), layer.gate_up.outputs)
-        layer.gate_up.forward(take, extended, self._dropped(normed, keep_gate_up), gate_up)
+        layer.gate_up.forward(take, extended, dropped, gate_up)
         h_gate_up = extended[:, layer.gate_up.inputs :].clone()
         extended = take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
-        active = extended[:, : layer.down.inputs]
-        layer.activation.forward(gate_up, active)
-        layer.down.forward(take, extended, self._dropped(active, keep_down), out, residual=x_middle)
+        room, dropped = self._dropped(extended, layer.down.inputs, keep_down)
+        layer.activation.forward(gate_up, extended, keep_down, room)
+        layer.down.forward(take, extended, dropped, out)
+        out.add_(x_middle)
         h_down = extended[:, layer.down.inputs :].clone()
         if not keep:
             return out, None
@@ -439,56 +471,66 @@ class _Lane:
     def _backward(self, layer: _Layer, saved: _Saved, d_out: Tensor, *, d_input: bool) -> Tensor:
         """Gradient with respect to the layer's input; `d_out` is used up."""
         keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
-        take, gradients = self._take, self._gradients
+        take = self._take
+        of_qkv, of_o, of_gate_up, of_down = self._memory.sums[layer.number]
 
         # MLP
         n_rows = len(d_out)
-        extended = take("extended down", n_rows, layer.down.inputs + layer.down.ranks)
         d_extended = take("d extended down", n_rows, layer.down.inputs + layer.down.ranks)
-        active = extended[:, : layer.down.inputs]
-        d_active = layer.down.backward(take, d_out, d_extended, keep_down)
+        layer.down.backward(take, d_out, d_extended)
         d_gate_up = saved.gate_up  # its numbers are needed no more
-        layer.activation.backward(d_active, d_gate_up, active)
-        dropped = self._dropped(active, keep_down)
-        layer.down.adapter_backward(gradients, d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
-        extended = take("extended", n_rows, layer.gate_up.inputs)
-        layer.norm_middle.again(saved.x_middle, saved.rstd_middle, extended)
+        dropped = take("dropped", n_rows, layer.down.inputs)
+        layer.activation.backward(d_extended, layer.down.share, keep_down, d_gate_up, dropped)
+        layer.down.adapter_backward(of_down, d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
         d_extended = take("d extended", n_rows, layer.gate_up.inputs + layer.gate_up.ranks)
-        d_normed = layer.gate_up.backward(take, d_gate_up, d_extended, keep_gate_up)
-        dropped, d_h = self._dropped(extended, keep_gate_up), d_extended[:, layer.gate_up.inputs :]
-        layer.gate_up.adapter_backward(gradients, d_gate_up, saved.h_gate_up, dropped, d_h)
-        layer.norm_middle.backward(d_normed, saved.x_middle, saved.rstd_middle, d_out)
+        layer.gate_up.backward(take, d_gate_up, d_extended)
+        dropped = take("dropped", n_rows, layer.gate_up.inputs)
+        layer.norm_middle.backward(
+            d_extended, layer.gate_up.share, keep_gate_up, saved.x_middle, saved.rstd_middle, d_out, dropped
+        )
+        d_h = d_extended[:, layer.gate_up.inputs :]
+        layer.gate_up.adapter_backward(of_gate_up, d_gate_up, saved.h_gate_up, dropped, d_h)
 
         # attention
         d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
-        d_attended = layer.o.backward(take, d_out, d_extended, keep_o)
+        layer.o.backward(take, d_out, d_extended)
+        d_attended = add_share(d_extended, layer.o.share, keep_o)
         given, h = saved.extended.tensor_split([layer.o.inputs], 1)
-        layer.o.adapter_backward(gradients, d_out, h, self._dropped(given, keep_o), d_extended[:, layer.o.inputs :])
+        dropped = given
+        if keep_o is not None:
+            dropped = take("dropped", n_rows, layer.o.inputs)
+            drop(given, keep_o, dropped)
+        layer.o.adapter_backward(of_o, d_out, h, dropped, d_extended[:, layer.o.inputs :])
         if self._is_last(layer):
             d_attended, d_out = (
                 t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, self._predicting, t) for t in (d_attended, d_out)
             )
         d_heads = self._attention_backward(layer, saved, d_attended)
         d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
-        parts = d_qkv.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
-        for i, (part, gradient) in enumerate(zip(parts, d_heads, strict=True)):
-            if i < 2:
-                rotate(gradient, self._cos, -self._sin)
-                if layer.head_norms is not None:
-                    raw = part.unflatten(1, (-1, layer.head_size))
-                    d_normed_head, gradient = gradient, torch.zeros_like(gradient)
-                    layer.head_norms[i].backward(d_normed_head, raw, saved.head_rstds[i], gradient)
-            part.copy_(gradient.flatten(1))
-        extended = take("extended", len(saved.x), layer.qkv.inputs)
-        layer.norm.again(saved.x, saved.rstd, extended)
+        places = (0, layer.query_width, layer.query_width + layer.key_width)
+        for i, (at, gradient) in enumerate(zip(places, d_heads, strict=True)):
+            flat = gradient.flatten(1)
+            part = d_qkv[:, at : at + flat.shape[1]]
+            if i == 2:
+                part.copy_(flat)
+            elif layer.head_norms is None:
+                rotate(flat, layer.head_size, gradient.shape[1], self._cos, self._sin, d_qkv, at, sign=-1)
+            else:
+                rotate(flat, layer.head_size, gradient.shape[1], self._cos, self._sin, flat, sign=-1)
+                d_head = torch.zeros_like(gradient)
+                raw = part.unflatten(1, (-1, layer.head_size))
+                d_normed = flat.unflatten(1, (-1, layer.head_size))
+                layer.head_norms[i].of_heads_backward(d_normed, raw, saved.head_rstds[i], d_head)
+                part.copy_(d_head.flatten(1))
+        dropped = take("dropped", len(saved.x), layer.qkv.inputs)
         if not d_input:
-            layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, self._dropped(extended, keep_qkv))
+            layer.norm.again(saved.x, saved.rstd, keep_qkv, dropped)
+            layer.qkv.adapter_backward(of_qkv, d_qkv, saved.h_qkv, dropped)
             return d_out
         d_extended = take("d extended", len(saved.x), layer.qkv.inputs + layer.qkv.ranks)
-        d_normed = layer.qkv.backward(take, d_qkv, d_extended, keep_qkv)
-        dropped = self._dropped(extended, keep_qkv)
-        layer.qkv.adapter_backward(gradients, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
-        layer.norm.backward(d_normed, saved.x, saved.rstd, d_out)
+        layer.qkv.backward(take, d_qkv, d_extended)
+        layer.norm.backward(d_extended, layer.qkv.share, keep_qkv, saved.x, saved.rstd, d_out, dropped)
+        layer.qkv.adapter_backward(of_qkv, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
         return d_out
 
     def _attention_backward(self, layer: _Layer, saved: _Saved, d_attended: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.engine.memory import Buffers, Pieces, Take
-from tunesmith.engine.products import mm
+from tunesmith.engine.onepass import array, kernels
+from tunesmith.engine.products import add_mm, mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 _ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
@@ -35,8 +36,13 @@ class NotCovered(Exception):
 # --- linear layers with one input -------------------------------------------------------------------------------------
 
 
-Gradients = Mapping[nn.Parameter, Tensor]
-"""Where a lane adds its share."""
+class Sums(NamedTuple):
+    """A lane's share of the gradients of a group's adapters, added up over its tokens."""
+
+    a: Tensor
+    """(R, H)"""
+    bs: Sequence[Tensor]
+    """(r, outputs) for each adapter: of Bᵀ, not yet scaled."""
 
 
 class _Adapter(NamedTuple):
@@ -112,41 +118,54 @@ class Linears:
         whole[:, self.inputs :].copy_(self._b)
         return whole
 
-    def forward(
-        self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor, residual: Tensor | None = None
-    ) -> None:
+    def forward(self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor) -> None:
         """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
         if self.ranks:
             mm(dropped, self.a.T, out=extended[:, self.inputs :])
         mm(extended, self.weight(take).T, out=out)
-        for more in (residual, self.bias):
-            if more is not None:
-                out.add_(more)
+        if self.bias is not None:
+            out.add_(self.bias)
 
-    def backward(self, take: Take, d_out: Tensor, d_extended: Tensor, keep: Tensor | None) -> Tensor:
-        """The gradient with respect to x: fills `d_extended` (T, H + R) with it and dh, and returns a view of it."""
+    def backward(self, take: Take, d_out: Tensor, d_extended: Tensor) -> None:
+        """Fills `d_extended` (T, H + R) with the base's share of the gradient with respect to x, and dh behind it, of
+        which the adapter's `share` is to be made."""
         mm(d_out, self.weight(take), out=d_extended)
-        d_x, d_h = d_extended[:, : self.inputs], d_extended[:, self.inputs :]
-        if self.ranks:
-            through = mm(d_h, self.a, out=take("dropped", len(d_out), self.inputs))
-            d_x.add_(through) if keep is None else d_x.addcmul_(through, keep)
-        return d_x
+
+    @property
+    def share(self) -> Tensor | None:
+        """A (R, H), by which dh becomes the adapter's share of the gradient; None where there is no adapter."""
+        return self.a if self.ranks else None
+
+    @property
+    def n_trained(self) -> int:
+        return sum(adapter.a.numel() + adapter.b.numel() for adapter in self.adapters)
+
+    def sums(self, flat: Tensor) -> Sums:
+        """Views of `n_trained` numbers."""
+        shapes = [(self.ranks, self.inputs), *(adapter.b.shape[::-1] for adapter in self.adapters)]
+        a, *bs = (part.view(shape) for part, shape in zip(flat.split([r * n for r, n in shapes]), shapes, strict=True))
+        return Sums(a, bs)
 
     def adapter_backward(
-        self, gradients: Gradients, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None
+        self, sums: Sums, d_out: Tensor, h: Tensor, dropped: Tensor, d_h: Tensor | None = None
     ) -> None:
-        """Adds to the gradients of the adapters. `d_h` is known where `backward` was called."""
+        """Adds to the sums. `d_h` is known where `backward` was called."""
         if not self.ranks:
             return
         if d_h is None:
             d_h = mm(d_out, self._b)
-        d_as = mm(d_h.T, dropped).split(self._ranks)
+        add_mm(d_h.T, dropped, sums.a)
         hs, d_outs = h.T.split(self._ranks), d_out.split(self._widths, 1)
-        for adapter in self.adapters:
-            gradients[adapter.a].add_(d_as[adapter.number])
+        for adapter, b in zip(self.adapters, sums.bs, strict=True):
             # The other order, d_outᵀ · h, takes six times as long.
-            d_b = mm(hs[adapter.number], d_outs[adapter.number]).T
-            gradients[adapter.b].add_(d_b, alpha=adapter.scaling)
+            add_mm(hs[adapter.number], d_outs[adapter.number], b)
+
+    def add_to_grad(self, sums: Sums) -> None:
+        """The sums into the adapters' own `.grad`."""
+        of_a = sums.a.split(self._ranks)
+        for adapter, b in zip(self.adapters, sums.bs, strict=True):
+            cast("Tensor", adapter.a.grad).add_(of_a[adapter.number])
+            cast("Tensor", adapter.b.grad).add_(b.T, alpha=adapter.scaling)
 
 
 class InFloat32(TorchFunctionMode):
@@ -186,6 +205,40 @@ def _dropout(module: LoraLinear) -> float:
 
 
 # --- element-wise parts -----------------------------------------------------------------------------------------------
+#
+# All of them know two ways to the same result (`onepass`). x̃ = x · keep is given with x, because both are wanted and x
+# is at hand; a `keep` of None drops nothing. Gradients that come from `Linears.backward` are completed by the adapter's
+# share first: d_x += keep · (dh · A).
+
+
+def put(x: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
+    """x (T, H) into the first columns of `extended`, and x̃ where something is dropped."""
+    compiled = kernels(x, extended, dropped)
+    if compiled is not None:
+        compiled.put(array(x), array(extended), array(keep), array(dropped))
+        return
+    extended[:, : x.shape[1]] = x
+    drop(x, keep, dropped)
+
+
+def drop(x: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
+    if keep is not None:
+        torch.mul(x, keep, out=dropped)
+
+
+def add_share(d_extended: Tensor, a: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Completes the gradient with respect to x, and returns it as a view (T, H)."""
+    if a is None:
+        return d_extended
+    d_x, d_h = d_extended.tensor_split([a.shape[1]], 1)
+    compiled = kernels(d_extended, a)
+    if compiled is not None:
+        compiled.add_share(array(d_extended), array(a), array(keep))
+    elif keep is None:
+        d_x.add_(mm(d_h, a))
+    else:
+        d_x.addcmul_(mm(d_h, a), keep)
+    return d_x
 
 
 class Norm:
@@ -198,36 +251,78 @@ class Norm:
         self.eps = float(getattr(module, "variance_epsilon", None) or cast("Any", module).eps)
         weight = cast("Tensor", module.weight).detach()
         weight = weight.to(arithmetic(weight.dtype))
-        self.weight = 1 + weight if kind.startswith("Gemma") else weight
+        self.weight = (1 + weight if kind.startswith("Gemma") else weight).contiguous()
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """Writes the result; returns rsqrt(mean(x²) + eps), (…, 1)."""
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        self.again(x, rstd, out)
+    def forward(
+        self, x: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor, more: Tensor | None = None
+    ) -> Tensor:
+        """Adds `more` to x; puts the norm of it into the first columns of `extended`, and x̃; returns
+        rsqrt(mean(x²) + eps), (T, 1)."""
+        compiled = kernels(x, extended, dropped)
+        if compiled is None:
+            if more is not None:
+                x.add_(more)
+            normed = extended[:, : x.shape[1]]
+            rstd = self.of_heads(x, normed)
+            drop(normed, keep, dropped)
+            return rstd
+        rstd = x.new_empty(len(x), 1)
+        arrays = map(array, (extended, keep, dropped, rstd.view(-1)))
+        compiled.norm(array(x), array(more), array(self.weight), np.float32(self.eps), *arrays)
         return rstd
 
-    def again(self, x: Tensor, rstd: Tensor, out: Tensor) -> None:
+    def of_heads(self, x: Tensor, out: Tensor) -> Tensor:
+        """Writes the result for x of any shape; returns rsqrt(mean(x²) + eps), (…, 1)."""
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         torch.mul(x, rstd, out=out).mul_(self.weight)
+        return rstd
 
-    def backward(self, d_out: Tensor, x: Tensor, rstd: Tensor, d_x: Tensor) -> None:
+    def again(self, x: Tensor, rstd: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
+        """x̃ alone."""
+        torch.mul(x, rstd, out=dropped).mul_(self.weight)
+        drop(dropped, keep, dropped)
+
+    def backward(
+        self, d_extended: Tensor, a: Tensor | None, keep: Tensor | None, x: Tensor, rstd: Tensor, d_x: Tensor,
+        dropped: Tensor,
+    ) -> None:  # fmt: skip
+        """Adds to `d_x`, gives x̃ again, and destroys `d_extended` but for what stands behind its first columns."""
+        compiled = kernels(d_extended, x, d_x, dropped)
+        if compiled is None:
+            self.of_heads_backward(add_share(d_extended, a, keep), x, rstd, d_x)
+            self.again(x, rstd, keep, dropped)
+            return
+        arrays = map(array, (d_extended, a, keep, x, rstd.view(-1), self.weight, d_x, dropped))
+        compiled.norm_backward(*arrays)
+
+    def of_heads_backward(self, d_out: Tensor, x: Tensor, rstd: Tensor, d_x: Tensor) -> None:
         """Adds to `d_x`; destroys `d_out`."""
         d_out.mul_(self.weight)
         along = torch.linalg.vecdot(d_out, x)[..., None].mul_(rstd.pow(3)).div_(-x.shape[-1])
         d_x.addcmul_(d_out, rstd).addcmul_(x, along)
 
 
-def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding in place; cos and sin are (T, 1, rotary / 2). With -sin it is undone."""
-    half = cos.shape[-1]
-    first, second = x_THD[..., :half], x_THD[..., half : 2 * half]
-    rotated = (first * cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(first, sin)
-    first.copy_(rotated)
+def rotate(x: Tensor, size: int, heads: int, cos: Tensor, sin: Tensor, out: Tensor, at: int = 0, sign: int = 1) -> None:
+    """Rotary embedding of the first `heads` heads of x (T, …), of `size` numbers each, into `out` (T, …) from column
+    `at` on; cos and sin are (T, rotary / 2). `out` may be x, and with a sign of -1 it is undone."""
+    compiled = kernels(x, out, cos, sin)
+    if compiled is not None:
+        given = map(array, (cos, sin))
+        compiled.rotate(array(x), size, heads, *given, np.float32(sign), array(out), at)
+        return
+    half = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None] * sign
+    x, out = (t[:, first : first + heads * size].unflatten(1, (heads, size)) for t, first in ((x, 0), (out, at)))
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    for i, part in enumerate(rotated):
+        out[..., i * half : (i + 1) * half] = part
 
 
 class Activation:
-    """act(gate) · up, in blocks of rows that stay in the processor's cache."""
+    """act(gate) · up."""
 
     def __init__(self, module: nn.Module) -> None:
         probe = torch.linspace(-4, 4, 65)
@@ -238,26 +333,42 @@ class Activation:
                 lambda d, x: torch.ops.aten.gelu_backward(d, x, approximate="tanh"),
             ),
         }
-        match = [pair for pair in known.values() if torch.equal(pair[0](probe), module(probe))]
+        match = [number for number, (act, _) in enumerate(known.values()) if torch.equal(act(probe), module(probe))]
         if not match:
             raise NotCovered(f"the activation {type(module).__name__}")
-        ((self._act, self._act_backward),) = match
+        (self._kind,) = match
+        self._act, self._act_backward = list(known.values())[self._kind]
 
-    def forward(self, gate_up: Tensor, out: Tensor) -> None:
-        half = out.shape[1]
-        for block, result in zip(gate_up.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
-            torch.mul(self._act(block[:, :half]), block[:, half:], out=result)
+    def forward(self, gate_up: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
+        """Into the first I columns of `extended`, and x̃."""
+        compiled = kernels(gate_up, extended, dropped)
+        if compiled is not None:
+            arrays = map(array, (extended, keep, dropped))
+            compiled.activation(array(gate_up), self._kind, *arrays)
+            return
+        half = gate_up.shape[1] // 2
+        for block, result in zip(gate_up.split(_ROWS_AT_ONCE), extended.split(_ROWS_AT_ONCE), strict=True):
+            torch.mul(self._act(block[:, :half]), block[:, half:], out=result[:, :half])
+        drop(extended[:, :half], keep, dropped)
 
-    def backward(self, d_out: Tensor, gate_up: Tensor, out: Tensor) -> None:
-        """Replaces `gate_up` by its gradient and gives the result once more, in `out`."""
-        half = out.shape[1]
-        for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, out)), strict=True):
+    def backward(
+        self, d_extended: Tensor, a: Tensor | None, keep: Tensor | None, gate_up: Tensor, dropped: Tensor
+    ) -> None:
+        """Replaces `gate_up` by its gradient, and gives x̃ again."""
+        compiled = kernels(d_extended, gate_up, dropped)
+        if compiled is not None:
+            arrays = map(array, (d_extended, a, keep, gate_up))
+            compiled.activation_backward(*arrays, self._kind, array(dropped))
+            return
+        d_out, half = add_share(d_extended, a, keep), gate_up.shape[1] // 2
+        for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, dropped)), strict=True):
             gate, up = block[:, :half], block[:, half:]
             active = self._act(gate)
             torch.mul(active, up, out=result)
             d_gate = self._act_backward(d * up, gate)
             torch.mul(d, active, out=up)
             gate.copy_(d_gate)
+        drop(dropped, keep, dropped)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

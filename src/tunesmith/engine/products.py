@@ -51,6 +51,14 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def add_mm(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total += a · b"""
+    if getattr(_thread, "alone", False):
+        total.add_(mm(a, b))
+    else:
+        total.addmm_(a, b)
+
+
 def alone() -> None:
     """This thread multiplies by itself, and beside others that do so: always inside of `one_thread_each`."""
     _thread.alone = _openblas() is not None

@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, lora, memory, trie
+from tunesmith.engine import attention, batch, lora, memory, onepass, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
@@ -304,12 +304,21 @@ class Engine:
         packages = ("tunesmith", "torch", "transformers", "peft")
         seen = {
             "config": self._model.get_base_model().config.to_json_string(use_diff=False),  # type: ignore[operator]
-            "adapter": str(self._model.peft_config["default"]),
+            "adapter": _in_order(self._model.peft_config["default"].to_dict()),
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
+            "kernels": onepass.version(),
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets have another order in each process."""
+    return {
+        name: sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+        for name, value in settings.items()
+    }
 
 
 def _said(dtype: torch.dtype) -> str:

@@ -1,0 +1,292 @@
+"""The element-wise parts of a layer, each in one pass over its rows: compiled by Numba, for fp32 on a CPU.
+
+torch goes over all rows once per operation, and the rows have left the processor's cache before the next one reads
+them. Here a row is read, computed with and written while it is there, and Python's lock is free meanwhile, so lanes do
+not wait for it. What is computed is said where torch computes the same (`layers`); sums are added up in another order.
+
+Rows are contiguous. `keep` is a dropout's mask or None; `a` is an adapter's A (R, H) or None, and what stands behind
+the first H columns of a gradient is then dh (`Linears.backward`). Compiled once per machine and kept in Numba's cache.
+
+Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+# e^y = 2^n · e^r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes, expf): 1e-7 of the result at most.
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+C5, C4, C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+C2, C1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
+SMALLEST, LARGEST = np.float32(-87), np.float32(88)
+ROUNDING = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
+BITS_OF_ONE, MANTISSA = np.int32(0x3F800000), np.int32(23)
+GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
+SILU_KIND, GELU_KIND = 0, 1
+
+Kernel = Callable[..., Any]
+
+
+def _compiled(**more: Any) -> Callable[[Kernel], Kernel]:
+    """Numba's division gives inf, not an exception, which would keep loops from being vectorised."""
+
+    def compile(function: Kernel) -> Kernel:
+        settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **more}
+        try:
+            return njit(cache=True, **settings)(function)
+        except RuntimeError:  # no folder that could be written
+            return njit(**settings)(function)
+
+    return compile
+
+
+_part = _compiled(inline="always")
+_sum_of = _compiled(fastmath={"contract", "reassoc", "nsz"})
+_largest_of = _compiled(fastmath={"reassoc", "nsz", "nnan"})
+
+
+@_part
+def _exp(y: Any) -> Any:
+    """0 below -87."""
+    x = SMALLEST if y < SMALLEST else y
+    x = LARGEST if x > LARGEST else x
+    shifted = x * LOG2_E + ROUNDING
+    n = shifted - ROUNDING
+    r = x - n * LN2_HIGH
+    r = r - n * LN2_LOW
+    p = ((((C5 * r + C4) * r + C3) * r + C2) * r + C1) * r + HALF
+    p = p * r * r + r + ONE
+    bits = np.int32(np.int32(np.float32(shifted).view(np.int32)) << MANTISSA)
+    scale = np.int32(bits + BITS_OF_ONE).view(np.float32)
+    return ZERO if y < SMALLEST else p * scale
+
+
+@_part
+def _sigmoid(x: Any) -> Any:
+    return ONE / (ONE + _exp(-x))
+
+
+@_part
+def _gelu_argument(x: Any) -> Any:
+    return GELU * (x + CUBIC * x * x * x)
+
+
+@_sum_of
+def _dot(x: Any, y: Any) -> Any:
+    total = ZERO
+    for j in range(len(x)):
+        total += x[j] * y[j]
+    return total
+
+
+@_sum_of
+def _dot3(x: Any, y: Any, z: Any) -> Any:
+    total = ZERO
+    for j in range(len(x)):
+        total += x[j] * y[j] * z[j]
+    return total
+
+
+@_sum_of
+def _sum(x: Any) -> Any:
+    total = ZERO
+    for j in range(len(x)):
+        total += x[j]
+    return total
+
+
+@_largest_of
+def _largest(x: Any) -> Any:
+    largest = x[0]
+    for j in range(len(x)):
+        largest = max(largest, x[j])
+    return largest
+
+
+@_compiled()
+def _add_share(d_x: Any, d_h: Any, a: Any, keep: Any) -> None:
+    """One row: d_x += keep · (d_h · A)."""
+    width, whole = len(d_x), len(d_h) // 4 * 4
+    for r in range(0, whole, 4):
+        f0, f1, f2, f3 = d_h[r], d_h[r + 1], d_h[r + 2], d_h[r + 3]
+        a0, a1, a2, a3 = a[r], a[r + 1], a[r + 2], a[r + 3]
+        if keep is None:
+            for j in range(width):
+                d_x[j] += f0 * a0[j] + f1 * a1[j] + f2 * a2[j] + f3 * a3[j]
+        else:
+            for j in range(width):
+                d_x[j] += keep[j] * (f0 * a0[j] + f1 * a1[j] + f2 * a2[j] + f3 * a3[j])
+    for r in range(whole, len(d_h)):
+        f0, a0 = d_h[r], a[r]
+        if keep is None:
+            for j in range(width):
+                d_x[j] += f0 * a0[j]
+        else:
+            for j in range(width):
+                d_x[j] += keep[j] * (f0 * a0[j])
+
+
+@_compiled()
+def add_share(d_extended_THR: Any, a: Any, keep: Any) -> None:
+    width = a.shape[1]
+    for t in range(len(d_extended_THR)):
+        row = d_extended_THR[t]
+        _add_share(row[:width], row[width:], a, None if keep is None else keep[t])
+
+
+@_compiled()
+def put(x_TH: Any, extended_THR: Any, keep: Any, dropped_TH: Any) -> None:
+    """x into the first columns of `extended`, and x̃."""
+    for t in range(len(x_TH)):
+        x, out = x_TH[t], extended_THR[t]
+        for j in range(len(x)):
+            out[j] = x[j]
+        if keep is not None:
+            kept, dropped = keep[t], dropped_TH[t]
+            for j in range(len(x)):
+                dropped[j] = x[j] * kept[j]
+
+
+@_compiled()
+def norm(
+    x_TH: Any, more_TH: Any, weight_H: Any, eps: Any, extended_THR: Any, keep: Any, dropped_TH: Any, rstd_T: Any
+) -> None:
+    width = x_TH.shape[1]
+    for t in range(len(x_TH)):
+        x, out = x_TH[t], extended_THR[t]
+        if more_TH is not None:
+            more = more_TH[t]
+            for j in range(width):
+                x[j] += more[j]
+        rstd = ONE / np.sqrt(_dot(x, x) / np.float32(width) + eps)
+        rstd_T[t] = rstd
+        if keep is None:
+            for j in range(width):
+                out[j] = x[j] * rstd * weight_H[j]
+        else:
+            kept, dropped = keep[t], dropped_TH[t]
+            for j in range(width):
+                normed = x[j] * rstd * weight_H[j]
+                out[j] = normed
+                dropped[j] = normed * kept[j]
+
+
+@_compiled()
+def norm_backward(
+    d_extended_THR: Any, a: Any, keep: Any, x_TH: Any, rstd_T: Any, weight_H: Any, d_x_TH: Any, dropped_TH: Any
+) -> None:
+    width = x_TH.shape[1]
+    for t in range(len(x_TH)):
+        x, rstd, d_x, row = x_TH[t], rstd_T[t], d_x_TH[t], d_extended_THR[t]
+        d_out = row[:width]
+        if a is not None:
+            _add_share(d_out, row[width:], a, None if keep is None else keep[t])
+        along = -_dot3(d_out, weight_H, x) * rstd * rstd * rstd / np.float32(width)
+        for j in range(width):
+            d_x[j] += d_out[j] * weight_H[j] * rstd + x[j] * along
+        if dropped_TH is not None:
+            dropped = dropped_TH[t]
+            if keep is None:
+                for j in range(width):
+                    dropped[j] = x[j] * rstd * weight_H[j]
+            else:
+                kept = keep[t]
+                for j in range(width):
+                    dropped[j] = x[j] * rstd * weight_H[j] * kept[j]
+
+
+@_compiled()
+def activation(gate_up_T2I: Any, kind: Any, extended_TIR: Any, keep: Any, dropped_TI: Any) -> None:
+    width = gate_up_T2I.shape[1] // 2
+    for t in range(len(gate_up_T2I)):
+        gate, up, out = gate_up_T2I[t, :width], gate_up_T2I[t, width:], extended_TIR[t]
+        if kind == SILU_KIND:
+            for j in range(width):
+                out[j] = gate[j] * _sigmoid(gate[j]) * up[j]
+        else:
+            for j in range(width):
+                out[j] = gate[j] * _sigmoid(_gelu_argument(gate[j])) * up[j]
+        if keep is not None:
+            kept, dropped = keep[t], dropped_TI[t]
+            for j in range(width):
+                dropped[j] = out[j] * kept[j]
+
+
+@_compiled()
+def activation_backward(d_extended_TIR: Any, a: Any, keep: Any, gate_up_T2I: Any, kind: Any, dropped_TI: Any) -> None:
+    width = dropped_TI.shape[1]
+    for t in range(len(dropped_TI)):
+        row, dropped = d_extended_TIR[t], dropped_TI[t]
+        d_out, gate, up = row[:width], gate_up_T2I[t, :width], gate_up_T2I[t, width:]
+        if a is not None:
+            _add_share(d_out, row[width:], a, None if keep is None else keep[t])
+        if kind == SILU_KIND:
+            for j in range(width):
+                share = _sigmoid(gate[j])
+                active = gate[j] * share
+                slope = share + active - active * share
+                dropped[j] = active * up[j]
+                gate[j] = d_out[j] * up[j] * slope
+                up[j] = d_out[j] * active
+        else:
+            for j in range(width):
+                x = gate[j]
+                share = _sigmoid(_gelu_argument(x))
+                active = x * share
+                slope = share + active * (ONE - share) * GELU * (ONE + np.float32(3) * CUBIC * x * x)
+                dropped[j] = active * up[j]
+                gate[j] = d_out[j] * up[j] * slope
+                up[j] = d_out[j] * active
+        if keep is not None:
+            kept = keep[t]
+            for j in range(width):
+                dropped[j] *= kept[j]
+
+
+@_compiled()
+def rotate(x_TN: Any, size: Any, heads: Any, cos_TF: Any, sin_TF: Any, sign: Any, out_TM: Any, at: Any) -> None:
+    """The first `heads` heads of `size` numbers each, into `out`, which may be x, from column `at` on."""
+    half = cos_TF.shape[1]
+    for t in range(len(x_TN)):
+        cos, sin = cos_TF[t], sin_TF[t]
+        for head in range(heads):
+            x = x_TN[t, head * size : (head + 1) * size]
+            out = out_TM[t, at + head * size : at + (head + 1) * size]
+            for j in range(half):
+                first, second = x[j], x[half + j]
+                out[j] = first * cos[j] - second * sin[j] * sign
+                out[half + j] = second * cos[j] + first * sin[j] * sign
+            for j in range(2 * half, size):
+                out[j] = x[j]
+
+
+@_compiled()
+def softmax(scores_nHLK: Any, bias_n1LK: Any) -> None:
+    n, heads, length, _ = scores_nHLK.shape
+    for i in range(n):
+        biases = bias_n1LK[i if len(bias_n1LK) > 1 else 0, 0]
+        for head in range(heads):
+            for query in range(length):
+                row, bias = scores_nHLK[i, head, query], biases[query]
+                for j in range(len(row)):
+                    row[j] += bias[j]
+                largest = _largest(row)
+                for j in range(len(row)):
+                    row[j] = _exp(row[j] - largest)
+                share = ONE / _sum(row)
+                for j in range(len(row)):
+                    row[j] *= share
+
+
+@_compiled()
+def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
+    for i in range(len(d_NK)):
+        d, probabilities = d_NK[i], probabilities_NK[i]
+        along = _dot(d, probabilities)
+        for j in range(len(d)):
+            d[j] = probabilities[j] * (d[j] - along)

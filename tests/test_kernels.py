@@ -1,0 +1,208 @@
+"""A layer's element-wise parts in one pass: the same as torch's, operation by operation, in fp64; and taken where they
+can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tunesmith.engine import onepass
+from tunesmith.engine.layers import Activation, Norm, add_share, put, rotate
+
+kernels = pytest.importorskip("tunesmith.engine.kernels", reason="Numba is not installed")
+
+CLOSE = 3e-6  # of the largest number; observed at most 7e-7
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight), 1e-5
+
+
+class Case:
+    """Random rows of a group of layers: T tokens, H inputs, R ranks, and a mask."""
+
+    def __init__(self, tokens: int, width: int, ranks: int, *, drops: bool, seed: int) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+        self.tokens, self.width, self.ranks = tokens, width, ranks
+        self.keep = (self.normal(tokens, width) > -1).double() * 1.25 if drops else None
+        self.a = self.normal(ranks, width) if ranks else None
+        self.x, self.more, self.d_x = (self.normal(tokens, width) for _ in range(3))
+        self.extended = self.normal(tokens, width + ranks)
+        self.weight, self.rstd = self.normal(width), self.normal(tokens, 1).abs() + 0.1
+        self.gate_up = 3 * self.normal(tokens, 2 * width)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._random, dtype=torch.float64)
+
+    def norm(self, dtype: torch.dtype) -> Norm:
+        return Norm(RMSNorm(self.weight.to(dtype)))
+
+
+def put_(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
+    extended, dropped = of(case.extended), of(case.x * 0)
+    put(of(case.x), extended, of(case.keep), dropped)
+    return extended, dropped
+
+
+def share(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
+    extended = of(case.extended)
+    return add_share(extended, of(case.a), of(case.keep)), extended
+
+
+def norm(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
+    x, extended, dropped = of(case.x), of(case.extended), of(case.x * 0)
+    rstd = case.norm(x.dtype).forward(x, extended, of(case.keep), dropped, more=of(case.more))
+    return x, extended, dropped, rstd
+
+
+def norm_backward(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
+    extended, d_x, dropped = of(case.extended), of(case.d_x), of(case.x * 0)
+    given = of(case.a), of(case.keep), of(case.x), of(case.rstd)
+    case.norm(d_x.dtype).backward(extended, *given, d_x, dropped)
+    return d_x, dropped
+
+
+def activation(case: Case, of: Callable[[Tensor | None], Any], module: nn.Module) -> Sequence[Tensor]:
+    extended, dropped = of(case.extended), of(case.x * 0)
+    Activation(module).forward(of(case.gate_up), extended, of(case.keep), dropped)
+    return extended, dropped
+
+
+def activation_backward(case: Case, of: Callable[[Tensor | None], Any], module: nn.Module) -> Sequence[Tensor]:
+    gate_up, dropped = of(case.gate_up), of(case.x * 0)
+    Activation(module).backward(of(case.extended), of(case.a), of(case.keep), gate_up, dropped)
+    return gate_up, dropped
+
+
+PARTS: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "put": put_,
+    "share": share,
+    "norm": norm,
+    "norm backward": norm_backward,
+    "silu": lambda case, of: activation(case, of, nn.SiLU()),
+    "silu backward": lambda case, of: activation_backward(case, of, nn.SiLU()),
+    "gelu": lambda case, of: activation(case, of, nn.GELU("tanh")),
+    "gelu backward": lambda case, of: activation_backward(case, of, nn.GELU("tanh")),
+}
+
+
+def in_double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def in_single(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    assert found.dtype == torch.float32 and expected.dtype == torch.float64
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
+
+
+@pytest.mark.parametrize("name", PARTS)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 9), width=st.integers(1, 70), ranks=st.integers(0, 11), drops=st.booleans(),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_part_is_what_torch_computes(name: str, tokens: int, width: int, ranks: int, drops: bool, seed: int) -> None:
+    case = Case(tokens, width, ranks, drops=drops, seed=seed)
+    if not drops and name in ("put", "norm", "silu", "gelu"):  # x̃ is x itself, and not written
+        pairs = list(zip(PARTS[name](case, in_single), PARTS[name](case, in_double), strict=True))
+        del pairs[1 if name != "norm" else 2]
+    else:
+        pairs = list(zip(PARTS[name](case, in_single), PARTS[name](case, in_double), strict=True))
+    for found, expected in pairs:
+        part = slice(None) if name != "norm backward" else slice(0, width)
+        assert distance(found[:, part], expected[:, part]) < CLOSE
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("size", "half", "in_place"), [(64, 32, True), (64, 32, False), (10, 3, True), (10, 3, False)])
+def test_a_rotation_is_what_torch_computes(sign: int, size: int, half: int, in_place: bool) -> None:
+    case = Case(7, 4 * size, 0, drops=False, seed=1)
+    cos, sin = case.normal(7, half), case.normal(7, half)
+    found = []
+    for of in (in_single, in_double):
+        x = of(case.x)
+        out, at = (x, 0) if in_place else (of(case.normal(7, 5 * size) * 0), size)
+        assert x is not None and out is not None
+        rotate(x, size, 3, of(cos), of(sin), out, at, sign)  # type: ignore[arg-type]
+        found.append(out)
+    assert distance(*found) < CLOSE
+    if in_place:
+        assert torch.equal(found[0][:, 3 * size :], case.x[:, 3 * size :].float())
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 3), length=st.integers(1, 12), earlier=st.integers(0, 30), seed=st.integers(0, 2**32))
+def test_a_softmax_is_what_torch_computes(n: int, length: int, earlier: int, seed: int) -> None:
+    case = Case(1, 1, 0, drops=False, seed=seed)
+    keys = earlier + length
+    scores, d = 30 * case.normal(n, 2, length, keys), case.normal(n, 2, length, keys)
+    visible = torch.ones(length, keys, dtype=torch.bool).tril(earlier)
+    bias = torch.zeros(1, 1, length, keys, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+    expected = torch.softmax(scores + bias, -1)
+    found = scores.float()
+    kernels.softmax(found.numpy(), bias.float().numpy())
+    assert distance(found, expected) < CLOSE
+    assert not found[..., ~visible].any()
+    d_found, flat = d.float().flatten(0, 2), found.flatten(0, 2)
+    kernels.softmax_backward(d_found.numpy(), flat.numpy())
+    d_expected = expected * (d - (d * expected).sum(-1, keepdim=True))
+    assert distance(d_found, d_expected.flatten(0, 2)) < CLOSE
+
+
+def test_the_exponential_is_right_everywhere() -> None:
+    """Through a softmax over two keys, 0 and y: e^y / (1 + e^y)."""
+    y = torch.cat([torch.linspace(-104, 0, 200_001), torch.tensor([-torch.inf, -87, -87.0001, 0.0])])
+    scores = torch.stack([torch.zeros_like(y), y], -1)[None, None].contiguous()
+    kernels.softmax(scores.numpy(), np.zeros((1, 1, len(y), 2), np.float32))
+    expected = y.double().sigmoid()
+    found = scores[0, 0, :, 1]
+    seen = y >= -87
+    assert float(((found - expected) / expected)[seen].abs().max()) < 3e-7  # observed 1.7e-7
+    assert not found[~seen].any()
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name not in ("put", "share")])
+def test_what_is_not_a_number_stays_so(name: str) -> None:
+    case = Case(4, 33, 4, drops=True, seed=3)
+    for given_ in (case.x, case.gate_up, case.extended):
+        given_[2, 5] = torch.nan
+    touched = torch.zeros(4, dtype=torch.bool)
+    for found in PARTS[name](case, in_single):
+        touched |= found.isnan().any(-1)
+    assert touched.tolist() == [False, False, True, False]
+
+
+def test_they_are_taken_for_fp32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 3)
+    assert onepass.kernels(x) is kernels
+    assert onepass.kernels(x, x.double()) is onepass.kernels(x.T) is None
+    monkeypatch.setattr(onepass, "_kernels", lambda: None)
+    assert onepass.kernels(x) is None
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_call_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Called(Exception): ...
+
+    def called(*_: Any) -> None:
+        raise Called
+
+    for kernel in ("put", "add_share", "norm", "norm_backward", "activation", "activation_backward"):
+        monkeypatch.setattr(kernels, kernel, called)
+    case = Case(3, 8, 4, drops=True, seed=5)
+    PARTS[name](case, in_double)
+    with pytest.raises(Called):
+        PARTS[name](case, in_single)
