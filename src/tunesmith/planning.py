@@ -239,7 +239,7 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
         runtime=runtime,
         weights=choice.bytes_of(shape),
         adapter=e * (shape.adapter + own_b),  # peft's matrices, and sB beside the weights
-        gradients=e * shape.adapter * n_lanes,
+        gradients=e * shape.adapter * (1 + n_lanes),  # each lane adds its own up first
         optimizer=2 * e * shape.adapter,
         activations=activations,
         logits=logits,
