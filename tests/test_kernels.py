@@ -185,6 +185,13 @@ def test_what_is_not_a_number_stays_so(name: str) -> None:
     assert touched.tolist() == [False, False, True, False]
 
 
+def test_rows_are_those_asked_for() -> None:
+    given_, which = torch.randn(9, 5), torch.tensor([8, 0, 3, 3])
+    out = torch.empty(4, 5)
+    kernels.rows(given_.numpy(), which.numpy(), out.numpy())
+    assert torch.equal(out, given_[which])
+
+
 def test_they_are_taken_for_fp32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3)
     assert onepass.kernels(x) is kernels

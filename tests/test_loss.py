@@ -152,7 +152,7 @@ def test_what_is_given_is_left_as_it_was() -> None:
 def test_chunks_are_of_about_equal_size_and_fit(n_rows: int, vocabulary: int) -> None:
     rows = chunk_rows(n_rows, vocabulary, CPU)
     n_chunks = -(-n_rows // rows)
-    assert 1 <= rows <= max(64, (1 << 26) // (4 * vocabulary))
+    assert 1 <= rows <= max(64, (1 << 27) // (4 * vocabulary))
     assert n_rows - rows * (n_chunks - 1) > 0
     assert rows * n_chunks - n_rows < n_chunks  # no chunk is filled up by more than one row
 

@@ -28,6 +28,7 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import Checked, check, hold_out, ledger, locate
+from tunesmith.engine import onepass
 from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
@@ -381,7 +382,12 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
             "what the run began with",
             "Put it back, or train anew with another --out.",
         )
-    if other := [f"{name} {v}" for name, v in now["code"].items() if before["code"].get(name) != v]:
+    code, code_before = now["code"], before["code"]
+    if other := [
+        f"{name} {code.get(name, 'missing')}"
+        for name in sorted({*code, *code_before})
+        if code.get(name) != code_before.get(name)
+    ]:
         watcher.noted(f"Not the versions that the run began with: {', '.join(other)}. The last digits may differ.")
 
 
@@ -414,7 +420,8 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "config_sha256": rundir.sha256(folder / "config.json"),
             "weights": {path.name: _ends(path) for path in sorted(folder.glob("*.safetensors"))},
         },
-        "code": {name: importlib.metadata.version(name) for name in packages},
+        "code": {name: importlib.metadata.version(name) for name in packages}
+        | ({"numba": numba} if (numba := onepass.version()) else {}),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "device": models.device().type,

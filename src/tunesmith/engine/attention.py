@@ -30,7 +30,7 @@ from tunesmith.engine.trie import Tree
 Backend = Literal["reference", "gather", "flex"]
 INTERFACE = "tunesmith"
 _LONGEST_MASKED = 256  # queries of a masked piece; more waste the half of the scores that nobody sees
-LONGEST_WRITTEN = 320  # keys; beyond, scores are not worth their memory
+LONGEST_WRITTEN = 512  # keys; beyond, scores are not worth their memory
 _WASTE = 1.25  # scores computed per score needed, before another group is opened
 _WASTE_FLOOR = 64 * 64  # scores that are cheaper to waste than a group
 
@@ -206,7 +206,7 @@ class _Plan:
             self._sources[which] = torch.cat([_head_rows(token, heads, apart).flatten() for token in tokens])
         source = self._sources[which]
         by_head = tensor_THD.as_strided(((len(tensor_THD) - 1) * apart + heads, size), (size, 1))
-        return torch.index_select(by_head, 0, source, out=take(name, len(source), size))
+        return _rows(by_head, source, take(name, len(source), size))
 
     def parts(self, flat: Tensor, heads: int, folds: tuple[int, ...], *, of_keys: bool, kept: bool) -> list[Tensor]:
         """Views of the groups' rows: (n, heads, L or keys, D); with a fold (n · fold, what stands by one key head, D).
@@ -240,7 +240,7 @@ class _Plan:
             places = self._places([token - self.rows.start for token in self._tokens(of_keys=False)], heads)
             self._orders[heads] = places.argsort()[len(places) - len(self.rows) * heads :]
         order = self._orders[heads]
-        found = torch.index_select(flat, 0, order, out=take(name, len(order), flat.shape[1]))
+        found = _rows(flat, order, take(name, len(order), flat.shape[1]))
         return found.view(len(self.rows), heads, -1)
 
     def summed(self, flat: Tensor, heads: int) -> Tensor:
@@ -262,6 +262,15 @@ class _Plan:
     def _places(tokens: Sequence[Tensor], heads: int) -> Tensor:
         """Of every row of the groups, one behind the other, the row among all tokens' heads; negative for padding."""
         return torch.cat([torch.where(t[:, None] < 0, -1, _head_rows(t, heads, heads)).flatten() for t in tokens])
+
+
+def _rows(given: Tensor, which: Tensor, out: Tensor) -> Tensor:
+    """The rows `which` (n,) of `given`, in `out`."""
+    compiled = kernels(given, out)
+    if compiled is None:
+        return torch.index_select(given, 0, which, out=out)
+    compiled.rows(array(given), array(which), array(out))
+    return out
 
 
 def _head_rows(token: Tensor, heads: int, apart: int) -> Tensor:

@@ -290,3 +290,11 @@ def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
         along = _dot(d, probabilities)
         for j in range(len(d)):
             d[j] = probabilities[j] * (d[j] - along)
+
+
+@_compiled()
+def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
+    for i in range(len(which_M)):
+        row, out = given_ND[which_M[i]], out_MD[i]
+        for j in range(len(out)):
+            out[j] = row[j]
