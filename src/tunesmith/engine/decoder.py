@@ -173,7 +173,9 @@ class Decoder:
         self._rotary = body.rotary_emb
         self._dtype = arithmetic(head.weight.dtype)
         self._lanes: dict[int, Lanes] = {}
-        kernels(head.weight.new_empty(0, dtype=self._dtype))  # Numba is loaded now, not within the first step
+        compiled = kernels(head.weight.new_empty(0, dtype=self._dtype))
+        if compiled is not None:  # now, not within the first step
+            compiled.load(written[0].activation.kind, drops=self._dropout > 0, adapted=True)
         self.forget()
 
     def forget(self) -> None:

@@ -298,3 +298,22 @@ def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
         row, out = given_ND[which_M[i]], out_MD[i]
         for j in range(len(out)):
             out[j] = row[j]
+
+
+def load(kind: int, *, drops: bool, adapted: bool) -> None:
+    """Compiles all of them, or finds them in Numba's cache, for the kinds of arguments that a step will bring."""
+    row, one = np.ones((1, 8), np.float32), np.float32(1)
+    keep, a = row if drops else None, row if adapted else None
+    put(row, row, keep, row)
+    for more in (None, row):
+        norm(row, more, row[0], one, row, keep, row, row[0, :1])
+    both, behind = np.ones((1, 16), np.float32), np.ones((1, 9 if adapted else 8), np.float32)
+    activation(both, kind, row, keep, row)
+    activation_backward(behind, a, keep, both, kind, row)
+    norm_backward(behind, a, keep, row, row[0, :1], row[0], row, row)
+    if adapted:
+        add_share(behind, row, keep)
+    rotate(row, 8, 1, row[:, :4].copy(), row[:, :4].copy(), one, row, 0)
+    softmax(row[None, None], row[None, None])
+    softmax_backward(row, row)
+    rows(row, np.zeros(1, np.int64), row)

@@ -336,15 +336,15 @@ class Activation:
         match = [number for number, (act, _) in enumerate(known.values()) if torch.equal(act(probe), module(probe))]
         if not match:
             raise NotCovered(f"the activation {type(module).__name__}")
-        (self._kind,) = match
-        self._act, self._act_backward = list(known.values())[self._kind]
+        (self.kind,) = match
+        self._act, self._act_backward = list(known.values())[self.kind]
 
     def forward(self, gate_up: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
         """Into the first I columns of `extended`, and x̃."""
         compiled = kernels(gate_up, extended, dropped)
         if compiled is not None:
             arrays = map(array, (extended, keep, dropped))
-            compiled.activation(array(gate_up), self._kind, *arrays)
+            compiled.activation(array(gate_up), self.kind, *arrays)
             return
         half = gate_up.shape[1] // 2
         for block, result in zip(gate_up.split(_ROWS_AT_ONCE), extended.split(_ROWS_AT_ONCE), strict=True):
@@ -358,7 +358,7 @@ class Activation:
         compiled = kernels(d_extended, gate_up, dropped)
         if compiled is not None:
             arrays = map(array, (d_extended, a, keep, gate_up))
-            compiled.activation_backward(*arrays, self._kind, array(dropped))
+            compiled.activation_backward(*arrays, self.kind, array(dropped))
             return
         d_out, half = add_share(d_extended, a, keep), gate_up.shape[1] // 2
         for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, dropped)), strict=True):
