@@ -58,10 +58,10 @@ def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
     """Planted from step 7 on in what the layers written by hand compute; plain layers do not have it."""
     run, forward = tmp_path / "run", Activation.forward
 
-    def broken(self: Activation, gate_up: Tensor, out: Tensor) -> None:
-        forward(self, gate_up, out)
+    def broken(self: Activation, gate_up: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
+        forward(self, gate_up, extended, keep, dropped)
         if len(rundir.read_lines(run / "metrics.jsonl")) == 6:
-            out[0, 0] = math.nan
+            extended[0, 0] = math.nan
 
     monkeypatch.setattr(Activation, "forward", broken)
     with pytest.raises(ProofError) as raised:
