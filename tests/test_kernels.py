@@ -95,11 +95,11 @@ PARTS: dict[str, Callable[..., Sequence[Tensor]]] = {
 }
 
 
-def in_double(tensor: Tensor | None) -> Tensor | None:
+def in_double(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.clone()
 
 
-def in_single(tensor: Tensor | None) -> Tensor | None:
+def in_single(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.float()
 
 
@@ -133,10 +133,9 @@ def test_a_rotation_is_what_torch_computes(sign: int, size: int, half: int, in_p
     cos, sin = case.normal(7, half), case.normal(7, half)
     found = []
     for of in (in_single, in_double):
-        x = of(case.x)
+        x, turned = of(case.x), (of(cos), of(sin))
         out, at = (x, 0) if in_place else (of(case.normal(7, 5 * size) * 0), size)
-        assert x is not None and out is not None
-        rotate(x, size, 3, of(cos), of(sin), out, at, sign)  # type: ignore[arg-type]
+        rotate(x, size, 3, *turned, out, at, sign)
         found.append(out)
     assert distance(*found) < CLOSE
     if in_place:
@@ -185,6 +184,14 @@ def test_what_is_not_a_number_stays_so(name: str) -> None:
     assert touched.tolist() == [False, False, True, False]
 
 
+def test_a_softmax_of_what_is_not_a_number_is_none() -> None:
+    scores = torch.zeros(1, 1, 3, 40)
+    scores[0, 0, 1, 7] = torch.nan
+    kernels.softmax(scores.numpy(), np.zeros((1, 1, 3, 40), np.float32))
+    assert scores.isnan().all(-1).flatten().tolist() == [False, True, False]
+    assert torch.allclose(scores[0, 0, 0], torch.tensor(1 / 40))
+
+
 def test_rows_are_those_asked_for() -> None:
     given_, which = torch.randn(9, 5), torch.tensor([8, 0, 3, 3])
     out = torch.empty(4, 5)
@@ -213,3 +220,9 @@ def test_the_parts_call_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     PARTS[name](case, in_double)
     with pytest.raises(Called):
         PARTS[name](case, in_single)
+
+
+def test_a_kernel_whose_file_has_no_place_for_a_cache_is_compiled_all_the_same() -> None:
+    written: dict[str, Any] = {}
+    exec("def twice(x):\n    return x + x", written)
+    assert kernels._compiled()(written["twice"])(4) == 8

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -238,3 +241,18 @@ def test_a_wrong_tree_of_a_base_of_4_bits_is_seen(monkeypatch: pytest.MonkeyPatc
     made = checking(nf4(tmp_path / "base"), [])
     made.gradient(FEW, n_supervised(FEW))
     assert made.way == "padded"
+
+
+def test_the_settings_of_an_adapter_have_one_name_in_every_process() -> None:
+    """Where the verdict is remembered: names of target modules are a set, whose order is another one in each."""
+    program = (
+        "from peft import LoraConfig; from tunesmith.engine.step import _in_order;"
+        "print(_in_order(LoraConfig(target_modules=list('abcdefgh')).to_dict()))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1 and b"'a', 'b', 'c'" in seen.pop()

@@ -175,7 +175,7 @@ class Decoder:
         self._lanes: dict[int, Lanes] = {}
         compiled = kernels(head.weight.new_empty(0, dtype=self._dtype))
         if compiled is not None:  # now, not within the first step
-            compiled.load(written[0].activation.kind, drops=self._dropout > 0, adapted=True)
+            compiled.load(written[0].activation.kind, drops=self._dropout > 0)
         self.forget()
 
     def forget(self) -> None:

@@ -27,7 +27,7 @@ SMALLEST, LARGEST = np.float32(-87), np.float32(88)
 ROUNDING = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
 BITS_OF_ONE, MANTISSA = np.int32(0x3F800000), np.int32(23)
 GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
-SILU_KIND, GELU_KIND = 0, 1
+SILU = 0  # of the kinds that `Activation` knows; the other one is GELU by tanh
 
 Kernel = Callable[..., Any]
 
@@ -189,15 +189,13 @@ def norm_backward(
         along = -_dot3(d_out, weight_H, x) * rstd * rstd * rstd / np.float32(width)
         for j in range(width):
             d_x[j] += d_out[j] * weight_H[j] * rstd + x[j] * along
-        if dropped_TH is not None:
-            dropped = dropped_TH[t]
-            if keep is None:
-                for j in range(width):
-                    dropped[j] = x[j] * rstd * weight_H[j]
-            else:
-                kept = keep[t]
-                for j in range(width):
-                    dropped[j] = x[j] * rstd * weight_H[j] * kept[j]
+        dropped = dropped_TH[t]
+        for j in range(width):
+            dropped[j] = x[j] * rstd * weight_H[j]
+        if keep is not None:
+            kept = keep[t]
+            for j in range(width):
+                dropped[j] *= kept[j]
 
 
 @_compiled()
@@ -205,7 +203,7 @@ def activation(gate_up_T2I: Any, kind: Any, extended_TIR: Any, keep: Any, droppe
     width = gate_up_T2I.shape[1] // 2
     for t in range(len(gate_up_T2I)):
         gate, up, out = gate_up_T2I[t, :width], gate_up_T2I[t, width:], extended_TIR[t]
-        if kind == SILU_KIND:
+        if kind == SILU:
             for j in range(width):
                 out[j] = gate[j] * _sigmoid(gate[j]) * up[j]
         else:
@@ -225,7 +223,7 @@ def activation_backward(d_extended_TIR: Any, a: Any, keep: Any, gate_up_T2I: Any
         d_out, gate, up = row[:width], gate_up_T2I[t, :width], gate_up_T2I[t, width:]
         if a is not None:
             _add_share(d_out, row[width:], a, None if keep is None else keep[t])
-        if kind == SILU_KIND:
+        if kind == SILU:
             for j in range(width):
                 share = _sigmoid(gate[j])
                 active = gate[j] * share
@@ -300,19 +298,18 @@ def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
             out[j] = row[j]
 
 
-def load(kind: int, *, drops: bool, adapted: bool) -> None:
+def load(kind: int, *, drops: bool) -> None:
     """Compiles all of them, or finds them in Numba's cache, for the kinds of arguments that a step will bring."""
     row, one = np.ones((1, 8), np.float32), np.float32(1)
-    keep, a = row if drops else None, row if adapted else None
+    keep = row if drops else None
     put(row, row, keep, row)
     for more in (None, row):
         norm(row, more, row[0], one, row, keep, row, row[0, :1])
-    both, behind = np.ones((1, 16), np.float32), np.ones((1, 9 if adapted else 8), np.float32)
+    both, behind = np.ones((1, 16), np.float32), np.ones((1, 9), np.float32)
     activation(both, kind, row, keep, row)
-    activation_backward(behind, a, keep, both, kind, row)
-    norm_backward(behind, a, keep, row, row[0, :1], row[0], row, row)
-    if adapted:
-        add_share(behind, row, keep)
+    activation_backward(behind, row, keep, both, kind, row)
+    norm_backward(behind, row, keep, row, row[0, :1], row[0], row, row)
+    add_share(behind, row, keep)
     rotate(row, 8, 1, row[:, :4].copy(), row[:, :4].copy(), one, row, 0)
     softmax(row[None, None], row[None, None])
     softmax_backward(row, row)
