@@ -391,7 +391,7 @@ def test_a_mask_that_is_off_by_one_is_seen(monkeypatch: pytest.MonkeyPatch, way:
     def wrong_layout(documents: Sequence[Rendered], **others: Any) -> trie.Tree:
         """One token sees one more: the first of another document sees the last of the one before."""
         tree = right_layout(documents, **others)
-        last = next(segment.start for segment in tree.segments[1:] if segment.parent is None) - 1
+        last = next(segment.start for segment in tree.segments[1:] if tree.position[segment.start] == 0) - 1
         return replace(tree, end=(*tree.end[:last], last + 2, *tree.end[last + 1 :]))
 
     monkeypatch.setattr(trie, "lay_out", wrong_layout)

@@ -131,20 +131,18 @@ def test_what_is_learned_is_what_the_documents_say_once_each(documents: list[Ren
 
 @some
 @given(batches(), st.booleans())
-def test_segments_tile_the_layout_and_hang_where_their_parent_ends(documents: list[Rendered], share: bool) -> None:
+def test_segments_tile_the_layout_and_hang_where_another_ends(documents: list[Rendered], share: bool) -> None:
     tree = lay_out(documents, share_prefix=share)
     above = [(seen(tree, index)[:-1] or [None])[-1] for index in range(len(tree.token_ids))]
     n_children = Counter(above)
     assert [segment.start for segment in tree.segments] == [0, *(segment.stop for segment in tree.segments[:-1])]
     assert tree.segments[-1].stop == len(tree.token_ids)
-    for number, segment in enumerate(tree.segments):
+    last = {segment.stop - 1 for segment in tree.segments}
+    for segment in tree.segments:
         assert segment.start < segment.stop
-        if segment.parent is None:
-            assert above[segment.start] is None
-        else:
-            assert segment.parent < number
-            assert above[segment.start] == tree.segments[segment.parent].stop - 1
-            assert n_children[above[segment.start]] > 1  # otherwise it would be a part of its parent
+        if above[segment.start] is not None:
+            assert above[segment.start] in last
+            assert n_children[above[segment.start]] > 1  # otherwise it would be a part of that one
         for index in range(segment.start + 1, segment.stop):
             assert above[index] == index - 1 and n_children[index - 1] == 1
 
@@ -156,7 +154,7 @@ def test_without_sharing_every_document_stands_on_its_own_in_order(documents: li
     assert tree.token_ids == tuple(token for d in documents for token in inputs(d))
     assert Counter(words(tree)) == beginnings(documents)
     assert [segment.stop - segment.start for segment in tree.segments] == [input_length(d) for d in documents]
-    assert all(segment.parent is None for segment in tree.segments)
+    assert all(tree.position[segment.start] == 0 for segment in tree.segments)
     assert all(count == 1 for _, _, count in tree.pairs)
 
 

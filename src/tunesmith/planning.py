@@ -19,7 +19,7 @@ import torch
 
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
-from tunesmith.engine import attention, lanes, trie
+from tunesmith.engine import gather, lanes, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.step import TOKENS
@@ -124,36 +124,17 @@ class Load:
 
     tokens: int
     predicting: int
-    scores: int
-    """Of one head, kept for the backward pass: those of all groups of queries that are written out."""
-    largest_scores: int
-    """Of one head, in the largest group."""
-    collected: int
-    """Queries in groups, with padding."""
-    collected_keys: int
-    fused_queries: int
-    """Queries in groups that torch's fused attention computes; it keeps copies."""
-    fused_keys: int
+    longest: int
+    """Tokens of the longest document."""
 
 
-def load_of(documents: Sequence[Any], *, share_prefix: bool, n_lanes: int | None = None) -> Load:
+def load_of(documents: Sequence[Any], *, share_prefix: bool) -> Load:
     """The load of a micro-batch, from its layout."""
     tree = trie.lay_out(documents, share_prefix=share_prefix)
-    n_tokens = len(tree.token_ids)
-    gather = attention.Gather(tree, torch.device("cpu"))
-    shares = lanes.shares(torch.ones(n_tokens), n_lanes or lanes.count_for(n_tokens))
-    groups = [group.area for rows in shares for group in gather.plan(None, rows).groups]
-    written = [area for area in groups if area[2] <= attention.LONGEST_WRITTEN]
-    fused = [area for area in groups if area[2] > attention.LONGEST_WRITTEN]
     return Load(
-        tokens=n_tokens,
+        tokens=len(tree.token_ids),
         predicting=len({where for where, _, _ in tree.pairs}),
-        scores=sum(n * queries * keys for n, queries, keys in written),
-        largest_scores=max((n * queries * keys for n, queries, keys in written), default=0),
-        collected=sum(n * queries for n, queries, _ in groups),
-        collected_keys=sum(n * keys for n, _, keys in groups),
-        fused_queries=sum(n * queries for n, queries, _ in fused),
-        fused_keys=sum(n * keys for n, _, keys in fused),
+        longest=max(tree.position) + 1,
     )
 
 
@@ -212,24 +193,24 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
     r_qkv, r_o, r_up, r_down = shape.ranks
     h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
-    # One layer: q, k, v; the input of o with its h; x before the MLP; gate and up; the other adapters' h.
-    layer = (q + 2 * k) + (q + r_o) + h + 2 * i + (r_qkv + r_up + r_down)
+    # One layer: q, k, v; x before the MLP; gate and up; the adapters' h.
+    layer = (q + 2 * k) + h + 2 * i + (r_qkv + r_o + r_up + r_down)
     if shape.head_norms:
         layer += q + k
-    scores = e * shape.heads * load.scores
-    fused = e * (load.fused_queries * (2 * q) + load.fused_keys * 2 * k)
     # The last layer's part behind attention has no rows but those that predict.
-    last = (t - u) * (q + r_o + h + 2 * i)
-    activations = e * (kept * t * layer - last) + kept * (scores + fused)
+    last = (t - u) * (r_o + h + 2 * i)
+    activations = e * (kept * t * layer - last)
     activations += e * (shape.layers + 2) * t * h  # every layer's input and the last output
     if choice.recompute_layers:  # one layer while it passes, one while it is computed again
-        activations += e * 2 * t * layer + 2 * (scores + fused)
+        activations += e * 2 * t * layer
     rows = min(chunk_rows(math.ceil(u / n_lanes), shape.vocabulary, torch.device("cpu"), n_lanes), u)
     logits = e * n_lanes * rows * shape.vocabulary
     # Inputs with their h, before and after; the gradient of each; dropped inputs; x, its norm and their gradients.
     workspace = e * t * (2 * (h + max(r_qkv, r_up, r_o)) + 2 * (i + r_down) + max(i, q) + 4 * h)
-    workspace += e * (load.collected * 5 * q + load.collected_keys * 4 * k + t * 2 * k)  # attention, group by group
-    workspace += 2 * e * shape.heads * load.largest_scores  # gradients of the scores
+    # Attention: queries, results and the gradients of both tile by tile, two of them in order too; gradients of all
+    # keys and values; the path; a tile's scores and their gradients.
+    path, scores = 2 * k * load.longest, gather.most_scores(shape.heads, load.longest)
+    workspace += e * (t * 6 * q + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     if choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
@@ -263,8 +244,6 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
     heads = e * (2 * q + 2 * k + shape.fused * (q + k)) + 4 * shape.heads
     mlp = e * 3 * i
     layer = t * (norms + inputs + heads + mlp + e * sum(shape.ranks))
-    if device == "cpu":  # attention group by group keeps scores or copies
-        layer += 4 * shape.heads * load.scores + 4 * (load.fused_queries * 2 * q + load.fused_keys * 2 * k)
     activations = kept * layer + choice.recompute_layers * e * t * h + 4 * t * h
     rows = chunk_rows(u, shape.vocabulary, torch.device(device))
     logits = (4 + e) * rows * shape.vocabulary  # fp32 and, for the products, in the weights' type

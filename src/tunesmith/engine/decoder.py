@@ -45,7 +45,7 @@ from tunesmith.engine.products import of_bfloat16
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))
 # What a number of a query costs per key, beside that of a weight: 12 operations beside 4, at two thirds their rate.
-_COST_OF_A_KEY = 4.5
+_COST_OF_A_KEY = 6.0
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class _Saved(NamedTuple):
     h_qkv: Tensor
     qkv: Tensor
     attention_backward: Callable[[Tensor], Sequence[Tensor]]
-    extended: Tensor
+    h_o: Tensor
     x_middle: Tensor
     rstd_middle: Tensor
     h_gate_up: Tensor
@@ -396,12 +396,6 @@ class _Lane:
             return buffers.take(f"{name} {tag or 'last'}", rows, width)
         return buffers.take_each(f"{name} {width}", len(self._model.layers), rows, width)[layer.number]
 
-    def _scores(self, layer: _Layer, n: int, tag: str) -> Tensor:
-        """Memory for n numbers: the layer's own, or with a `tag` that of this name."""
-        if tag:
-            return self._take(f"scores {tag}", n)
-        return self._buffers.take_each("scores", len(self._model.layers), n)[layer.number]
-
     def _forward(self, layer: _Layer, x: Tensor, out: Tensor, tag: str, *, keep: bool) -> tuple[Tensor, _Saved | None]:
         """The layer's output, in `out`, and with `keep` what its backward pass needs: in buffers of the layer's own, or
         with a `tag` in those of that name."""
@@ -439,9 +433,8 @@ class _Lane:
         micro.lanes.tell(self._number, ("keys", tag, layer.number))
         micro.lanes.hear(self._earlier, ("keys", tag, layer.number))
         attended, attention_backward = attention.by_hand(
-            micro.sight, query, key, value, layer.style, self._range, keep=keep, take=take,
-            scores=lambda n: self._scores(layer, n, tag),
-        )  # fmt: skip
+            micro.sight, (query, key, value), layer.style, self._range, take=take
+        )
         if not keep:
             micro.lanes.tell(self._number, ("looked", layer.number))
         result = attended.flatten(1)
@@ -449,11 +442,12 @@ class _Lane:
         if self._is_last(layer):
             result, x_rows = (t.index_select(0, self._predicting) for t in (result, x))
             out = out[: len(self._predicting)]
-        extended_o = place("o", len(x_rows), layer.o.inputs + layer.o.ranks)
+        extended = take("extended", len(x_rows), layer.o.inputs + layer.o.ranks)
         x_middle = place("x middle", len(x_rows), layer.o.outputs)
-        room, dropped = self._dropped(extended_o, layer.o.inputs, keep_o)
-        put(result, extended_o, keep_o, room)
-        layer.o.forward(take, extended_o, dropped, x_middle)
+        room, dropped = self._dropped(extended, layer.o.inputs, keep_o)
+        put(result, extended, keep_o, room)
+        layer.o.forward(take, extended, dropped, x_middle)
+        h_o = extended[:, layer.o.inputs :].clone()
 
         extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
         room, dropped = self._dropped(extended, layer.gate_up.inputs, keep_gate_up)
@@ -470,7 +464,7 @@ class _Lane:
         if not keep:
             return out, None
         state = _Saved(
-            x, rstd, h_qkv, qkv, attention_backward, extended_o, x_middle, rstd_middle, h_gate_up, gate_up, h_down,
+            x, rstd, h_qkv, qkv, attention_backward, h_o, x_middle, rstd_middle, h_gate_up, gate_up, h_down,
             tuple(head_rstds),
         )  # fmt: skip
         return out, state
@@ -501,18 +495,17 @@ class _Lane:
         # attention
         d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
         layer.o.backward(take, d_out, d_extended)
-        d_attended = add_share(d_extended, layer.o.share, keep_o)
-        given, h = saved.extended.tensor_split([layer.o.inputs], 1)
-        dropped = given
-        if keep_o is not None:
-            dropped = take("dropped", n_rows, layer.o.inputs)
-            drop(given, keep_o, dropped)
-        layer.o.adapter_backward(of_o, d_out, h, dropped, d_extended[:, layer.o.inputs :])
+        d_attended, d_middle = add_share(d_extended, layer.o.share, keep_o), d_out
         if self._is_last(layer):
             d_attended, d_out = (
                 t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, self._predicting, t) for t in (d_attended, d_out)
             )
-        d_heads = self._attention_backward(layer, saved, d_attended)
+        *d_heads, attended = self._attention_backward(layer, saved, d_attended)
+        dropped = attended.flatten(1)
+        if self._is_last(layer):
+            dropped = dropped.index_select(0, self._predicting)
+        drop(dropped, keep_o, dropped)
+        layer.o.adapter_backward(of_o, d_middle, saved.h_o, dropped, d_extended[:, layer.o.inputs :])
         d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
         places = (0, layer.query_width, layer.query_width + layer.key_width)
         for i, (at, gradient) in enumerate(zip(places, d_heads, strict=True)):
@@ -541,8 +534,8 @@ class _Lane:
         return d_out
 
     def _attention_backward(self, layer: _Layer, saved: _Saved, d_attended: Tensor) -> list[Tensor]:
-        """(rows, heads, D) each: the gradients of the lane's own queries, keys and values."""
-        d_query, *of_keys = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
+        """(rows, heads, D) each: the gradients of the lane's own queries, keys and values, and the result again."""
+        d_query, *of_keys, attended = saved.attention_backward(d_attended.unflatten(1, (-1, layer.head_size)))
         micro, number = self._micro, self._number
         for other in self._earlier:
             rows = micro.rows[other]
@@ -554,4 +547,4 @@ class _Lane:
             theirs = micro.key_gradients.pop((layer.number, other, number))
             d_key.add_(theirs[0])
             d_value.add_(theirs[1])
-        return [d_query, d_key, d_value]
+        return [d_query, d_key, d_value, attended]

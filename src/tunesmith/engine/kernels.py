@@ -26,6 +26,7 @@ C2, C1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
 SMALLEST, LARGEST = np.float32(-87), np.float32(88)
 ROUNDING = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
 BITS_OF_ONE, MANTISSA = np.int32(0x3F800000), np.int32(23)
+LEAST_BITS, LARGEST_BITS, ALL_BUT_ONE = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
 GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 SILU = 0  # of the kinds that `Activation` knows; the other one is GELU by tanh
 
@@ -47,7 +48,6 @@ def _compiled(**more: Any) -> Callable[[Kernel], Kernel]:
 
 _part = _compiled(inline="always")
 _sum_of = _compiled(fastmath={"contract", "reassoc", "nsz"})
-_largest_of = _compiled(fastmath={"reassoc", "nsz", "nnan"})
 
 
 @_part
@@ -100,12 +100,19 @@ def _sum(x: Any) -> Any:
     return total
 
 
-@_largest_of
+@_part
+def _turned(bits: Any) -> Any:
+    return np.int32(bits ^ ((bits >> ALL_BUT_ONE) & LARGEST_BITS))
+
+
+@_compiled()
 def _largest(x: Any) -> Any:
-    largest = x[0]
-    for j in range(len(x)):
-        largest = max(largest, x[j])
-    return largest
+    """As integers, which LLVM compares side by side: the bits of floats are in order once those of negative ones are
+    turned round. NaN is the largest."""
+    bits, largest = x.view(np.int32), LEAST_BITS
+    for j in range(len(bits)):
+        largest = max(largest, _turned(bits[j]))
+    return np.int32(_turned(largest)).view(np.float32)
 
 
 @_compiled()
@@ -264,21 +271,25 @@ def rotate(x_TN: Any, size: Any, heads: Any, cos_TF: Any, sin_TF: Any, sign: Any
 
 
 @_compiled()
-def softmax(scores_nHLK: Any, bias_n1LK: Any) -> None:
-    n, heads, length, _ = scores_nHLK.shape
-    for i in range(n):
-        biases = bias_n1LK[i if len(bias_n1LK) > 1 else 0, 0]
-        for head in range(heads):
-            for query in range(length):
-                row, bias = scores_nHLK[i, head, query], biases[query]
-                for j in range(len(row)):
-                    row[j] += bias[j]
-                largest = _largest(row)
-                for j in range(len(row)):
-                    row[j] = _exp(row[j] - largest)
-                share = ONE / _sum(row)
-                for j in range(len(row)):
-                    row[j] *= share
+def causal_softmax(scores_HQK: Any, window: Any) -> None:
+    """Of queries that are the last ones of the keys; each sees `window` keys up to its own, and gets 0 for the rest."""
+    heads, n, n_keys = scores_HQK.shape
+    for head in range(heads):
+        for query in range(n):
+            row = scores_HQK[head, query]
+            behind = n_keys - n + query + 1
+            first = max(0, behind - window)
+            seen = row[first:behind]
+            largest = _largest(seen)
+            for j in range(len(seen)):
+                seen[j] = _exp(seen[j] - largest)
+            share = ONE / _sum(seen)
+            for j in range(len(seen)):
+                seen[j] *= share
+            for j in range(first):
+                row[j] = ZERO
+            for j in range(behind, n_keys):
+                row[j] = ZERO
 
 
 @_compiled()
@@ -311,6 +322,6 @@ def load(kind: int, *, drops: bool) -> None:
     norm_backward(behind, row, keep, row, row[0, :1], row[0], row, row)
     add_share(behind, row, keep)
     rotate(row, 8, 1, row[:, :4].copy(), row[:, :4].copy(), one, row, 0)
-    softmax(row[None, None], row[None, None])
+    causal_softmax(row[None], 8)
     softmax_backward(row, row)
     rows(row, np.zeros(1, np.int64), row)

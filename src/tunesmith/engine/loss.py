@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.engine.products import mm
 
-_CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}  # of fp32 logits
+_CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle
 WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
 

@@ -24,16 +24,6 @@ from tunesmith.types import Rendered
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of the layout without a fork."""
-
-    start: int
-    stop: int
-    parent: int | None
-    """Number of the segment it continues; None at the root."""
-
-
-@dataclass(frozen=True, slots=True)
 class Tree:
     """The layout of one micro-batch."""
 
@@ -41,8 +31,8 @@ class Tree:
     position: tuple[int, ...]
     """How many tokens stand before it in its documents."""
     end: tuple[int, ...]
-    segments: tuple[Segment, ...]
-    """In the order of the layout; together they are all of it."""
+    segments: tuple[range, ...]
+    """Stretches of the layout without a fork, in its order; together they are all of it."""
     pairs: tuple[tuple[int, int, int], ...]
     """(predict_from, target, count), sorted: the token at that index predicts the target in so many documents."""
 
@@ -150,13 +140,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _segments(parent: Sequence[int]) -> tuple[Segment, ...]:
+def _segments(parent: Sequence[int]) -> tuple[range, ...]:
     children = Counter(parent)
     starts = [i for i, p in enumerate(parent) if p == -1 or p != i - 1 or children[p] > 1]
-    number_at: list[int] = []
-    segments: list[Segment] = []
-    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(parent)], strict=True)):
-        above = parent[start]
-        segments.append(Segment(start, stop, None if above == -1 else number_at[above]))
-        number_at += [number] * (stop - start)
-    return tuple(segments)
+    return tuple(range(start, stop) for start, stop in itertools.pairwise([*starts, len(parent)]))
