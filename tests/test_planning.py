@@ -68,7 +68,7 @@ def test_what_a_step_keeps_is_what_the_plan_says(
         for name, *shape in buffers._taken:
             held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))
     load = planning.load_of(documents, share_prefix=share)
-    parts = planning.parts_by_hand(planning.shape_of(rows), load, Choice(2560, 0, 4), 0, len(every) - 1)
+    parts = planning.parts_by_hand(planning.shape_of(rows), load, Choice(2048, 0, 4), 0, len(every) - 1)
     planned = parts.activations + parts.logits + parts.workspace
     assert 0.95 < planned / sum(held.values()) < 1.1
 
@@ -177,7 +177,7 @@ def test_less_memory_means_smaller_parts_then_recomputing_then_16_bits(middling_
     least = planning._AT_WORK_BYTES / GIB
     plans = [planning.plan(rows, machine(least + 0.12 * 0.93**n)) for n in range(50)]
     seen = list(dict.fromkeys(chosen(made) for made in plans if made.fits))
-    assert seen[0] == (2560, 0, "float32")
+    assert seen[0] == (2048, 0, "float32")
     assert seen == sorted(seen, key=lambda c: (c[2] == "bfloat16", c[1], -c[0]))
     assert {c[1] for c in seen} >= {0, 4} and seen[-1][2] == "bfloat16"
     needs = [made.peak_memory_bytes for made in plans]

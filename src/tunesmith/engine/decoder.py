@@ -44,7 +44,7 @@ from tunesmith.engine.products import of_bfloat16
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))
-# What a number of a query costs per key, beside that of a weight: 12 operations beside 4, at two thirds their rate.
+# What a number of a query costs per key, beside that of a weight: 16 operations beside 4, and the softmax twice.
 _COST_OF_A_KEY = 6.0
 
 

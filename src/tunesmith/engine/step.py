@@ -35,7 +35,7 @@ from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
 
 Way = Literal["decoder", "tree", "padded"]
-TOKENS = {"cpu": 2560, "cuda": 16384}
+TOKENS = {"cpu": 2048, "cuda": 16384}
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
