@@ -197,14 +197,13 @@ def test_a_softmax_of_what_is_not_a_number_is_none(bits: int) -> None:
     assert torch.allclose(scores[0], torch.tensor(1 / 40))
 
 
-@pytest.mark.parametrize("lift", [-50.0, 50.0])
-def test_a_softmax_does_not_overflow(lift: float) -> None:
-    """The largest score is found among those of either sign, and not mistaken for another."""
-    scores = (lift + 40 * Case(1, 1, 0, drops=False, seed=1).normal(1, 1, 300)).float()
-    expected = torch.softmax(1000 * scores.double(), -1)
-    found = 1000 * scores
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_softmax_of_scores_of_one_sign_is_neither_too_large_nor_too_small(sign: int) -> None:
+    """The largest is found among negative ones, too, whose bits are in the other order."""
+    scores = sign * (500 + 900 * Case(1, 1, 0, drops=False, seed=1).normal(1, 1, 300).abs())
+    found = scores.float()
     kernels.causal_softmax(found.numpy(), 300)
-    assert distance(found, expected) < 1e-4  # a score of 1e5 has steps of 0.008
+    assert distance(found, torch.softmax(scores, -1)) < 1e-3  # of a score of 2e3 fp32 keeps 1e-4
 
 
 def test_rows_are_those_asked_for() -> None:
