@@ -28,7 +28,7 @@ LAYERS = [
     {"checking"},
     {"engine.step", "model"},
     {"engine.decoder"},
-    {"engine.attention", "engine.batch", "engine.layers"},
+    {"engine.attention", "engine.batch", "engine.gather", "engine.layers"},
     {"engine.lanes", "engine.loss", "engine.lora", "engine.memory", "engine.ranks", "engine.trie", "engine"},
     {"engine.products", "engine.onepass"},
     {"engine.kernels"},
