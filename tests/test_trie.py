@@ -6,6 +6,7 @@ the words are the beginnings of the documents; how the layout came about does no
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -217,7 +218,8 @@ def test_a_group_keeps_the_budget_unless_it_is_one_document(
     documents: list[Rendered], budget: int, share: bool
 ) -> None:
     for group in cut(documents, budget, share_prefix=share):
-        assert len(group) == 1 or len(lay_out(group, share_prefix=share).token_ids) <= budget
+        common = len(os.path.commonprefix([*map(inputs, group)])) if share else 0
+        assert len(group) == 1 or len(lay_out(group, share_prefix=share).token_ids) - common <= budget
 
 
 @some
@@ -230,13 +232,20 @@ def test_sharing_never_takes_more_tokens_than_not_sharing(documents: list[Render
     assert n_tokens(share=True) <= n_tokens(share=False) == sum(map(input_length, documents))
 
 
-@pytest.mark.parametrize("budget", [60, 100, 10_000])
+@pytest.mark.parametrize("budget", [7, 20, 60])
 def test_documents_with_one_prompt_take_it_once_per_group(budget: int) -> None:
     prompt = range(40)
     documents = [document([*prompt, 50 + n, n], (40, 42)) for n in range(50)]
     groups = cut(documents, budget)
     assert sum(len(lay_out(group).token_ids) for group in groups) == 40 * len(groups) + 50
-    assert len(groups) == -(-50 // (budget - 40))  # as few as there can be
+    assert len(groups) == -(-50 // budget)  # as few as there can be, however long the prompt
+
+
+def test_only_what_all_of_a_group_begin_with_is_not_counted() -> None:
+    one, other = ([document([start, *range(40), n, n], (42, 43)) for n in range(3)] for start in (50, 51))
+    assert [len(group) for group in cut(one + other, 3)] == [3, 3]
+    assert [len(group) for group in cut(one + other, 87)] == [3, 3]
+    assert [len(group) for group in cut(one + other, 88)] == [6]  # 2 · (41 + 3)
 
 
 def test_no_group_is_a_small_rest() -> None:

@@ -210,7 +210,9 @@ class EngineSettings(Section):
     """How a step is computed; nothing here changes its result."""
 
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Tokens that go through the model at once; a longer row goes alone."
+        default="auto",
+        description="Tokens that go through the model at once, beside those that all of their rows begin with; a longer "
+        "row goes alone.",
     )
     share_prefix: bool = Field(
         default=True,

@@ -85,9 +85,10 @@ def lay_out(documents: Sequence[Rendered], *, share_prefix: bool = True, whole: 
 
 
 def cut(documents: Sequence[Rendered], max_tokens: int, *, share_prefix: bool = True) -> list[list[Rendered]]:
-    """The documents in groups whose trees have about the same size, at most `max_tokens` tokens.
+    """The documents in groups whose trees have about the same size: at most `max_tokens` tokens beside those that all
+    of the group begin with, which would stand once more in every smaller group.
 
-    Documents that share most come together. One that is longer than that goes alone.
+    Documents that share most come together. One that is longer than that may go alone.
     """
     line = _Line(documents, share_prefix)
     fewest = line.groups(max_tokens)
@@ -112,14 +113,15 @@ class _Line:
     def groups(self, max_tokens: int) -> list[list[Rendered]]:
         """From one end to the other, a group ends where the next document would make it too large."""
         groups: list[list[Rendered]] = []
-        size = 0
+        size = common = 0
         for document, depth in zip(self._documents, self._depths, strict=False):
-            if groups and size + input_length(document) - depth <= max_tokens:
+            length = input_length(document)
+            if groups and size + length - depth - min(common, depth) <= max_tokens:
                 groups[-1].append(document)
-                size += input_length(document) - depth
+                size, common = size + length - depth, min(common, depth)
             else:
                 groups.append([document])
-                size = input_length(document)
+                size = common = length
         return groups
 
     def evened(self, n: int, max_tokens: int) -> list[list[Rendered]]:
