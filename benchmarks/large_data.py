@@ -4,10 +4,11 @@ run takes its first step.
     python benchmarks/large_data.py --data huanhuan.json [--rows 1000000] [--steps 4]
 
 The rows of the file are written again and again, numbered in their instruction so that no two are the same. `check` is
-run on them with an empty cache, then `train` twice, each stopped by SIGTERM after some steps; all are processes of their
-own. SmolLM2-135M in fp32, steps of 16 rows. Memory is that of the process and of those it started, looked at twenty
-times a second: `own` is what only they hold (it can not be given back without being written somewhere), `mapped` what
-they see of files. Writes JSON.
+run on them with an empty cache, then `train` twice, each stopped by SIGTERM after some steps; all are processes of
+their own. SmolLM2-135M in fp32, steps of 16 rows. Memory is that of the process and of those it started, looked at
+twenty times a second: `own` is what only they hold (it can not be given back without being written somewhere), `mapped`
+what they see of files. Seconds are told until all is ready, which the loss on the held-out rows is measured behind, and
+until the first step began and was done. Writes JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import psutil
 import torch
 
 from tunesmith import hub, rundir
+from tunesmith import model as models
 
 HERE = Path(__file__).parent
 
@@ -41,7 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    model = hub.locate("smollm2").folder
+    model = models.prepared(hub.locate("smollm2")).folder
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = folder / "rows.jsonl"
@@ -77,8 +79,7 @@ def write_rows(rows: list[dict[str, str]], count: int, path: Path) -> None:
 
 
 def watched(command: list[str], environment: dict[str, str], run: Path | None = None, steps: int = 0) -> dict[str, Any]:
-    """Seconds and peak memory of a command; with `run` it is stopped after so many steps, and the seconds until its
-    first step began and was done are told too."""
+    """Seconds and peak memory of a command; with `run` it is stopped after so many steps."""
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *command],
@@ -98,6 +99,8 @@ def watched(command: list[str], environment: dict[str, str], run: Path | None = 
                 own, mapped = own + memory.rss - memory.shared, mapped + memory.shared
             seen["peak_own_bytes"] = max(seen["peak_own_bytes"], own)
             seen["peak_mapped_bytes"] = max(seen["peak_mapped_bytes"], mapped)
+        if run is not None and "ready_after" not in seen and n_steps(run):
+            seen["ready_after"] = time.monotonic() - began
         if run is not None and len(lines) < steps:
             before, lines = len(lines), rundir.read_lines(run / "metrics.jsonl")
             if lines and not before:
@@ -114,6 +117,12 @@ def watched(command: list[str], environment: dict[str, str], run: Path | None = 
     if run is not None:
         seen["step_seconds"] = [line["seconds"] for line in lines]
     return seen
+
+
+def n_steps(run: Path) -> int:
+    """What a run has told of itself: 0 until its model is ready."""
+    state = run / "state.json"
+    return json.loads(state.read_text(encoding="utf-8"))["n_steps"] if state.exists() else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -725,6 +726,38 @@ def test_bytes_that_are_not_utf8_are_named_by_line_with_the_encoding_they_seem_t
 def test_a_nul_byte_is_named_by_line(tmp_path: Path) -> None:
     path = save(tmp_path, (jsonl(GOOD) + jsonl(GOOD)).encode().replace(b"Bo", b"B\x00", 2)[:-2])
     assert refused(path).where == f"{path}:1"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_rows_are_read_without_holding_the_file(tmp_path: Path, form: str) -> None:
+    rows = [{"instruction": f"{n} " + "x" * 1000, "output": "y" * 1000} for n in range(8000)]
+    path = tmp_path / f"rows.{form}"
+    if form == "jsonl":
+        path.write_text(jsonl(*rows))
+    elif form == "csv":
+        path.write_text("instruction,output\n" + "".join(f"{row['instruction']},{row['output']}\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=200, compression="none", use_dictionary=False)
+    records.open_file(path)  # imports what it takes
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in records.open_file(path).rows()) == 8000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 16_000_000 > 4 * peak  # at most 3.2 MB
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, form: str) -> None:
+    line = json.dumps(GOOD) if form == "jsonl" else "one,two"
+    path = save(tmp_path, ("" if form == "jsonl" else "instruction,output\n") + f"{line}\n" * 3000, f"rows.{form}")
+    rows = records.open_file(path).rows()
+    assert isinstance(next(rows), Conversation)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="other bytes than a moment ago"):
+        list(rows)
 
 
 def test_a_file_that_is_not_there_is_refused_with_one_that_is(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from work import ROWS, STEPS, add, figures, read_config, rows_of
 
 from tunesmith import model as models
+from tunesmith.engine import liger
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import Engine, summed_loss
 from tunesmith.engine.trie import lay_out
@@ -142,8 +143,8 @@ def main() -> None:
     rate = product_rate(dtype)
     result: dict[str, Any] = {
         "model": arguments.model, "contestant": "ours and plain", "nf4": arguments.nf4, "tiny": arguments.tiny,
-        "way": engine.way, "notes": notes, "gradient_difference": difference, "product_rate": rate,
-        "rows_per_step": ROWS, "ours": timed(ours, model, config.vocab_size),
+        "way": engine.way, "liger": liger.version(), "notes": notes, "gradient_difference": difference,
+        "product_rate": rate, "rows_per_step": ROWS, "ours": timed(ours, model, config.vocab_size),
     }  # fmt: skip
     rows = documents(1, config.vocab_size)
     frozen = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from tunesmith import model as models
@@ -433,25 +434,23 @@ class _Sample:
         self._steps = Steps(rows, settings.examples_per_step, settings.seed, checked.data.digest)
         self.n_steps = len(self._steps) * settings.epochs
         size = settings.examples_per_step
+        chosen: list[np.ndarray] = []
         tokens, longest = [], []
-        chosen: list[list[int]] = []
         for epoch in range(settings.epochs):
-            order = self._steps.order(epoch)
-            for start in range(0, len(order), size):
-                some = order[start : start + size]
-                chosen.append(some)
-                tokens.append(int(rows.n_tokens[some].sum()))
-                longest.append(int(rows.longest[some].max()))
-        heavy = sorted(range(len(chosen)), key=lambda n: tokens[n])[-4:]
-        heavy += sorted(range(len(chosen)), key=lambda n: longest[n])[-4:]
+            order = np.array(self._steps.order(epoch))
+            starts = np.arange(0, len(order), size)
+            chosen += np.split(order, starts[1:])
+            tokens.append(np.add.reduceat(rows.n_tokens[order], starts))
+            longest.append(np.maximum.reduceat(rows.longest[order], starts))
+        heavy = [n for seen in (tokens, longest) for n in np.argsort(np.concatenate(seen), kind="stable")[-4:].tolist()]
         evenly = range(0, len(chosen), max(1, len(chosen) // _STEPS_LAID_OUT))
         self._evenly = [self._documents(rows, chosen[n]) for n in evenly]
         self._heavy = [self._documents(rows, chosen[n]) for n in dict.fromkeys(heavy)]
         self._loads: dict[int, list[Load]] = {}
 
     @staticmethod
-    def _documents(rows: Any, numbers: Sequence[int]) -> tuple[Any, ...]:
-        return Step(tuple(document for n in numbers for document in rows[n].documents)).documents
+    def _documents(rows: Any, numbers: np.ndarray) -> tuple[Any, ...]:
+        return Step(tuple(document for n in numbers.tolist() for document in rows[n].documents)).documents
 
     def heaviest(self, budget: int) -> list[Load]:
         """The loads of the largest micro-batches."""

@@ -211,8 +211,8 @@ class EngineSettings(Section):
 
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="Tokens that go through the model at once, beside those that all of their rows begin with; a longer "
-        "row goes alone.",
+        description="Tokens that go through the model at once, beside those that all of their rows begin with; a "
+        "longer row goes alone.",
     )
     share_prefix: bool = Field(
         default=True,

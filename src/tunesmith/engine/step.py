@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, lora, memory, onepass, trie
+from tunesmith.engine import attention, batch, liger, lora, memory, onepass, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
@@ -36,6 +36,7 @@ from tunesmith.types import Origin, Rendered
 
 Way = Literal["decoder", "tree", "padded"]
 TOKENS = {"cpu": 2048, "cuda": 16384}
+_TREE_WITHOUT_LIGER = "tree without Liger's kernels"
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
@@ -105,10 +106,12 @@ class Engine:
         self.way = "tree"
         if others := lora.install(self._model):
             self._note(f"{others} adapters are not plain LoRA on a linear layer; peft applies them.")
+        liger.install(self._model)
 
     def _take_padded(self) -> None:
         self.way = "padded"
         lora.remove(self._model)
+        liger.remove(self._model)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -257,12 +260,14 @@ class Engine:
         mark = hub.cache_dir() / "self_checks" / self._key()
         if mark.exists():
             found = mark.read_text(encoding="utf-8")
-            if found == "tree" and self.way == "decoder":
-                self._take_tree()
-            elif found == "padded":
+            if found == "padded":
                 self._take_padded()
+            elif found != "decoder" and self.way == "decoder":
+                self._take_tree()
+            if found == _TREE_WITHOUT_LIGER:
+                liger.remove(self._model)
             return
-        few = _few_tokens(documents)
+        few, without_liger = _few_tokens(documents), False
         trained = [p for p in self._model.parameters() if p.requires_grad]
         # Products of 16 bits put two right computations up to a third apart, which would hide most mistakes.
         with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model, self._decoder):
@@ -271,25 +276,28 @@ class Engine:
                 difference = float((self._gradient_of(few, self.way, trained) - expected).norm() / expected.norm())
                 if difference < _BOUND[torch.promote_types(self._compute_dtype, torch.float32)]:
                     break
+                said = "tree way with Liger's kernels" if liger.installed(self._model) else f"{self.way} way"
                 self._note(
-                    f"The {self.way} way gives another gradient than plain transformers and peft for this model "
+                    f"The {said} gives another gradient than plain transformers and peft for this model "
                     f"(relative difference {difference:.1e}); a slower one is taken. Please report the model's name."
                 )
                 if self.way == "decoder":
                     self._take_tree()
+                elif liger.installed(self._model):
+                    liger.remove(self._model)
+                    without_liger = True
                 else:
                     self._take_padded()
         memory.give_back()
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(self.way, encoding="utf-8")
+        mark.write_text(_TREE_WITHOUT_LIGER if without_liger and self.way == "tree" else self.way, encoding="utf-8")
 
     def _gradient_of(self, documents: Sequence[Rendered], way: Way, trained: Sequence[nn.Parameter]) -> Tensor:
         before = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        plain = lora.removed(self._model) if way == "padded" else nullcontext()
         try:
-            with plain:
+            with _plain(self._model) if way == "padded" else nullcontext():
                 self._part_gradient(documents, sum(document.n_supervised for document in documents), way)
             return torch.cat([_filled(p).flatten().double() for p in trained])
         finally:
@@ -307,7 +315,7 @@ class Engine:
             "adapter": _in_order(self._model.peft_config["default"].to_dict()),
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
-            "kernels": onepass.version(),
+            "kernels": [onepass.version(), liger.version()],
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
@@ -493,6 +501,13 @@ def _exactly(model: PeftModel, decoder: Decoder | None) -> Iterator[None]:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def _plain(model: PeftModel) -> Iterator[None]:
+    """Inside, transformers and peft compute everything themselves."""
+    with lora.removed(model), liger.removed(model):
+        yield
 
 
 def _forward_in_float32(module: nn.Module, x: Tensor) -> Tensor:

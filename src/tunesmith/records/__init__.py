@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import DataError
-from tunesmith.records.files import format_of, read_bytes, rows_of
+from tunesmith.records.files import format_of, opened, rows_of
 from tunesmith.records.row import FIELDS, Problem, understand
 from tunesmith.types import Conversation, Fault, Message, Origin
 
@@ -50,11 +50,10 @@ class Records:
         not be read on, or is not what it was when it was opened.
         """
         path = Path(self.path)
-        data = read_bytes(path)
-        if hashlib.sha256(data).hexdigest() != self.digest:
-            found = "other bytes than a moment ago"
-            raise DataError(self.path, found, "a file that nobody writes to meanwhile", "Start again.")
-        for number, (value, origin, fault) in enumerate(rows_of(data, path, self.format, self.columns)):
+        digest, written = _looked_through(path)
+        if digest != self.digest:
+            raise _changed(path)
+        for number, (value, origin, fault) in enumerate(rows_of(path, self.format, self.columns)):
             if number // run % of != share:
                 continue
             if fault is not None:
@@ -68,6 +67,8 @@ class Records:
             if self.system is not None and messages[0].role != "system":
                 messages = [Message("system", self.system), *messages]
             yield Conversation(tuple(messages), origin)
+        if _when_written(path) != written:
+            raise _changed(path)
 
 
 def open_file(path: str | Path, columns: Mapping[str, str] | None = None, system: str | None = None) -> Records:
@@ -79,10 +80,26 @@ def open_file(path: str | Path, columns: Mapping[str, str] | None = None, system
     if not str(path):
         raise DataError("data.path", "no data", "a file of examples", "Pass --data FILE.")
     path = Path(path)
-    data = read_bytes(path)
-    records = Records(
-        str(path), hashlib.sha256(data).hexdigest(), len(data), format_of(data, path), dict(columns or {}), system
-    )
-    if next(rows_of(data, path, records.format, records.columns), None) is None:
+    kind = format_of(path)
+    digest, (n_bytes, _) = _looked_through(path)
+    records = Records(str(path), digest, n_bytes, kind, dict(columns or {}), system)
+    if next(rows_of(path, records.format, records.columns), None) is None:
         raise DataError(str(path), "no rows", "at least one example", 'Add rows like {"instruction": …, "output": …}.')
     return records
+
+
+def _looked_through(path: Path) -> tuple[str, tuple[int, int]]:
+    """SHA-256 of the file's bytes, and how many they are and when they were written."""
+    with opened(path) as file:
+        written = _when_written(path)
+        return hashlib.file_digest(file, "sha256").hexdigest(), written
+
+
+def _when_written(path: Path) -> tuple[int, int]:
+    seen = path.stat()
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _changed(path: Path) -> DataError:
+    found = "other bytes than a moment ago"
+    return DataError(str(path), found, "a file that nobody writes to meanwhile", "Start again.")

@@ -1,19 +1,22 @@
-"""The bytes of a file: what kind it is, its text, its rows."""
+"""The bytes of a file: what kind it is, its text, its rows; only a JSON array is ever held as a whole."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
-import io
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.records.found import first_line, quoted, rename_hint, seen
 from tunesmith.records.json_rows import Parsed, json_rows, jsonl_rows
 from tunesmith.types import Fault, Origin
 
+_AT_ONCE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BINARY = {
     b"\x1f\x8b": "gzip",
@@ -30,18 +33,16 @@ _WIDE = {
 }
 
 
-def read_bytes(path: Path) -> bytes:
+def opened(path: Path, mode: str = "rb", **how: Any) -> Any:
+    """The file, open; raises DataError where it can not be."""
     try:
         if path.is_dir():
             raise DataError(str(path), "a folder", "a file", "Name the file inside it.")
-        data = path.read_bytes()
+        return path.open(mode, **how)
     except OSError as error:
         near = difflib.get_close_matches(path.name, _names_beside(path), 1)
         fix = f"Did you mean {path.parent / near[0]}?" if near else "Check the name."
         raise DataError(str(path), f"no readable file ({error.strerror})", "a data file", fix) from None
-    if not data.removeprefix(_BOM).strip():
-        raise DataError(str(path), "an empty file", "at least one example", "Check how the file was written.")
-    return data
 
 
 def _names_beside(path: Path) -> list[str]:
@@ -51,7 +52,22 @@ def _names_beside(path: Path) -> list[str]:
         return []
 
 
-def format_of(data: bytes, path: Path) -> str:
+def format_of(path: Path) -> str:
+    """json, jsonl, csv or parquet; raises DataError where the file is empty, none of these, or text but not UTF-8."""
+    with opened(path) as file:
+        start = file.read(_AT_ONCE)
+        while not (text := start.removeprefix(_BOM).lstrip()) and (more := file.read(_AT_ONCE)):
+            start = start[:4] + more
+        if not text:
+            raise DataError(str(path), "an empty file", "at least one example", "Check how the file was written.")
+        kind = _kind(start, text[:1], path)
+        if kind != "parquet":
+            file.seek(0)
+            _require_utf8(iter(partial(file.read, _AT_ONCE), b""), path)
+    return kind
+
+
+def _kind(data: bytes, first: bytes, path: Path) -> str:
     suffix = path.suffix.lower()
     if data.startswith(b"PAR1"):
         return "parquet"
@@ -61,13 +77,12 @@ def format_of(data: bytes, path: Path) -> str:
     for magic, kind in _BINARY.items():
         if data.startswith(magic):
             raise DataError(str(path), kind, "JSON, JSONL, CSV or Parquet", "Unpack or export it first.")
-    start = data.removeprefix(_BOM).lstrip()[:1]
-    if start == b"[" and suffix != ".csv":
+    if first == b"[" and suffix != ".csv":
         return "json"
-    if start == b"{" and suffix != ".csv":
+    if first == b"{" and suffix != ".csv":
         return "jsonl"
     if suffix in (".json", ".jsonl", ".ndjson"):
-        text = _text(data, path)  # an encoding that is not UTF-8 is the better message
+        text = _text(path)  # an encoding that is not UTF-8 is the better message
         blank = len(text) - len(text.lstrip())
         where = f"{path}:{text.count(chr(10), 0, blank) + 1}"
         expected = "'[' (an array) or '{' (an object a line)"
@@ -75,8 +90,25 @@ def format_of(data: bytes, path: Path) -> str:
     return "csv"
 
 
-def _text(data: bytes, path: Path) -> str:
+def _require_utf8(chunks: Iterable[bytes], path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for chunk in chunks:
+            if b"\x00" in chunk:
+                break
+            decoder.decode(chunk)
+        else:
+            decoder.decode(b"", final=True)
+            return
+    except UnicodeDecodeError:
+        pass
+    _text(path)
+
+
+def _text(path: Path) -> str:
     """The file as text; raises DataError at the line where it stops being UTF-8, with the encoding it seems to have."""
+    with opened(path) as file:
+        data: bytes = file.read()
     for bom, name in _WIDE.items():
         if data.startswith(bom):
             raise DataError(str(path), f"{name} text", "UTF-8", f"Convert it: {_conversion(name[:-2], path)}")
@@ -108,18 +140,23 @@ def _line(data: bytes, at: int) -> int:
     return data.count(b"\n", 0, at) + 1
 
 
-def rows_of(data: bytes, path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
+def rows_of(path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
+    """The rows of a file that `format_of` has looked through, in order."""
     if kind == "parquet":
-        yield from _parquet(data, str(path))
-    elif kind == "csv":
-        yield from _csv(_text(data, path), str(path), columns)
+        yield from _parquet(path)
+    elif kind == "json":
+        yield from json_rows(_text(path), str(path))
+    elif kind == "jsonl":
+        with opened(path, "r", encoding="utf-8-sig", newline="\n") as lines:
+            yield from jsonl_rows(lines, str(path), text=partial(_text, path))
     else:
-        yield from (json_rows if kind == "json" else jsonl_rows)(_text(data, path), str(path))
+        with opened(path, "r", encoding="utf-8-sig", newline="") as lines:
+            yield from _csv(lines, str(path), columns)
 
 
-def _csv(text: str, path: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
+def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(lines, strict=True)
     header = _csv_header(reader, path, columns)
     while True:
         origin = Origin(path, reader.line_num + 1)
@@ -167,16 +204,17 @@ def _csv_header(reader: Iterator[list[str]], path: str, columns: Mapping[str, st
     return header
 
 
-def _parquet(data: bytes, path: str) -> Iterator[Parsed]:
+def _parquet(path: Path) -> Iterator[Parsed]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(batch_size=4096):
-            for value in batch.to_pylist():
-                row += 1
-                yield Parsed(value, Origin(path, row, "row"))
+        with opened(path) as file:
+            for batch in pyarrow.parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield Parsed(value, Origin(str(path), row, "row"))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        where = f"{path}: behind row {row}" if row else path
+        where = f"{path}: behind row {row}" if row else str(path)
         raise DataError(where, f"damaged Parquet ({first_line(error)})", "Parquet", "Write it again.") from None

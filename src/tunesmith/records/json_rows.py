@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.errors import DataError
@@ -143,10 +142,11 @@ def json_rows(text: str, path: str) -> Iterator[Parsed]:
         yield stopped(rest, "nothing behind the closing ']'")
 
 
-def jsonl_rows(text: str, path: str) -> Iterator[Parsed]:
+def jsonl_rows(lines: Iterable[str], path: str, text: Callable[[], str]) -> Iterator[Parsed]:
+    """The rows of lines, which end with \\n; `text` is asked for all of them when the first is no whole object."""
     decoder = _Decoder()
     first, offset = True, 0
-    for number, whole in enumerate(io.StringIO(text, newline="\n"), 1):
+    for number, whole in enumerate(lines, 1):
         line = whole.rstrip("\r\n")
         start = _skip(line, 0)
         if start < len(line):
@@ -157,7 +157,7 @@ def jsonl_rows(text: str, path: str) -> Iterator[Parsed]:
                     raise _Stopped(rest, _JSON_EXPECTED["Extra data"])
             except _Stopped as stop:
                 if first:
-                    _refuse_spread_object(text, offset + start, number, path)
+                    _refuse_spread_object(text(), offset + start, number, path)
                 found = stop.found or seen(line[stop.at :], "the end of the line")
                 fix = "Each line is one whole JSON object; an array starts with '['."
                 yield Parsed(None, origin, Fault(origin, "row", found, stop.expected, fix))

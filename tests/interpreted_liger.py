@@ -1,0 +1,94 @@
+"""Liger's kernels, on a CPU by Triton's interpreter: the gradient is still that of plain transformers and peft.
+
+Run by `test_liger.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import liger_kernel.ops.geglu
+import liger_kernel.ops.rms_norm
+import pytest
+import torch
+import triton.language as tl
+import triton.runtime.interpreter
+from transformers.models.llama import modeling_llama
+
+from test_engine import FAMILIES, FEW, distance, engine, family, ignored, n_supervised, plain, take
+from tunesmith.engine import liger, step
+from tunesmith.engine.step import Engine
+from tunesmith.recipe import EngineSettings
+
+
+class Number(float):
+    """A number as kernels get it from the compiler; the interpreter hands over Python's, which have no `to`."""
+
+    def to(self, dtype: Any) -> Number:
+        return self
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Triton 3's interpreter lacks: types of numbers, and the GPU's own functions."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    module = triton.runtime.interpreter
+    converted = module._implicit_cvt
+    monkeypatch.setattr(module, "_implicit_cvt", lambda a: Number(a) if type(a) is float else converted(a))
+    monkeypatch.setattr(liger_kernel.ops.rms_norm, "rsqrt", lambda x: 1.0 / tl.sqrt(x))
+    monkeypatch.setattr(liger_kernel.ops.geglu, "tanh", lambda x: 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_is_that_of_plain_transformers_and_peft(name: str) -> None:
+    model = family(name, torch.float32)
+    made = engine(model, "tree", ignored)
+    right = plain(family(name), FEW)
+    norms = {"Qwen3": 4, "Gemma 2": 4, "Gemma 3": 6}.get(name, 2)  # of a layer, and the MLP
+    assert len(liger._changed(model)) == 2 * (norms + 1) + 1
+    assert distance(take(made, FEW), right) < 5e-6  # observed 1.7e-6 at most, as far as without the kernels
+
+
+def test_they_leave_nothing_behind() -> None:
+    model = family("Llama", torch.float32)
+    made = engine(model, "tree", ignored)
+    with_kernels = take(made, FEW).gradient
+    with liger.removed(model):
+        without = take(made, FEW).gradient
+        assert not liger.installed(model)
+    assert liger.installed(model)
+    assert not torch.equal(with_kernels, without)
+    assert modeling_llama.LlamaRMSNorm.__module__ == modeling_llama.LlamaMLP.__module__ == modeling_llama.__name__
+    made._take_padded()
+    assert not liger.installed(model)
+
+
+def test_the_self_check_compares_them_with_plain_layers() -> None:
+    model, notes = family("Llama", torch.float32), []
+    made = checked(model, notes)
+    made.gradient(FEW, n_supervised(FEW))
+    assert made.way == "tree" and liger.installed(model)
+    assert [note for note in notes if "another gradient" in note] == []
+
+
+def test_kernels_that_are_wrong_are_left_and_stay_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels = liger_kernel.ops.rms_norm
+    monkeypatch.setattr(kernels, "rsqrt", lambda x: 1.01 / tl.sqrt(x))
+    model, notes = family("Llama", torch.float32), []
+    made = checked(model, notes)
+    made.gradient(FEW, n_supervised(FEW))
+    assert made.way == "tree" and not liger.installed(model)
+    assert [note for note in notes if "The tree way with Liger's kernels gives another gradient" in note]
+    assert [path.read_text() for path in (tmp_path / "self_checks").glob("*")] == [step._TREE_WITHOUT_LIGER]
+    again = checked(second := family("Llama", torch.float32), [])
+    again.gradient(FEW, n_supervised(FEW))
+    assert again.way == "tree" and not liger.installed(second)
+
+
+def checked(model: Any, notes: list[str]) -> Engine:
+    """An engine over transformers' own layers that compares itself with plain ones before its first step."""
+    made = Engine(model, EngineSettings(), notes.append)
+    made._decoder = None
+    made._take_tree()
+    return made

@@ -1,0 +1,27 @@
+"""Liger's kernels on a machine without a GPU.
+
+Triton's interpreter has to be asked for before triton is imported, so `interpreted_liger.py` is a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_ligers_kernels_are_right_where_they_are_interpreted() -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    tests = Path(__file__).with_name("interpreted_liger.py")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"^14 passed", ran.stdout, re.MULTILINE), ran.stdout
