@@ -25,8 +25,11 @@ SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl")
+
+
+def write_sums(path: Path) -> Path:
     """80 rows of different lengths; the last step of an epoch is whole."""
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [{"instruction": f"What is {i}?", "input": "", "output": f"{i % 11}" + "!" * (i % 5)} for i in range(80)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -262,7 +262,7 @@ class Engine:
             found = mark.read_text(encoding="utf-8")
             if found == "padded":
                 self._take_padded()
-            elif found != "decoder" and self.way == "decoder":
+            elif found in ("tree", _TREE_WITHOUT_LIGER) and self.way == "decoder":
                 self._take_tree()
             if found == _TREE_WITHOUT_LIGER:
                 liger.remove(self._model)
