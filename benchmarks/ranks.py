@@ -47,7 +47,7 @@ def main() -> int:
             assert codes == [0, 0], (folder / "0.log").read_text()
             apart[name] = max(abs(a - b) for a, b in zip(losses(run), alone, strict=True))
         result = {
-            "what": "two processes beside one: largest difference of losses; seconds until the other of a killed one ended",
+            "what": "two processes beside one: how far losses are apart; seconds until both end if one is killed",
             "date": datetime.date.today().isoformat(),
             "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "torch": torch.__version__},
             "steps": len(alone),

@@ -86,6 +86,26 @@ def test_kernels_that_are_wrong_are_left_and_stay_so(monkeypatch: pytest.MonkeyP
     assert again.way == "tree" and not liger.installed(second)
 
 
+def test_kernels_that_can_not_be_run_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liger_kernel.ops.rms_norm, "rsqrt", lambda x: x.nothing)
+    made = checked(model := family("Llama", torch.float32), [])
+    made.gradient(FEW, n_supervised(FEW))
+    assert made.way == "tree" and not liger.installed(model)
+
+
+def test_a_family_that_was_not_compared_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("Llama", torch.float32)
+    monkeypatch.setattr(model.get_base_model().config, "model_type", "nemotron")
+    assert liger.install(model) == 0 and not liger.installed(model)
+
+
+def test_every_number_of_rows_takes_the_kernel_that_was_checked() -> None:
+    model = family("Qwen3", torch.float32)
+    liger.install(model)
+    norms = [module for module in liger._changed(model) if hasattr(module, "row_mode")]
+    assert len(norms) == 9 and all(norm.row_mode for norm in norms)
+
+
 def checked(model: Any, notes: list[str]) -> Engine:
     """An engine over transformers' own layers that compares itself with plain ones before its first step."""
     made = Engine(model, EngineSettings(), notes.append)

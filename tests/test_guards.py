@@ -222,6 +222,17 @@ def test_a_row_that_alone_is_too_much_is_named(
     assert raised.value.exit_code == 2 and "tokens" in raised.value.found
 
 
+def test_rows_that_are_the_same_and_too_much_are_named(
+    tiny_model: Path, talk: Path, tmp_path: Path, little_memory: list[int]
+) -> None:
+    """Nothing divides them: they stand on one path of the tree."""
+    data, row = tmp_path / "long.jsonl", json.dumps({"instruction": "Count.", "output": "1 2 3 " * 40})
+    data.write_text(talk.read_text() + f"{row}\n" * 4)
+    flags = {"eval.hold_out": 0, "train.examples_per_step": 44, "train.epochs": 6}
+    with pytest.raises(OutOfMemory, match=r"long\.jsonl:4[1-4]"):
+        train(settings(tiny_model, data, **flags), tmp_path / "run")
+
+
 def test_a_real_limit_of_memory_shrinks_the_micro_batch(tmp_path: Path) -> None:
     """A limit of the system for this process's data, set before the first step: 7,200 tokens at once do not fit."""
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}

@@ -124,15 +124,12 @@ def test_an_interrupted_process_ends_with_130_and_goes_on(
     assert_same(out, undisturbed.path)
 
 
-def test_a_closing_terminal_leaves_a_point_to_go_on_from(
-    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
+def in_terminal(out: Path, flags: list[str], *start: str) -> subprocess.Popen[bytes]:
+    """A training in a terminal that closes behind its second step."""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "tunesmith", "train", *flags_of(tiny_model, talk)[:-1], "--out", str(out)]
     process = subprocess.Popen(
-        ["setsid", "--ctty", *command], stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**os.environ, "TUNESMITH_OFFLINE": "1"},
+        [*start, "setsid", "--ctty", sys.executable, "-m", "tunesmith", "train", *flags, "--out", str(out)],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
     )  # fmt: skip
     os.close(theirs)
     os.set_blocking(ours, False)  # the training does not wait for what is read
@@ -143,9 +140,26 @@ def test_a_closing_terminal_leaves_a_point_to_go_on_from(
 
     until(2, out, process, meanwhile=read)
     os.close(ours)
+    return process
+
+
+def test_a_closing_terminal_leaves_a_point_to_go_on_from(
+    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "env", "--default-signal=HUP")
     assert process.wait(timeout=60) == 130
     assert list(out.glob("checkpoints/*"))
     resume(out)
+    assert_same(out, undisturbed.path)
+
+
+def test_a_terminal_that_closes_unheard_does_not_end_a_training(
+    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "env", "--ignore-signal=HUP")
+    assert process.wait(timeout=60) == 0
     assert_same(out, undisturbed.path)
 
 

@@ -243,6 +243,16 @@ def test_a_wrong_tree_of_a_base_of_4_bits_is_seen(monkeypatch: pytest.MonkeyPatc
     assert made.way == "padded"
 
 
+def test_an_empty_verdict_is_none(cache: Path) -> None:
+    """Of a process that was killed while it wrote, or a full disk."""
+    model = family("Llama", torch.float32)
+    checking(model, []).gradient(FEW, n_supervised(FEW))
+    (mark,) = (cache / "self_checks").iterdir()
+    mark.write_text("")
+    checking(model, []).gradient(FEW, n_supervised(FEW))
+    assert verdicts(cache) == ["decoder"]
+
+
 def test_the_settings_of_an_adapter_have_one_name_in_every_process() -> None:
     """Where the verdict is remembered: names of target modules are a set, whose order is another one in each."""
     program = (

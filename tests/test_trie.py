@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.engine import trie
-from tunesmith.engine.trie import Tree, cut, deal, input_length, lay_out
+from tunesmith.engine.trie import Tree, cut, deal, input_length, lay_out, own_tokens
 from tunesmith.types import Origin, Rendered
 
 Word = tuple[int, ...]
@@ -219,7 +219,18 @@ def test_a_group_keeps_the_budget_unless_it_is_one_document(
     for group in cut(documents, budget, share_prefix=share):
         columns = zip(*map(inputs, group), strict=False)  # as many as the shortest has tokens
         common = len([*takewhile(lambda column: len({*column}) == 1, columns)]) if share else 0
-        assert len(group) == 1 or len(lay_out(group, share_prefix=share).token_ids) - common <= budget
+        own = len(lay_out(group, share_prefix=share).token_ids) - common
+        assert len(group) == 1 or own_tokens(group, share_prefix=share) == own <= budget
+
+
+@some
+@given(batches(most=12), st.booleans())
+def test_with_half_of_its_own_tokens_a_group_is_divided(documents: list[Rendered], share: bool) -> None:
+    """What is done when memory runs out."""
+    own = own_tokens(documents, share_prefix=share)
+    assert cut(documents, max(1, own), share_prefix=share) == cut(documents, 10_000, share_prefix=share)
+    if len(documents) > 1 and own > 1:
+        assert len(cut(documents, own // 2, share_prefix=share)) > 1
 
 
 @some
@@ -267,3 +278,12 @@ def test_every_process_is_dealt_about_the_same() -> None:
     documents = [document([n, *range(10)], (1, 11)) for n in range(12)]
     assert [len(share) for share in deal(documents, 3)] == [4, 4, 4]
     assert [len(share) for share in deal(documents[:2], 3)] == [1, 1, 0]
+
+
+def test_what_documents_begin_with_counts_where_they_are_dealt() -> None:
+    """Every process computes it, so one prompt's documents are no gift for whom they fall to."""
+    prompt = range(100, 600)
+    with_prompt = [document([*prompt, n, *range(10)], (501, 511)) for n in range(40)]  # 500 and 10 each
+    without = [document([1000 + n, *range(10)], (1, 11)) for n in range(40)]
+    sizes = [len(lay_out(share).token_ids) for share in deal(with_prompt + without, 3)]
+    assert min(sizes) > 0 and max(sizes) <= 700  # of 900 and 400; the prompt stands twice

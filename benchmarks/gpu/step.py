@@ -143,7 +143,7 @@ def main() -> None:
     rate = product_rate(dtype)
     result: dict[str, Any] = {
         "model": arguments.model, "contestant": "ours and plain", "nf4": arguments.nf4, "tiny": arguments.tiny,
-        "way": engine.way, "liger": liger.version(), "notes": notes, "gradient_difference": difference,
+        "way": engine.way, "liger": liger.version(models.device()), "notes": notes, "gradient_difference": difference,
         "product_rate": rate, "rows_per_step": ROWS, "ours": timed(ours, model, config.vocab_size),
     }  # fmt: skip
     rows = documents(1, config.vocab_size)

@@ -28,7 +28,7 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import Checked, check, hold_out, ledger, locate
-from tunesmith.engine import onepass
+from tunesmith.engine import liger, onepass
 from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
@@ -394,6 +394,10 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 
+def _kernels() -> dict[str, str | None]:
+    return {"numba": onepass.version(), "liger-kernel": liger.version(models.device())}
+
+
 def _manifest(work: _Work) -> dict[str, Any]:
     checked, folder = work.checked, work.found.folder
     template = checked.renderer.template
@@ -421,7 +425,7 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "weights": {path.name: _ends(path) for path in sorted(folder.glob("*.safetensors"))},
         },
         "code": {name: importlib.metadata.version(name) for name in packages}
-        | ({"numba": numba} if (numba := onepass.version()) else {}),
+        | {name: kernels for name, kernels in _kernels().items() if kernels},
         "python": platform.python_version(),
         "machine": platform.platform(),
         "device": models.device().type,

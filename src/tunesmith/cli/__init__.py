@@ -17,6 +17,7 @@ from tunesmith.cli import following, machine, training, using
 from tunesmith.cli.console import show_error
 from tunesmith.cli.options import SETTINGS
 from tunesmith.errors import TunesmithError
+from tunesmith.interrupts import Terminal
 
 app = typer.Typer(
     name="tunesmith",
@@ -46,6 +47,9 @@ def main() -> None:
     """Runs the command line and ends the process with the contract's exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 becomes an escape, not a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None and stream.isatty():
+            setattr(sys, name, Terminal(stream))
     code = 1
     try:
         code = int(app(standalone_mode=False) or 0)

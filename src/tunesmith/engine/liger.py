@@ -11,36 +11,46 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
 
+# Those that the tests compare. For others Liger may change more than can be changed back.
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 _NOT_THESE = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 _BOUND = ("forward", "extra_repr", "_get_name")
 
 
-def version() -> str | None:
-    """Of the kernels; None where they are not installed or there is nothing to run them on.
+def version(device: torch.device) -> str | None:
+    """Of the kernels; None where they are not installed or the device can not run them.
 
     Triton's interpreter (`TRITON_INTERPRET=1`) runs them on a CPU, to see whether they are right.
     """
-    runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return importlib.metadata.version("liger_kernel") if runs and is_liger_kernel_available() else None
 
 
 def install(model: PeftModel) -> int:
-    """Lets modules be computed by Liger's kernels, as far as it knows the model; returns how many."""
-    if version() is None:
+    """Lets norms and MLPs of a model whose family is known be computed by Liger's kernels; returns how many."""
+    base = cast("PreTrainedModel", model.get_base_model())
+    if base.config.model_type not in _FAMILIES or version(base.device) is None:
         return 0
-    code = vars(sys.modules[type(model.get_base_model()).__module__])
+    code = vars(sys.modules[type(base).__module__])
     before = dict(code)
-    apply_liger_kernel(model, _NOT_THESE)
-    code.update(before)  # it also replaces the classes that later models would be made of
-    return len(_changed(model))
+    try:
+        apply_liger_kernel(model, _NOT_THESE)
+    finally:
+        code.update(before)  # it also replaces the classes that later models would be made of
+    changed = _changed(model)
+    for module in changed:  # or short norms of many rows would take another kernel than the few that are checked
+        if hasattr(module, "row_mode"):
+            module.row_mode = True
+    return len(changed)
 
 
 def remove(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -166,15 +168,18 @@ class Engine:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             part = self._at_work
-            if len(part) < 2:
+            own = sum(map(trie.input_length, part))
+            if self.way != "padded":
+                own = trie.own_tokens(part, share_prefix=self._settings.share_prefix)
+            if len(part) < 2 or own < 2:
                 raise OutOfMemory(
                     str(part[0].origin),
                     f"no memory for its {len(part[0].token_ids)} tokens ({reason})",
                     "room for one row",
                     "Set engine.recompute_layers=all, a smaller model.dtype, or data.max_length below it.",
                 )
-            self._limit = max(1, min(self._budget, sum(map(trie.input_length, part))) // 2)
-            self._note(f"Memory ran out; micro-batches have at most {self._limit} tokens from here on.")
+            self._limit = min(self._budget, own) // 2
+            self._note(f"Memory ran out; engine.tokens_per_micro_batch is {self._limit} from here on.")
             for parameter, gradient in zip(self._trained, before, strict=True):
                 parameter.grad = _copy(gradient)
             _set_random_state(random_state, self._device)
@@ -258,11 +263,11 @@ class Engine:
             return
         self._checked = True
         mark = hub.cache_dir() / "self_checks" / self._key()
-        if mark.exists():
-            found = mark.read_text(encoding="utf-8")
+        found = mark.read_text(encoding="utf-8") if mark.exists() else ""
+        if found in ("decoder", "tree", "padded", _TREE_WITHOUT_LIGER):
             if found == "padded":
                 self._take_padded()
-            elif found in ("tree", _TREE_WITHOUT_LIGER) and self.way == "decoder":
+            elif found != "decoder" and self.way == "decoder":
                 self._take_tree()
             if found == _TREE_WITHOUT_LIGER:
                 liger.remove(self._model)
@@ -273,7 +278,7 @@ class Engine:
         with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model, self._decoder):
             expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
-                difference = float((self._gradient_of(few, self.way, trained) - expected).norm() / expected.norm())
+                difference = self._difference(few, trained, expected)
                 if difference < _BOUND[torch.promote_types(self._compute_dtype, torch.float32)]:
                     break
                 said = "tree way with Liger's kernels" if liger.installed(self._model) else f"{self.way} way"
@@ -290,7 +295,19 @@ class Engine:
                     self._take_padded()
         memory.give_back()
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(_TREE_WITHOUT_LIGER if without_liger and self.way == "tree" else self.way, encoding="utf-8")
+        partial = mark.with_name(f".{mark.name}.{os.getpid()}")
+        partial.write_text(_TREE_WITHOUT_LIGER if without_liger and self.way == "tree" else self.way, encoding="utf-8")
+        partial.replace(mark)
+
+    def _difference(self, documents: Sequence[Rendered], trained: Sequence[nn.Parameter], expected: Tensor) -> float:
+        """Relative, of the gradient by the way chosen; infinite where Liger's kernels can not be run here."""
+        try:
+            found = self._gradient_of(documents, self.way, trained)
+        except Exception as error:
+            if memory.ran_out(error) or not liger.installed(self._model):
+                raise
+            return math.inf
+        return float((found - expected).norm() / expected.norm())
 
     def _gradient_of(self, documents: Sequence[Rendered], way: Way, trained: Sequence[nn.Parameter]) -> Tensor:
         before = [parameter.grad for parameter in trained]
@@ -315,7 +332,7 @@ class Engine:
             "adapter": _in_order(self._model.peft_config["default"].to_dict()),
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
-            "kernels": [onepass.version(), liger.version()],
+            "kernels": [onepass.version(), liger.version(self._device)],
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]

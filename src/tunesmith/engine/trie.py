@@ -90,22 +90,30 @@ def cut(documents: Sequence[Rendered], max_tokens: int, *, share_prefix: bool = 
 
     Documents that share most come together. One that is longer than that may go alone.
     """
-    line = _Line(documents, share_prefix)
+    line = _Line(documents, share_prefix, common_is_free=True)
     fewest = line.groups(max_tokens)
     return fewest if len(fewest) == 1 else line.evened(len(fewest), max_tokens)
 
 
 def deal(documents: Sequence[Rendered], n: int, *, share_prefix: bool = True) -> list[list[Rendered]]:
     """The documents in `n` groups whose trees have about the same size; some are empty where there are too few."""
-    line = _Line(documents, share_prefix)
+    line = _Line(documents, share_prefix, common_is_free=False)
     groups = line.evened(n, sum(map(input_length, documents)))
     return groups + [[] for _ in range(n - len(groups))]
+
+
+def own_tokens(documents: Sequence[Rendered], *, share_prefix: bool = True) -> int:
+    """The tokens of their tree beside those that all of them begin with: what `cut` goes by. Below 2 nothing divides
+    them; 0 for one document, and for several that are the same."""
+    return _Line(documents, share_prefix, common_is_free=True).smallest_budget()
 
 
 class _Line:
     """Documents in an order in which neighbours share most."""
 
-    def __init__(self, documents: Sequence[Rendered], share_prefix: bool) -> None:
+    def __init__(self, documents: Sequence[Rendered], share_prefix: bool, *, common_is_free: bool) -> None:
+        """`common_is_free`: what all documents of a group begin with does not count."""
+        self._common_is_free = common_is_free
         self._documents = sorted(documents, key=_inputs)
         shared = (_common(_inputs(a), _inputs(b)) for a, b in itertools.pairwise(self._documents))
         self._depths = [0, *(shared if share_prefix else itertools.repeat(0, len(documents) - 1))]
@@ -113,16 +121,21 @@ class _Line:
     def groups(self, max_tokens: int) -> list[list[Rendered]]:
         """From one end to the other, a group ends where the next document would make it too large."""
         groups: list[list[Rendered]] = []
-        size = common = 0
+        size = free = 0
         for document, depth in zip(self._documents, self._depths, strict=False):
             length = input_length(document)
-            if groups and size + length - depth - min(common, depth) <= max_tokens:
+            if groups and size + length - depth - min(free, depth) <= max_tokens:
                 groups[-1].append(document)
-                size, common = size + length - depth, min(common, depth)
+                size, free = size + length - depth, min(free, depth)
             else:
                 groups.append([document])
-                size = common = length
+                size, free = length, length if self._common_is_free else 0
         return groups
+
+    def smallest_budget(self) -> int:
+        """The least `max_tokens` that one group keeps."""
+        lengths = [input_length(document) for document in self._documents]
+        return sum(lengths) - sum(self._depths) - min([lengths[0], *self._depths[1:]])
 
     def evened(self, n: int, max_tokens: int) -> list[list[Rendered]]:
         """At most `n` groups, none of them a small rest: those of the least budget that allows so few."""

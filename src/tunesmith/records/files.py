@@ -1,4 +1,4 @@
-"""The bytes of a file: what kind it is, its text, its rows; only a JSON array is ever held as a whole."""
+"""The bytes of a file: what kind it is, its text, its rows. A part is held at a time, but for a JSON array."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def opened(path: Path, mode: str = "rb", **how: Any) -> Any:
     try:
         if path.is_dir():
             raise DataError(str(path), "a folder", "a file", "Name the file inside it.")
+        if path.exists() and not path.is_file():
+            found = "a pipe or a device, which can be read only once"
+            raise DataError(str(path), found, "a file", "Write what comes out of it to a file first.")
         return path.open(mode, **how)
     except OSError as error:
         near = difflib.get_close_matches(path.name, _names_beside(path), 1)
@@ -211,7 +214,8 @@ def _parquet(path: Path) -> Iterator[Parsed]:
     row = 0
     try:
         with opened(path) as file:
-            for batch in pyarrow.parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=1024):
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_AT_ONCE, pre_buffer=False)
+            for batch in parquet.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     row += 1
                     yield Parsed(value, Origin(str(path), row, "row"))
