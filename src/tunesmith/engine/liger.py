@@ -77,7 +77,7 @@ def installed(model: nn.Module) -> bool:
     return bool(_changed(model))
 
 
-def _changed(model: nn.Module) -> list[nn.Module]:
+def _changed(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _of_liger(vars(module).get("forward"))]
 
 
