@@ -22,6 +22,7 @@ from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tunesmith.engine import onepass, products
 from tunesmith.training import Run
 from warm import Warm
 
@@ -51,6 +52,14 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
     )
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with weights that are bf16 numbers are split, whatever the processor."""
+    if products._product_of_bfloat16() is None or onepass._kernels() is None:
+        pytest.skip("no MKL in this torch, or no Numba: products are not split here")
+    monkeypatch.setattr(products, "splits", lambda: True)
 
 
 def save_tiny_model(folder: Path, **config: Any) -> Path:

@@ -107,20 +107,17 @@ def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_doctor_says_where_bfloat16_is_faster(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+@pytest.mark.parametrize("version", [None, "0.68.1"])
+def test_doctor_says_what_makes_a_cpu_faster(
+    monkeypatch: pytest.MonkeyPatch, has_amx: bool, version: str | None
+) -> None:
     flags = "flags : avx2 avx512_bf16" + " amx_bf16 amx_tile" * has_amx
     monkeypatch.setattr(products, "_processor", lambda: flags)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (accelerator,) = (finding for finding in doctor.examine() if finding.name == "accelerator")
-    assert ("model.dtype=bfloat16" in accelerator.found) is has_amx
-
-
-@pytest.mark.parametrize("version", [None, "0.68.1"])
-def test_doctor_says_what_makes_a_cpu_faster(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     monkeypatch.setattr(onepass, "version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (accelerator,) = (finding for finding in doctor.examine() if finding.name == "accelerator")
     assert ("tunesmith[cpu]" in accelerator.found) is (version is None)
+    assert ("AMX" in accelerator.found) is (products.splits() and version is not None)
 
 
 def test_offline_and_not_here_says_what_to_do(tmp_path: Path) -> None:

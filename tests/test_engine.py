@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from test_trie import batches
-from tunesmith.engine import decoder, step, trie
+from tunesmith.engine import decoder, products, trie
 from tunesmith.engine.layers import Masks
 from tunesmith.engine.memory import Buffers
-from tunesmith.engine.products import multiplies_bfloat16
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
@@ -283,17 +282,13 @@ def test_a_step_in_float64_is_that_of_plain_transformers_and_peft(name: str, way
 
 
 ROUNDED = [(name, way, bits) for bits in ("fp32", "bf16") for name, way in WAYS if name not in MORE]
-ROUNDED += [(name, way, "bf16 factors") for name, way in WAYS if name not in MORE and way == "decoder"]
 
 
 @pytest.mark.parametrize(("name", "way", "bits"), ROUNDED)
 def test_fewer_bits_cost_at_most_twice_what_they_cost_plain_transformers_and_peft(
-    monkeypatch: pytest.MonkeyPatch, name: str, way: str, bits: str
+    name: str, way: str, bits: str
 ) -> None:
     """What rounding amounts to in one model is chance, up to twice or half as much; so it is the median of three."""
-    if bits == "bf16 factors" and not multiplies_bfloat16():
-        pytest.skip("no AMX: products of bf16 factors are computed in fp32 here")
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: bits == "bf16 factors")
     dtype = torch.float32 if bits == "fp32" else torch.bfloat16
     ratios = []
     for seed, asked in enumerate(SETTINGS[:3]):
@@ -301,6 +296,67 @@ def test_fewer_bits_cost_at_most_twice_what_they_cost_plain_transformers_and_pef
         ratios.append(distance(take(engine(family(name, dtype, seed), way, ignored, **asked), FEW), right) / theirs)
     in_fp32 = (way, bits) == ("decoder", "bf16") and name != "Gemma"  # whose embedding is scaled in 16 bits
     assert sorted(ratios)[1] < (0.01 if in_fp32 else 2)  # observed 6e-5; 0.8 to 1.3, single ones up to 1.5
+
+
+def of_bfloat16_numbers(name: str, seed: int) -> PeftModel:
+    return family(name, torch.bfloat16, seed).float()
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS if way == "decoder"])
+def test_splitting_factors_costs_nothing(split: None, name: str) -> None:
+    """Of an fp32 model whose weights are bf16 numbers, beside plain transformers and peft in fp32."""
+    ratios = []
+    for seed, asked in enumerate(SETTINGS[:3]):
+        model, notes = of_bfloat16_numbers(name, seed), list[str]()
+        with Doubles():
+            right = plain(copy.deepcopy(model).double(), FEW)
+        theirs = distance(plain(model, FEW), right)
+        made = engine(model, "decoder", notes.append, **asked)
+        assert "kept as such" in notes[0]
+        ratios.append(distance(take(made, FEW), right) / theirs)
+        assert made.loss(FEW) / n_supervised(FEW) == pytest.approx(right.loss, rel=1e-5)
+    assert sorted(ratios)[1] < 2
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_weights_of_bfloat16_are_multiplied_as_they_are(split: None, recompute: str) -> None:
+    model, notes = family("Llama with biases", torch.bfloat16), list[str]()
+    with Doubles():
+        right = plain(copy.deepcopy(model).double())
+    made = engine(model, "decoder", notes.append, recompute_layers=recompute)
+    assert "Weights stay in bfloat16; products are computed in float32." in notes
+    assert distance(take(made), right) < 1e-5
+
+
+@pytest.mark.parametrize("left", ["for another way", "for good"])
+def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decoder(split: None, left: str) -> None:
+    model = of_bfloat16_numbers("Llama", 0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    right = plain(model)
+    made = engine(model, "decoder", ignored)
+    inside = [p.dtype for name, p in model.named_parameters() if "proj.base_layer" in name]
+    assert set(inside) == {torch.bfloat16}
+    if left == "for good":
+        made.close()
+    else:
+        made._take_tree()
+        assert distance(take(made), right) < 1e-5
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert distance(plain(model), right) < 1e-6
+
+
+def test_weights_that_are_no_bfloat16_numbers_stay_what_they_are(split: None) -> None:
+    """One that is none among all of a group is enough."""
+    model = of_bfloat16_numbers("Llama", 0)
+    (odd, *_) = [p for name, p in model.named_parameters() if name.endswith("k_proj.base_layer.weight")]
+    odd.data[0, 0] = 0.1
+    made = engine(model, "decoder", ignored)
+    kept = {n: p.dtype for n, p in model.named_parameters() if "proj.base_layer" in n and ".layers.0." in n}
+    wide = {n for n, dtype in kept.items() if dtype == torch.float32}
+    assert {name.split(".")[-3] for name in wide} == {"q_proj", "k_proj", "v_proj"}
+    with Doubles():
+        right = plain(copy.deepcopy(model).double())
+    assert distance(take(made), right) < 1e-5
 
 
 # --- one gradient -----------------------------------------------------------------------------------------------------
@@ -643,7 +699,7 @@ def test_a_model_that_does_something_of_its_own_is_right_by_whatever_way(what: s
 def test_weights_of_16_bits_stay_as_they_are_and_are_multiplied_in_fp32(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, recompute: str
 ) -> None:
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "splits", lambda: False)
     notes: list[str] = []
     model = family("Llama with biases", dtype)
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters() if p.dtype == dtype}
@@ -657,33 +713,6 @@ def test_weights_of_16_bits_stay_as_they_are_and_are_multiplied_in_fp32(
     assert after.keys() == before.keys() and len(after) > 10
     assert all(after[name].data_ptr() == where for name, (where, _) in before.items())  # and no copy of them all
     assert all(torch.equal(after[name], was) for name, (_, was) in before.items())
-
-
-def test_factors_are_rounded_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another processor than one with AMX may compute in fp32 all the same. The check and fp32 are not rounded."""
-    matmul = cast("Any", torch.backends.mkldnn).matmul
-    seen: list[str] = []
-
-    def run(*arguments: Any) -> Any:
-        seen.append(matmul.fp32_precision)
-        return whole(*arguments)
-
-    whole = decoder.Lanes.run
-    monkeypatch.setattr(decoder.Lanes, "run", run)
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: True)
-    before, notes = matmul.fp32_precision, list[str]()
-    right, theirs = rounded("Llama", torch.bfloat16, 0)
-    made = engine(family("Llama", torch.bfloat16), "decoder", notes.append)
-    assert "sums in float32" in notes[0]
-    found = distance(take(made, FEW), right)
-    assert found < theirs  # observed with AMX 0.014 and 0.021
-    assert found > 1e-3 or not multiplies_bfloat16()
-    assert seen == ["bf16"] and matmul.fp32_precision == before
-    with step._exactly(made._model, made._decoder):
-        assert distance(take(made, FEW), right) < 1e-5  # observed 8e-7
-    assert seen[1:] == [before]
-    take(engine(family("Llama"), "decoder"), FEW)
-    assert seen[2:] == [before]
 
 
 # --- rotary embeddings that depend on the length ----------------------------------------------------------------------

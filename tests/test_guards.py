@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,20 @@ def assert_stopped_at(run: Path, step: int) -> dict[str, Any]:
     return written
 
 
+@pytest.mark.parametrize("narrowed", [False, True])
 def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
     tiny_model: Path,
     talk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    narrowed: bool,
 ) -> None:
     """Planted from step 7 on in what the layers written by hand compute; plain layers do not have it."""
     run, forward = tmp_path / "run", Activation.forward
+    if narrowed:
+        request.getfixturevalue("split")
+        tiny_model = of_bfloat16_numbers(tiny_model, tmp_path / "model")
 
     def broken(self: Activation, gate_up: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
         forward(self, gate_up, extended, keep, dropped)
@@ -69,10 +76,17 @@ def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
     assert raised.value.exit_code == 3 and "step 7" in raised.value.where and "talk.jsonl:" in raised.value.where
     assert "try `resume`" in assert_stopped_at(run, 7)["first"]
     assert [point.name for point in sorted(run.glob("checkpoints/*"))] == ["step-000003", "step-000006"]
-    monkeypatch.undo()
+    monkeypatch.setattr(Activation, "forward", forward)
     resume(run)
     whole = train(settings(tiny_model, talk), tmp_path / "whole")
     assert numbers(run) == numbers(whole.path)
+
+
+def of_bfloat16_numbers(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    numbers = {name: weight.bfloat16().float() for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(numbers, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_a_weight_that_is_not_finite_is_named(tiny_model: Path, talk: Path, tmp_path: Path) -> None:

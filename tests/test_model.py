@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -491,6 +492,24 @@ def test_a_gguf_that_is_none_is_refused(tiny_model: Path, tmp_path: Path, cache:
         model.prepared(located(folder))
     assert list(cache.iterdir()) == []
     assert gguf.GGUFReader is reader  # a model file is read once per conversion, not once per process
+
+
+def test_weights_of_a_few_bits_become_bfloat16_numbers(smollm2: Path) -> None:
+    weights = load_file(smollm2 / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(torch.equal(w, w.bfloat16().float()) for w in weights.values() if w.dim() > 1)
+
+
+@pytest.mark.parametrize(("kind", "quantised"), [("Q8_0", True), ("Q4_1", True), ("F32", False), ("BF16", False)])
+def test_whether_a_gguf_is_quantised_is_told_by_its_numbers(kind: str, quantised: bool, tmp_path: Path) -> None:
+    numbers, path = gguf.GGMLQuantizationType[kind], tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("norm.weight", np.ones(64, np.float32))
+    writer.add_tensor("one.weight", gguf.quantize(np.ones((2, 64), np.float32), numbers), raw_dtype=numbers)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    assert model._is_quantised(path) is quantised
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

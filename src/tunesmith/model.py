@@ -50,6 +50,7 @@ from tunesmith.template import Template, probe
 
 SHIPPED_TEMPLATES = Path(__file__).parent / "templates"
 # Layers that one model has apart and another has as one; for a better hint than spelling can give.
+_CONVERSION = 2  # to be raised when conversions of the same files become other ones
 _SAME_PLACE = (
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack", "c_attn", "query_key_value", "query", "key", "value"},
     {"gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "w1", "w3", "fc1"},
@@ -341,7 +342,7 @@ def _state(folder: Path) -> str:
     """Sixteen digits that change when a file of the folder does; a conversion belongs to one such state."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([str(folder.absolute()), seen]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_CONVERSION, str(folder.absolute()), seen]).encode()).hexdigest()[:16]
 
 
 def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
@@ -350,6 +351,7 @@ def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
         with _reading_once():
             tokenizer = AutoTokenizer.from_pretrained(folder, **file)
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+            quantised = _is_quantised(ggufs[0])
     except Exception as error:
         found = f"a GGUF file that can not be read ({_first_line(error)})"
         expected = "an architecture and a quantization that transformers reads"
@@ -358,11 +360,20 @@ def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
     config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     config.dtype = "float32"
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
+    state = loaded.state_dict()
+    if quantised:
+        # Numbers of a few bits stand for published ones, which are bf16; as such, products with them are cheaper.
+        state = {name: weight.bfloat16().float() if weight.dim() > 1 else weight for name, weight in state.items()}
+    fresh.load_state_dict(state)
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     fresh.generation_config = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _is_quantised(path: Path) -> bool:
+    whole = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
+    return any(tensor.tensor_type not in whole for tensor in gguf.GGUFReader(str(path)).tensors)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from peft import PeftModel
@@ -33,6 +33,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.rows import Row
 from tunesmith.rundir import RunDir
 from tunesmith.steps import Step, Steps
+from tunesmith.types import Rendered
 
 if TYPE_CHECKING:
     from tunesmith.planning import Plan
@@ -166,9 +167,7 @@ class StepTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         number = self.state.global_step + 1
         if norm is not None and not math.isfinite(norm):
-            guards.stop_not_finite(
-                f"step {number}", f"a gradient of norm {float(norm)}", self._run, self._tuned, self._step.documents
-            )
+            self._stop_not_finite(f"step {number}", f"a gradient of norm {float(norm)}", self._step.documents)
         if number == 1:
             guards.require_gradients(self._tuned)
         return norm
@@ -179,8 +178,7 @@ class StepTrainer(Trainer):
         loss = self._engine.loss(self._held_out) / count
         step = self.state.global_step
         if not math.isfinite(loss):
-            where = f"the held-out rows after step {step}"
-            guards.stop_not_finite(where, f"a loss of {loss}", self._run, self._tuned, self._held_out)
+            self._stop_not_finite(f"the held-out rows after step {step}", f"a loss of {loss}", self._held_out)
         self._run.append(
             self._run.held_out,
             {"step": step, "epoch": self.state.epoch or 0.0, "loss": loss, "supervised_tokens": count},
@@ -189,6 +187,10 @@ class StepTrainer(Trainer):
         if step:
             self.log({"eval_loss": loss})
         return loss
+
+    def _stop_not_finite(self, where: str, found: str, documents: Sequence[Rendered]) -> NoReturn:
+        self._engine.close()  # plain transformers computes what follows
+        guards.stop_not_finite(where, found, self._run, self._tuned, documents)
 
     # --- points to go on from ----------------------------------------------------------------------------------------
 
@@ -221,6 +223,8 @@ class StepTrainer(Trainer):
                 "enough for the optimizer and the smallest micro-batch",
                 "See `tunesmith plan`; a lower lora.r or a smaller model.dtype takes less.",
             ) from error
+        finally:
+            self._engine.close()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / _TRAINED)

@@ -11,8 +11,7 @@ Legend: T tokens of a lane, U predicting positions of a lane, H width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -40,7 +39,6 @@ from tunesmith.engine.layers import (
 from tunesmith.engine.loss import chunk_rows, loss_and_gradient
 from tunesmith.engine.memory import Buffers, Pieces
 from tunesmith.engine.onepass import kernels
-from tunesmith.engine.products import of_bfloat16
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))
@@ -129,12 +127,11 @@ class _Model(NamedTuple):
 class Decoder:
     """A causal language model with LoRA, ready to give the gradient of a micro-batch.
 
-    The lowest `recomputed` layers keep nothing but their input. With `rounds`, factors of products are rounded to bf16.
+    The lowest `recomputed` layers keep nothing but their input.
     Raises NotCovered when a part of the model is not exactly what is written here.
     """
 
-    def __init__(self, model: PeftModel, recomputed: int = 0, *, rounds: bool = False) -> None:
-        self._rounds = rounds
+    def __init__(self, model: PeftModel, recomputed: int = 0) -> None:
         causal = cast("Any", model.get_base_model())
         body = getattr(causal, "model", None)
         layers = getattr(body, "layers", None)
@@ -183,14 +180,17 @@ class Decoder:
         self._joint = Buffers(self._dtype, self._model.head.device)
         self._memories: list[_Memory] = []
 
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Inside, no factor is rounded here."""
-        before, self._rounds = self._rounds, False
-        try:
-            yield
-        finally:
-            self._rounds = before
+    @property
+    def narrowed(self) -> bool:
+        """Whether some of the model's own weights are bf16 now, and were something else before."""
+        return any(linears.narrowed for layer in self._model.layers for linears in layer.linears)
+
+    def leave(self) -> None:
+        """The model as it was before."""
+        for layer in self._model.layers:
+            for linears in layer.linears:
+                linears.widen()
+        self.forget()
 
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
         """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
@@ -226,8 +226,7 @@ class Decoder:
             masks = Masks(self._dropout, n_tokens * widest, len(model.layers), self._joint)
         rows = shares(self._costs(batch), lanes.count)
         micro = _Micro(batch, cos, sin, sight, masks, n_supervised, self._joint, lanes, rows, {})
-        with of_bfloat16() if self._rounds else nullcontext():
-            losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
+        losses = lanes.run(lambda number: _Lane(model, micro, number, memories[number]).run())
         return torch.stack(losses).sum(), memories
 
     def _costs(self, batch: Batch) -> Tensor:

@@ -27,6 +27,7 @@ SMALLEST, LARGEST = np.float32(-87), np.float32(88)
 ROUNDING = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
 BITS_OF_ONE, MANTISSA = np.int32(0x3F800000), np.int32(23)
 LEAST_BITS, LARGEST_BITS, ALL_BUT_ONE = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
+OF_BFLOAT16, BEHIND_BFLOAT16 = np.int32(-(1 << 16)), np.int32(16)
 GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 SILU = 0  # of the kinds that `Activation` knows; the other one is GELU by tanh
 
@@ -302,6 +303,24 @@ def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
 
 
 @_compiled()
+def split(x_TN: Any, parts_3TH: Any) -> None:
+    """The first H columns of x as three numbers of bf16 each (their bits), whose sum they are, the largest first. What
+    is infinite becomes NaN."""
+    _, n, width = parts_3TH.shape
+    bits_TN = x_TN.view(np.int32)
+    for t in range(n):
+        x, bits = x_TN[t], bits_TN[t]
+        first, second, third = parts_3TH[0, t], parts_3TH[1, t], parts_3TH[2, t]
+        for j in range(width):
+            rest = np.float32(x[j] - np.int32(bits[j] & OF_BFLOAT16).view(np.float32))
+            rest_bits = np.int32(rest.view(np.int32))
+            last = np.float32(rest - np.int32(rest_bits & OF_BFLOAT16).view(np.float32))
+            first[j] = np.int16(bits[j] >> BEHIND_BFLOAT16)
+            second[j] = np.int16(rest_bits >> BEHIND_BFLOAT16)
+            third[j] = np.int16(np.int32(last.view(np.int32)) >> BEHIND_BFLOAT16)
+
+
+@_compiled()
 def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
     for i in range(len(which_M)):
         row, out = given_ND[which_M[i]], out_MD[i]
@@ -325,3 +344,4 @@ def load(kind: int, *, drops: bool) -> None:
     causal_softmax(row[None], 8)
     softmax_backward(row, row)
     rows(row, np.zeros(1, np.int64), row)
+    split(row, np.zeros((3, 1, 8), np.int16))

@@ -4,7 +4,8 @@ One product per group of linear layers with the same input, adapter included: `[
 (x̃ is x after dropout, with one mask for the group), so the adapter costs no pass of its own, and the product for dX
 gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Weights of
 16 bits stay as they are, and only those of the group at work stand in fp32 as well: few processors multiply 16 bits
-well, and half the memory is worth two conversions per step.
+well, and half the memory is worth two conversions per step. On those that do, weights that are bf16 numbers are kept as
+such, in fp32's stead too, and multiplied by `products.mm_of_split`.
 
 Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ranks.
 """
@@ -21,9 +22,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tunesmith.engine import products
 from tunesmith.engine.memory import Buffers, Pieces, Take
 from tunesmith.engine.onepass import array, kernels
-from tunesmith.engine.products import add_mm, mm
+from tunesmith.engine.products import add_mm, mm, mm_of_split
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 _ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
@@ -72,20 +74,24 @@ class Linears:
         adapted = [module if isinstance(module, LoraLinear) else None for module in modules]
         self._ranks = [0 if module is None else module.r["default"] for module in adapted]
         self.ranks = sum(self._ranks)
-        first = bases[0].weight
-        dtype = arithmetic(first.dtype)
+        self._bases, first = bases, bases[0].weight
+        self._before, dtype = first.dtype, arithmetic(first.dtype)
         self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
         self._stored: list[Tensor] = []
         self._weight: Tensor | None = None
-        if first.dtype != dtype:
+        self._of_bfloat16: Tensor | None = None
+        if _split(first) and all(_is_bfloat16(base.weight.data) for base in bases):
+            self._of_bfloat16 = pieces.take(self.outputs, self.inputs, dtype=torch.bfloat16)
+            self._move_to(self._of_bfloat16)
+        elif first.dtype != dtype:
             self._stored = [base.weight.data for base in bases]
-            self._b = first.new_zeros(self.outputs, self.ranks, dtype=dtype)
         else:
             self._weight = pieces.take(self.outputs, self.inputs + self.ranks, dtype=dtype).zero_()
+            self._move_to(self._weight[:, : self.inputs])
+        if self._weight is None:
+            self._b = first.new_zeros(self.outputs, self.ranks, dtype=dtype)
+        else:
             self._b = self._weight[:, self.inputs :]
-            for base, place in zip(bases, self._weight[:, : self.inputs].split(self._widths), strict=True):
-                place.copy_(base.weight.data)
-                base.weight.data = place
         self.adapters: list[_Adapter] = []
         self.dropout = 0.0
         a_places, b_rows = self.a.split(self._ranks), self._b.split(self._widths)
@@ -100,6 +106,21 @@ class Linears:
             biases = [first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases]
             self.bias = torch.cat(biases).to(dtype)
 
+    def _move_to(self, whole: Tensor) -> None:
+        for base, place in zip(self._bases, whole.split(self._widths), strict=True):
+            place.copy_(base.weight.data)
+            base.weight.data = place
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the model's own weights are bf16 now, and were something else before."""
+        return self._of_bfloat16 is not None and self._before != torch.bfloat16
+
+    def widen(self) -> None:
+        """The model's own weights as they were before, for who goes on without these layers."""
+        for base in self._bases:
+            base.weight.data = base.weight.data.to(self._before)
+
     def refresh(self) -> None:
         """Takes over the adapters' numbers; to be called when they have changed."""
         for adapter in self.adapters:
@@ -107,7 +128,7 @@ class Linears:
             adapter.b_place.copy_(adapter.b * adapter.scaling)
 
     def weight(self, take: Take) -> Tensor:
-        """`[W | sB]`, (outputs, H + R)."""
+        """`[W | sB]`, (outputs, H + R), where products are not split."""
         if self._weight is not None:
             return self._weight
         whole = take("weight", self.outputs, self.inputs + self.ranks)
@@ -120,16 +141,28 @@ class Linears:
 
     def forward(self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor) -> None:
         """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
+        h = extended[:, self.inputs :]
         if self.ranks:
-            mm(dropped, self.a.T, out=extended[:, self.inputs :])
-        mm(extended, self.weight(take).T, out=out)
+            mm(dropped, self.a.T, out=h)
+        if self._of_bfloat16 is None:
+            mm(extended, self.weight(take).T, out=out)
+        else:
+            if self.ranks:
+                mm(h, self._b.T, out=out)
+            parts = _parts(take, extended, self.inputs)
+            mm_of_split(parts, self._of_bfloat16.T, out, add=self.ranks > 0)
         if self.bias is not None:
             out.add_(self.bias)
 
     def backward(self, take: Take, d_out: Tensor, d_extended: Tensor) -> None:
         """Fills `d_extended` (T, H + R) with the base's share of the gradient with respect to x, and dh behind it, of
         which the adapter's `share` is to be made."""
-        mm(d_out, self.weight(take), out=d_extended)
+        if self._of_bfloat16 is None:
+            mm(d_out, self.weight(take), out=d_extended)
+            return
+        mm_of_split(_parts(take, d_out, self.outputs), self._of_bfloat16, d_extended[:, : self.inputs])
+        if self.ranks:
+            mm(d_out, self._b, out=d_extended[:, self.inputs :])
 
     @property
     def share(self) -> Tensor | None:
@@ -186,6 +219,25 @@ def _lifted(given: Tensor | None) -> Tensor | None:
 def arithmetic(stored: torch.dtype) -> torch.dtype:
     """The type that weights of a type are computed with."""
     return torch.promote_types(stored, torch.float32)
+
+
+def _split(weight: Tensor) -> bool:
+    """Whether products with weights like this one may be split."""
+    if weight.device.type != "cpu" or arithmetic(weight.dtype) != torch.float32 or not products.splits():
+        return False
+    return kernels(weight.new_empty(0, dtype=torch.float32)) is not None
+
+
+def _is_bfloat16(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
+
+
+def _parts(take: Take, x: Tensor, width: int) -> Tensor:
+    """The first columns of x as three of bf16, (3, T, width)."""
+    n = 3 * len(x) * width
+    parts = take("parts", (n + 1) // 2).view(torch.bfloat16)[:n].view(3, len(x), width)
+    cast("Any", kernels(x)).split(array(x), array(parts.view(torch.int16)))
+    return parts
 
 
 def _base(module: nn.Module) -> nn.Linear:

@@ -26,11 +26,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, liger, lora, memory, onepass, trie
+from tunesmith.engine import attention, batch, liger, lora, memory, onepass, products, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
-from tunesmith.engine.products import multiplies_bfloat16
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory
 from tunesmith.recipe import EngineSettings
@@ -82,13 +81,13 @@ class Engine:
         attention.register()
         dtype = self._compute_dtype
         if self._device.type == "cpu" and not sharded:
-            rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
             try:
-                self._decoder = Decoder(model, recomputed=self._recomputed, rounds=rounds)
+                self._decoder = Decoder(model, recomputed=self._recomputed)
                 self.way = "decoder"
                 if dtype.itemsize == 2:
-                    how = "of factors rounded to it, with sums" if rounds else "computed"
-                    note(f"Weights stay in {_said(dtype)}; products are {how} in float32.")
+                    note(f"Weights stay in {_said(dtype)}; products are computed in float32.")
+                elif self._decoder.narrowed:
+                    note("Weights are bfloat16 numbers and kept as such; products are exact to float32.")
             except NotCovered as reason:
                 note(f"transformers' own layers are used: {reason} is not written by hand.")
         _recompute(model, self._recomputed)
@@ -105,15 +104,26 @@ class Engine:
         return min(self._limit, asked)
 
     def _take_tree(self) -> None:
+        self._leave_decoder()
         self.way = "tree"
         if others := lora.install(self._model):
             self._note(f"{others} adapters are not plain LoRA on a linear layer; peft applies them.")
         liger.install(self._model)
 
     def _take_padded(self) -> None:
+        self._leave_decoder()
         self.way = "padded"
         lora.remove(self._model)
         liger.remove(self._model)
+
+    def close(self) -> None:
+        """Gives the model back as it was before, for transformers' own layers; no step may follow."""
+        self._leave_decoder()
+
+    def _leave_decoder(self) -> None:
+        if self._decoder is not None:
+            self._decoder.leave()
+            self._decoder = None
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +285,7 @@ class Engine:
         few, without_liger = _few_tokens(documents), False
         trained = [p for p in self._model.parameters() if p.requires_grad]
         # Products of 16 bits put two right computations up to a third apart, which would hide most mistakes.
-        with _mode(self._model, training=False), _not_the_identity(self._model), _exactly(self._model, self._decoder):
+        with _mode(self._model, training=False), _not_the_identity(self._model), _in_float32(self._model):
             expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
                 difference = self._difference(few, trained, expected)
@@ -332,7 +342,7 @@ class Engine:
             "adapter": _in_order(self._model.peft_config["default"].to_dict()),
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
-            "kernels": [onepass.version(), liger.version(self._device)],
+            "kernels": [onepass.version(), liger.version(self._device), products.splits()],
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
@@ -495,8 +505,8 @@ def _few_tokens(documents: Sequence[Rendered]) -> list[Rendered]:
 
 
 @contextmanager
-def _exactly(model: PeftModel, decoder: Decoder | None) -> Iterator[None]:
-    """Inside, the decoder and transformers' layers multiply in fp32, with weights in fp32 for one layer at a time."""
+def _in_float32(model: PeftModel) -> Iterator[None]:
+    """Inside, transformers' layers multiply in fp32, with weights in fp32 for one layer at a time."""
     short = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dtype.itemsize < 4]
     if not short:
         yield
@@ -512,8 +522,7 @@ def _exactly(model: PeftModel, decoder: Decoder | None) -> Iterator[None]:
                 vars(module).update(compute_dtype=torch.float32, compute_type_is_set=True)
             else:
                 vars(module).update(forward=functools.partial(_forward_in_float32, module))
-        with nullcontext() if decoder is None else decoder.exactly():
-            yield
+        yield
     finally:
         for module, attributes in before:
             vars(module).clear()
