@@ -312,10 +312,10 @@ def test_splitting_factors_costs_nothing(split: None, name: str) -> None:
             right = plain(copy.deepcopy(model).double(), FEW)
         theirs = distance(plain(model, FEW), right)
         made = engine(model, "decoder", notes.append, **asked)
-        assert "kept as such" in notes[0]
+        assert "kept as such" in notes[0] and made._decoder is not None and made._decoder.narrowed
         ratios.append(distance(take(made, FEW), right) / theirs)
         assert made.loss(FEW) / n_supervised(FEW) == pytest.approx(right.loss, rel=1e-5)
-    assert sorted(ratios)[1] < 2
+    assert sorted(ratios)[1] < 2  # observed 0.7 to 1.0
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
@@ -325,7 +325,7 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are(split: None, recompute: 
         right = plain(copy.deepcopy(model).double())
     made = engine(model, "decoder", notes.append, recompute_layers=recompute)
     assert "Weights stay in bfloat16; products are computed in float32." in notes
-    assert distance(take(made), right) < 1e-5
+    assert distance(take(made), right) < 1e-5  # observed 7.3e-7
 
 
 @pytest.mark.parametrize("left", ["for another way", "for good"])
@@ -340,9 +340,22 @@ def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decod
         made.close()
     else:
         made._take_tree()
-        assert distance(take(made), right) < 1e-5
+        assert distance(take(made), right) < 1e-5  # observed 6.9e-7
     assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert distance(plain(model), right) < 1e-6
+    assert distance(plain(model), right) < 1e-6  # observed 0
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True, "target_modules": ["down_proj"]}, {}], ids=str)
+def test_a_model_that_is_not_covered_keeps_its_weights(split: None, lora: dict[str, Any]) -> None:
+    """Found out after the first groups were looked at: an adapter of another kind, and another activation."""
+    config = {} if lora else {"hidden_act": "relu"}
+    model = adapted(base("llama", **config), **lora)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    right = plain(model, FEW)
+    made = engine(model, note=ignored)
+    assert made.way == "tree" and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert distance(take(made, FEW), right) < 1e-5  # observed 7.3e-7
 
 
 def test_weights_that_are_no_bfloat16_numbers_stay_what_they_are(split: None) -> None:
@@ -356,7 +369,7 @@ def test_weights_that_are_no_bfloat16_numbers_stay_what_they_are(split: None) ->
     assert {name.split(".")[-3] for name in wide} == {"q_proj", "k_proj", "v_proj"}
     with Doubles():
         right = plain(copy.deepcopy(model).double())
-    assert distance(take(made), right) < 1e-5
+    assert distance(take(made), right) < 1e-5  # observed 6.7e-7
 
 
 # --- one gradient -----------------------------------------------------------------------------------------------------

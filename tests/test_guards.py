@@ -63,7 +63,7 @@ def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
     run, forward = tmp_path / "run", Activation.forward
     if narrowed:
         request.getfixturevalue("split")
-        tiny_model = of_bfloat16_numbers(tiny_model, tmp_path / "model")
+        tiny_model = rounded_to_bfloat16(tiny_model, tmp_path / "model")
 
     def broken(self: Activation, gate_up: Tensor, extended: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
         forward(self, gate_up, extended, keep, dropped)
@@ -82,7 +82,7 @@ def test_an_activation_that_is_not_finite_stops_the_step_and_is_looked_for(
     assert numbers(run) == numbers(whole.path)
 
 
-def of_bfloat16_numbers(model: Path, folder: Path) -> Path:
+def rounded_to_bfloat16(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder)
     numbers = {name: weight.bfloat16().float() for name, weight in load_file(model / "model.safetensors").items()}
     save_file(numbers, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_engine import adapted, base, distance, engine, take
+from test_engine import adapted, base, distance, engine, family, ignored, take
 from test_trie import batches
 from tunesmith.engine import decoder, lanes, layers, loss
 from tunesmith.engine.lanes import Lanes, count_for, shares
@@ -35,16 +35,30 @@ def with_lanes(count: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3"])
-def test_lanes_change_nothing(monkeypatch: pytest.MonkeyPatch, family: str, dropout: float) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "phi3"])
+def test_lanes_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, dropout: float) -> None:
     found = []
     for count in (1, 2, 3):
         with_lanes(count, monkeypatch)
-        made = engine(adapted(base(family, num_hidden_layers=3), lora_dropout=dropout).double(), "decoder")
+        made = engine(adapted(base(kind, num_hidden_layers=3), lora_dropout=dropout).double(), "decoder")
         torch.manual_seed(3)
         found.append(take(made))
     assert max(distance(step, found[0]) for step in found) < 1e-12  # observed 5.4e-16
     assert max(abs(step.loss - found[0].loss) for step in found) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lanes_change_nothing_where_factors_are_split(
+    monkeypatch: pytest.MonkeyPatch, split: None, dtype: torch.dtype
+) -> None:
+    found = []
+    for count in (1, 2, 3):
+        with_lanes(count, monkeypatch)
+        model = family("Llama", torch.bfloat16)
+        made = engine(model.float() if dtype == torch.float32 else model, "decoder", ignored)
+        assert made._decoder is not None and made._decoder.n_split == len(made._decoder._groups)
+        found.append(take(made))
+    assert max(distance(step, found[0]) for step in found) < 1e-5  # observed 2.6e-7
 
 
 @settings(max_examples=25, deadline=None)

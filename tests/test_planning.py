@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -52,10 +53,15 @@ def middling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("lora", [{}, {"lora.dropout": 0.0, "lora.r": 32}], ids=str)
+@pytest.mark.parametrize("published", ["float32", "bfloat16"])
 def test_what_a_step_keeps_is_what_the_plan_says(
-    middling_model: Path, talk: Path, share: bool, lora: dict[str, Any]
+    middling_model: Path, talk: Path, split: None, tmp_path: Path, share: bool, lora: dict[str, Any], published: str
 ) -> None:
     """All memory that the layers written by hand hold after a step against the plan's terms for it."""
+    if published == "bfloat16":
+        model = AutoModelForCausalLM.from_pretrained(middling_model, dtype=torch.bfloat16)
+        middling_model = Path(shutil.copytree(middling_model, tmp_path / "published"))
+        model.save_pretrained(middling_model)
     rows = checked(middling_model, talk, **{"engine.share_prefix": share, "engine.self_check": False, **lora})
     documents = [row.documents[0] for row in rows.rows[:16]]
     model = models.attach(models.load_base(rows.found, rows.recipe.model), rows.recipe.lora, 0, "base")
@@ -68,7 +74,11 @@ def test_what_a_step_keeps_is_what_the_plan_says(
         for name, *shape in buffers._taken:
             held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))
     load = planning.load_of(documents, share_prefix=share)
-    parts = planning.parts_by_hand(planning.shape_of(rows), load, Choice(2048, 0, 4), 0, len(every) - 1)
+    shape = planning.shape_of(rows)
+    parts = planning.parts_by_hand(shape, load, Choice(2048, 0, 4), 0, len(every) - 1)
+    linears = [m.weight for name, m in model.named_modules() if name.endswith("proj.base_layer")]
+    others = sum(p.numel() for p in model.parameters() if not p.requires_grad) - shape.linear
+    assert parts.weights == sum(w.numel() * w.itemsize for w in linears) + 4 * others
     planned = parts.activations + parts.logits + parts.workspace
     assert 0.95 < planned / sum(held.values()) < 1.1
 
@@ -261,6 +271,6 @@ def test_weights_of_4_bits_take_their_scales_too() -> None:
     sizes = {"layers": 1, "width": 1, "inner": 1, "queries": 1, "keys": 1, "heads": 1, "vocabulary": 1}
     shape = planning.Shape(
         **sizes, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0), stored_bytes=2, by_hand=False,
-        head_norms=False, dropout=False, masks=0, fused=False,
+        head_norms=False, dropout=False, masks=0, fused=False, splits=False,
     )  # fmt: skip
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

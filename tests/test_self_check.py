@@ -29,6 +29,7 @@ from test_engine import (
     distance,
     family,
     n_supervised,
+    of_bfloat16_numbers,
     plain,
     take,
     truth,
@@ -132,6 +133,24 @@ def test_a_verdict_is_remembered(fault: Callable[[pytest.MonkeyPatch], None] | N
         another_window = adapted(base("mistral", sliding_window=6)).double()
         with pytest.raises(pytest.fail.Exception, match="checked again"):
             take(checking(another_window, []), FEW)
+
+
+@pytest.mark.parametrize(("fault", "way"), [(wrong_rotation, "tree"), (wrong_trees, "padded")])
+def test_weights_that_were_narrowed_are_as_before_where_a_way_is_left(
+    split: None, fault: Callable[[pytest.MonkeyPatch], None], way: str
+) -> None:
+    model = of_bfloat16_numbers("Llama", 0)
+    right = plain(model, FEW)
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        made = checking(copy.deepcopy(model), [])
+        assert made._decoder is not None and made._decoder.narrowed
+        take(made, FEW)
+    for again in (made, checking(copy.deepcopy(model), [])):  # checked, and remembered
+        assert distance(take(again, FEW), right) < 1e-5  # observed 7.3e-7
+        assert again.way == way
+        pairs = zip(again._model.parameters(), model.parameters(), strict=True)
+        assert all(found.dtype == was.dtype and torch.equal(found, was) for found, was in pairs)
 
 
 @pytest.mark.parametrize("init_lora_weights", [True, False])

@@ -50,7 +50,6 @@ from tunesmith.template import Template, probe
 
 SHIPPED_TEMPLATES = Path(__file__).parent / "templates"
 # Layers that one model has apart and another has as one; for a better hint than spelling can give.
-_CONVERSION = 2  # to be raised when conversions of the same files become other ones
 _SAME_PLACE = (
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack", "c_attn", "query_key_value", "query", "key", "value"},
     {"gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "w1", "w3", "fc1"},
@@ -316,12 +315,14 @@ def prepared(found: hub.LocalModel) -> hub.LocalModel:
     sources = _to_convert(folder)
     if not sources:
         return found
-    ready = hub.cache_dir() / "converted" / f"{folder.name}-{_state(folder)}"
+    of_gguf = sources[0].suffix == ".gguf"
+    version = "-bf16" if of_gguf else ""  # what quantised weights are rounded to; another one makes another folder
+    ready = hub.cache_dir() / "converted" / f"{folder.name}-{_state(folder)}{version}"
     if not ready.is_dir():
         partial = ready.with_name(f".{ready.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            convert = _convert_gguf if sources[0].suffix == ".gguf" else _convert_bins
+            convert = _convert_gguf if of_gguf else _convert_bins
             convert(folder, sources, partial)
             try:
                 partial.rename(ready)
@@ -342,7 +343,7 @@ def _state(folder: Path) -> str:
     """Sixteen digits that change when a file of the folder does; a conversion belongs to one such state."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([_CONVERSION, str(folder.absolute()), seen]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([str(folder.absolute()), seen]).encode()).hexdigest()[:16]
 
 
 def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
@@ -360,11 +361,12 @@ def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
     config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     config.dtype = "float32"
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = loaded.state_dict()
+    fresh.load_state_dict(loaded.state_dict())
     if quantised:
-        # Numbers of a few bits stand for published ones, which are bf16; as such, products with them are cheaper.
-        state = {name: weight.bfloat16().float() if weight.dim() > 1 else weight for name, weight in state.items()}
-    fresh.load_state_dict(state)
+        # Numbers of a few bits stand for published ones, which are bf16 as a rule, and cheaper to multiply as such.
+        for parameter in fresh.parameters():
+            if parameter.dim() > 1:
+                parameter.data.copy_(parameter.data.bfloat16())
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     fresh.generation_config = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
     fresh.save_pretrained(out)

@@ -20,7 +20,7 @@ import torch
 
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
-from tunesmith.engine import gather, lanes, trie
+from tunesmith.engine import gather, lanes, onepass, products, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.step import TOKENS
@@ -78,6 +78,8 @@ class Shape:
     """Numbers that dropout masks in a token of a layer: the inputs of all adapters."""
     fused: bool
     """q, k and v come out of one product."""
+    splits: bool
+    """On this machine's CPU the layers' linear weights stay in 16 bits and products with them are split."""
 
 
 def shape_of(checked: Checked) -> Shape:
@@ -113,6 +115,7 @@ def shape_of(checked: Checked) -> Shape:
         dropout=settings.dropout > 0,
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
+        splits=checked.config.dtype == torch.bfloat16 and products.splits() and onepass.version() is not None,
     )
 
 
@@ -214,12 +217,16 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     workspace += e * (t * 6 * q + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
+    weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)
+    if shape.splits:
+        workspace += 6 * t * max(widest, h, q)  # a factor as three numbers of bf16
+        weights = 2 * shape.linear + choice.weight_bytes * (shape.weights - shape.linear)
     if choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
-        workspace += e * n_lanes * h * (max(2 * i, q + 2 * k) + min(WORDS_AT_ONCE, shape.vocabulary))
+        workspace += e * n_lanes * h * (widest * (not shape.splits) + min(WORDS_AT_ONCE, shape.vocabulary))
     own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
     return Parts(
         runtime=runtime,
-        weights=choice.bytes_of(shape),
+        weights=weights,
         adapter=e * (shape.adapter + own_b),  # peft's matrices, and sB beside the weights
         gradients=e * shape.adapter * (1 + n_lanes),  # each lane adds its own up first
         optimizer=2 * e * shape.adapter,

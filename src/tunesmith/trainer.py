@@ -223,8 +223,10 @@ class StepTrainer(Trainer):
                 "enough for the optimizer and the smallest micro-batch",
                 "See `tunesmith plan`; a lower lora.r or a smaller model.dtype takes less.",
             ) from error
-        finally:
-            self._engine.close()
+
+    def close(self) -> None:
+        """Gives the model back as it was before; no step may follow."""
+        self._engine.close()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / _TRAINED)

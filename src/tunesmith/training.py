@@ -272,6 +272,7 @@ class _Work:
         seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
         if not trainer.interrupted:
             adapter_files.write(run, model, checked, self.recipe, pissa_start)
+            trainer.close()
         tuned = Chat(model.eval(), checked.renderer, generation)
         after = [] if trainer.interrupted else _ask(tuned, asked)
         samples = tuple(

@@ -154,14 +154,15 @@ class Decoder:
         if head.weight.dtype == arithmetic(head.weight.dtype):
             _unmap(causal, head, pieces)
         written = [_Layer(number, layer, pieces) for number, layer in enumerate(layers)]
-        adapters = [a for layer in written for group in layer.linears for a in group.adapters]
+        self._groups = [group for layer in written for group in layer.linears]
+        adapters = [adapter for group in self._groups for adapter in group.adapters]
         self._trained = [parameter for adapter in adapters for parameter in (adapter.a, adapter.b)]
         covered = set(map(id, self._trained))
         if any(p.requires_grad and id(p) not in covered for p in model.parameters()):
             raise NotCovered("trained parameters outside the decoder layers")
         if not adapters:
             raise NotCovered("no adapter at all")
-        dropouts = {linears.dropout for layer in written for linears in layer.linears if linears.ranks}
+        dropouts = {group.dropout for group in self._groups if group.ranks}
         if len(dropouts) > 1:
             raise NotCovered("adapters with different dropout")
         (self._dropout,) = dropouts
@@ -173,6 +174,8 @@ class Decoder:
         compiled = kernels(head.weight.new_empty(0, dtype=self._dtype))
         if compiled is not None:  # now, not within the first step
             compiled.load(written[0].activation.kind, drops=self._dropout > 0)
+        for group in self._groups:
+            group.take_over()
         self.forget()
 
     def forget(self) -> None:
@@ -181,16 +184,20 @@ class Decoder:
         self._memories: list[_Memory] = []
 
     @property
+    def n_split(self) -> int:
+        """Groups of linear layers whose products are split."""
+        return sum(group.splits for group in self._groups)
+
+    @property
     def narrowed(self) -> bool:
         """Whether some of the model's own weights are bf16 now, and were something else before."""
-        return any(linears.narrowed for layer in self._model.layers for linears in layer.linears)
+        return any(group.narrowed for group in self._groups)
 
     def leave(self) -> None:
-        """The model as it was before."""
-        for layer in self._model.layers:
-            for linears in layer.linears:
-                linears.widen()
+        """Gives the memory back, and the model its weights in the type that they had."""
         self.forget()
+        for group in self._groups:
+            group.widen()
 
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
         """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
@@ -247,9 +254,9 @@ class Decoder:
             self._lanes[count] = Lanes(count)
         head = self._model.head
         while len(self._memories) < count:
-            groups = [linears for layer in self._model.layers for linears in layer.linears]
-            flat = torch.empty(sum(group.n_trained for group in groups), dtype=self._dtype, device=head.device)
-            parts = iter(flat.split([group.n_trained for group in groups]))
+            sizes = [group.n_trained for group in self._groups]
+            flat = torch.empty(sum(sizes), dtype=self._dtype, device=head.device)
+            parts = iter(flat.split(sizes))
             sums = [[linears.sums(next(parts)) for linears in layer.linears] for layer in self._model.layers]
             self._memories.append(_Memory(Buffers(self._dtype, head.device), flat, sums))
         return self._lanes[count]

@@ -5,7 +5,7 @@ One product per group of linear layers with the same input, adapter included: `[
 gives `dh` as well. Weights lie in one storage as `[W | sB]`; the model's own parameters become views of it. Weights of
 16 bits stay as they are, and only those of the group at work stand in fp32 as well: few processors multiply 16 bits
 well, and half the memory is worth two conversions per step. On those that do, weights that are bf16 numbers are kept as
-such, in fp32's stead too, and multiplied by `products.mm_of_split`.
+such, those of an fp32 model too, and multiplied by `products.mm_of_split`.
 
 Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ranks.
 """
@@ -77,17 +77,18 @@ class Linears:
         self._bases, first = bases, bases[0].weight
         self._before, dtype = first.dtype, arithmetic(first.dtype)
         self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
-        self._stored: list[Tensor] = []
+        self.splits = _may_split(first) and all(_is_bfloat16(base.weight.data) for base in bases)
+        self._stored: Sequence[Tensor] = ()
         self._weight: Tensor | None = None
-        self._of_bfloat16: Tensor | None = None
-        if _split(first) and all(_is_bfloat16(base.weight.data) for base in bases):
-            self._of_bfloat16 = pieces.take(self.outputs, self.inputs, dtype=torch.bfloat16)
-            self._move_to(self._of_bfloat16)
+        self._place: Tensor | None = None
+        if self.splits and first.dtype != torch.bfloat16:
+            self._place = pieces.take(self.outputs, self.inputs, dtype=torch.bfloat16)
+            self._stored = (self._place,)
         elif first.dtype != dtype:
             self._stored = [base.weight.data for base in bases]
         else:
             self._weight = pieces.take(self.outputs, self.inputs + self.ranks, dtype=dtype).zero_()
-            self._move_to(self._weight[:, : self.inputs])
+            self._place = self._weight[:, : self.inputs]
         if self._weight is None:
             self._b = first.new_zeros(self.outputs, self.ranks, dtype=dtype)
         else:
@@ -106,20 +107,24 @@ class Linears:
             biases = [first.new_zeros(b.out_features) if b.bias is None else b.bias.data for b in bases]
             self.bias = torch.cat(biases).to(dtype)
 
-    def _move_to(self, whole: Tensor) -> None:
-        for base, place in zip(self._bases, whole.split(self._widths), strict=True):
-            place.copy_(base.weight.data)
-            base.weight.data = place
+    def take_over(self) -> None:
+        """Moves the model's own weights to where they are multiplied; once it is sure that they will be."""
+        if self._place is not None:
+            for base, place in zip(self._bases, self._place.split(self._widths), strict=True):
+                place.copy_(base.weight.data)
+                base.weight.data = place
 
     @property
     def narrowed(self) -> bool:
-        """Whether the model's own weights are bf16 now, and were something else before."""
-        return self._of_bfloat16 is not None and self._before != torch.bfloat16
+        """Whether the model's own weights are bf16 once they are taken over, and were something else before."""
+        return self.splits and self._place is not None
 
     def widen(self) -> None:
-        """The model's own weights as they were before, for who goes on without these layers."""
-        for base in self._bases:
-            base.weight.data = base.weight.data.to(self._before)
+        """The model's own weights in the type that they had, for who goes on without these layers."""
+        if self.narrowed:
+            for base in self._bases:
+                base.weight.data = base.weight.data.to(self._before)
+            self._stored, self._place = (), None
 
     def refresh(self) -> None:
         """Takes over the adapters' numbers; to be called when they have changed."""
@@ -144,23 +149,26 @@ class Linears:
         h = extended[:, self.inputs :]
         if self.ranks:
             mm(dropped, self.a.T, out=h)
-        if self._of_bfloat16 is None:
+        if not self.splits:
             mm(extended, self.weight(take).T, out=out)
         else:
             if self.ranks:
                 mm(h, self._b.T, out=out)
             parts = _parts(take, extended, self.inputs)
-            mm_of_split(parts, self._of_bfloat16.T, out, add=self.ranks > 0)
+            for stored, columns in zip(self._stored, out.split([len(s) for s in self._stored], 1), strict=True):
+                mm_of_split(parts, stored.T, columns, add=self.ranks > 0)
         if self.bias is not None:
             out.add_(self.bias)
 
     def backward(self, take: Take, d_out: Tensor, d_extended: Tensor) -> None:
         """Fills `d_extended` (T, H + R) with the base's share of the gradient with respect to x, and dh behind it, of
         which the adapter's `share` is to be made."""
-        if self._of_bfloat16 is None:
+        if not self.splits:
             mm(d_out, self.weight(take), out=d_extended)
             return
-        mm_of_split(_parts(take, d_out, self.outputs), self._of_bfloat16, d_extended[:, : self.inputs])
+        parts = _parts(take, d_out, self.outputs).split([len(stored) for stored in self._stored], 2)
+        for number, (stored, part) in enumerate(zip(self._stored, parts, strict=True)):
+            mm_of_split(part, stored, d_extended[:, : self.inputs], add=number > 0)
         if self.ranks:
             mm(d_out, self._b, out=d_extended[:, self.inputs :])
 
@@ -221,9 +229,9 @@ def arithmetic(stored: torch.dtype) -> torch.dtype:
     return torch.promote_types(stored, torch.float32)
 
 
-def _split(weight: Tensor) -> bool:
-    """Whether products with weights like this one may be split."""
-    if weight.device.type != "cpu" or arithmetic(weight.dtype) != torch.float32 or not products.splits():
+def _may_split(weight: Tensor) -> bool:
+    """Whether products with weights like this one may be split, if they are bf16 numbers."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not products.splits():
         return False
     return kernels(weight.new_empty(0, dtype=torch.float32)) is not None
 

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, liger, lora, memory, onepass, products, trie
+from tunesmith.engine import attention, batch, liger, lora, memory, onepass, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
@@ -87,7 +87,7 @@ class Engine:
                 if dtype.itemsize == 2:
                     note(f"Weights stay in {_said(dtype)}; products are computed in float32.")
                 elif self._decoder.narrowed:
-                    note("Weights are bfloat16 numbers and kept as such; products are exact to float32.")
+                    note("Weights that are bfloat16 numbers are kept as such; products are computed in float32.")
             except NotCovered as reason:
                 note(f"transformers' own layers are used: {reason} is not written by hand.")
         _recompute(model, self._recomputed)
@@ -117,7 +117,8 @@ class Engine:
         liger.remove(self._model)
 
     def close(self) -> None:
-        """Gives the model back as it was before, for transformers' own layers; no step may follow."""
+        """Gives the model's weights back in the type that they had, for transformers' own layers. No step may
+        follow."""
         self._leave_decoder()
 
     def _leave_decoder(self) -> None:
@@ -342,7 +343,8 @@ class Engine:
             "adapter": _in_order(self._model.peft_config["default"].to_dict()),
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
-            "kernels": [onepass.version(), liger.version(self._device), products.splits()],
+            "kernels": [onepass.version(), liger.version(self._device)],
+            "split": 0 if self._decoder is None else self._decoder.n_split,
             "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
