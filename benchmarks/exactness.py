@@ -5,13 +5,15 @@
 Small random models of eleven kinds, adapters that are not the identity, rows that share beginnings, no dropout; the
 relative error of the gradient of all adapters, the worst of every way and cut. "lifted" is float64 with transformers'
 fp32 parts (norms, rotary tables, the loss) computed in float64 too, on both sides; "as it is" leaves them. For fp32 and
-bf16 the truth is the lifted gradient of the same weights, and of several seeds the worst is shown.
+bf16 the truth is the lifted gradient of the same weights, and of several seeds the worst is shown. "fp32, split" is an
+fp32 model whose weights are bf16 numbers, by the layers written by hand, on a processor where products are split.
 Writes a JSON, and prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import importlib.metadata
 import json
@@ -25,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import test_engine as cases
+from tunesmith.engine import products
 
 SEEDS = 3
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -65,15 +68,33 @@ def in_fewer_bits(name: str, dtype: torch.dtype) -> dict[str, float]:
     return {"ours": max(ours), "plain": max(theirs), "median_ratio": sorted(ratios)[len(ratios) // 2]}
 
 
+def split(name: str) -> dict[str, float] | None:
+    """As `in_fewer_bits`, where factors of products are split; None where they are not."""
+    if "decoder" not in ways(name) or not products.splits():
+        return None
+    ours, theirs = [], []
+    for seed in range(SEEDS):
+        model = cases.of_bfloat16_numbers(name, seed)
+        with cases.Doubles():
+            right = cases.plain(copy.deepcopy(model).double(), cases.FEW)
+        theirs.append(cases.distance(cases.plain(model, cases.FEW), right))
+        made = cases.engine(model, "decoder", cases.ignored, **cases.SETTINGS[seed])
+        ours.append(cases.distance(cases.take(made, cases.FEW), right))
+    ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
+    return {"ours": max(ours), "plain": max(theirs), "median_ratio": ratios[SEEDS // 2]}
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| | float64, lifted | float64, as it is | fp32 | plain fp32 | ratio | bf16 | plain bf16 | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | float64, lifted | float64, as it is | fp32 | plain fp32 | ratio | bf16 | plain bf16 | ratio |"
+        " fp32, split | plain | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, errors in result["families"].items():
         cells = [f"{errors['float64'][kind]:.1e}" for kind in ("lifted", "as it is")]
-        for bits in NAMES.values():
-            found = errors[bits]
+        for found in (*(errors[bits] for bits in NAMES.values()), errors["split"]):
+            if found is None:
+                continue
             cells += [f"{found['ours']:.1e}", f"{found['plain']:.1e}", f"{found['median_ratio']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -89,6 +110,7 @@ def main() -> None:
         name: {
             "float64": in_float64(name),
             **{bits: in_fewer_bits(name, dtype) for dtype, bits in NAMES.items()},
+            "split": split(name),
         }
         for name in cases.FAMILIES
     }
