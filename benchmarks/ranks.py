@@ -55,6 +55,7 @@ def main() -> int:
             "largest_difference": apart,
             "seconds_after_kill": seconds_after_kill(model, data, folder),
         }
+    out.mkdir(parents=True, exist_ok=True)
     (out / f"ranks-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     return 0
