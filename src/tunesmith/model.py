@@ -16,7 +16,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -257,6 +257,19 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights (meta device)."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
+    """Whether the layers' weights are bf16 numbers, whatever they are stored as: as far as one row of them tells, and
+    by the config where no weights are here."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if ".layers." in name and len(part.get_shape()) == 2:
+                    row = part[:1]
+                    return torch.equal(row.bfloat16().to(row.dtype), row)
+    return config.dtype == torch.bfloat16
 
 
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:

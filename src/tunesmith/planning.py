@@ -115,7 +115,9 @@ def shape_of(checked: Checked) -> Shape:
         dropout=settings.dropout > 0,
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
-        splits=checked.config.dtype == torch.bfloat16 and products.splits() and onepass.version() is not None,
+        splits=products.splits()
+        and onepass.version() is not None
+        and models.published_in_bfloat16(checked.found.folder, checked.config),
     )
 
 

@@ -314,7 +314,7 @@ class Engine:
         """Relative, of the gradient by the way chosen; infinite where Liger's kernels can not be run here."""
         try:
             found = self._gradient_of(documents, self.way, trained)
-        except Exception as error:
+        except Exception as error:  # Triton and its compilers raise what they like
             if memory.ran_out(error) or not liger.installed(self._model):
                 raise
             return math.inf
