@@ -70,7 +70,7 @@ def in_fewer_bits(name: str, dtype: torch.dtype) -> dict[str, float]:
 
 def split(name: str) -> dict[str, float] | None:
     """As `in_fewer_bits`, where factors of products are split; None where they are not."""
-    if "decoder" not in ways(name) or not products.splits():
+    if "decoder" not in ways(name) or not products.has_units():
         return None
     ours, theirs = [], []
     for seed in range(SEEDS):

@@ -712,7 +712,7 @@ def test_a_model_that_does_something_of_its_own_is_right_by_whatever_way(what: s
 def test_weights_of_16_bits_stay_as_they_are_and_are_multiplied_in_fp32(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, recompute: str
 ) -> None:
-    monkeypatch.setattr(products, "splits", lambda: False)
+    monkeypatch.setattr(products, "splits", lambda _: False)
     notes: list[str] = []
     model = family("Llama with biases", dtype)
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters() if p.dtype == dtype}

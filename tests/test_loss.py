@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.engine import loss
+from tunesmith.engine import loss, memory
 from tunesmith.engine.loss import HeadLoss, Labels, chunk_rows, loss_and_gradient, summed_cross_entropy
 
 CPU = torch.device("cpu")
@@ -134,9 +134,10 @@ def test_without_a_gradient_the_loss_is_the_same() -> None:
 def test_what_stood_in_the_given_space_does_not_matter(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
     in_chunks(monkeypatch, 5, 101)
     given = case(33, 17, 101)
-    space = given.hidden.new_full((chunk_rows(33, 101, CPU) * 101,), torch.nan)
+    buffers = memory.Buffers(given.hidden.dtype, CPU)
+    buffers.take("logits", chunk_rows(33, 101, CPU), 101).fill_(torch.nan)
     for _ in range(2):
-        found = loss_and_gradient(given.hidden, given.weight, given.labels, softcap, space=space)
+        found = loss_and_gradient(given.hidden, given.weight, given.labels, softcap, take=buffers.take)
         assert off(found, expected(given, softcap)) < 1e-12  # observed 5.9e-16
 
 

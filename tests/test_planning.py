@@ -77,9 +77,9 @@ def test_what_a_step_keeps_is_what_the_plan_says(
     load = planning.load_of(documents, share_prefix=share)
     shape = planning.shape_of(rows)
     parts = planning.parts_by_hand(shape, load, Choice(2048, 0, 4), 0, len(every) - 1)
-    linears = [m.weight for name, m in model.named_modules() if name.endswith("proj.base_layer")]
-    others = sum(p.numel() for p in model.parameters() if not p.requires_grad) - shape.linear
-    assert parts.weights == sum(w.numel() * w.itemsize for w in linears) + 4 * others
+    norms = 4 * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    matrices = [p for name, p in model.named_parameters() if not p.requires_grad and "norm" not in name]
+    assert parts.weights == sum(p.numel() * p.itemsize for p in matrices) + norms
     planned = parts.activations + parts.logits + parts.workspace
     assert 0.95 < planned / sum(held.values()) < 1.1
 
@@ -272,6 +272,6 @@ def test_weights_of_4_bits_take_their_scales_too() -> None:
     sizes = {"layers": 1, "width": 1, "inner": 1, "queries": 1, "keys": 1, "heads": 1, "vocabulary": 1}
     shape = planning.Shape(
         **sizes, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0), stored_bytes=2, by_hand=False,
-        head_norms=False, dropout=False, masks=0, fused=False, splits=False,
+        head_norms=False, dropout=False, masks=0, fused=False, narrow=0,
     )  # fmt: skip
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

@@ -94,10 +94,10 @@ def _accelerator() -> Finding:
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
     if onepass.version() is None:
         faster = (
-            "about a third faster for weights published in bfloat16" if products.splits() else "about a tenth faster"
+            "about a third faster for weights published in bfloat16" if products.has_units() else "about a tenth faster"
         )
         found += f"; {faster} with: pip install 'tunesmith[cpu]'"
-    elif products.splits():
+    elif products.has_units():
         found += ", whose AMX is used for weights published in bfloat16"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(

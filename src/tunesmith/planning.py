@@ -17,12 +17,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, onepass, products, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
+from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
 from tunesmith.machines import CARDS, Device, Machine, this_machine
@@ -78,8 +80,8 @@ class Shape:
     """Numbers that dropout masks in a token of a layer: the inputs of all adapters."""
     fused: bool
     """q, k and v come out of one product."""
-    splits: bool
-    """On this machine's CPU the layers' linear weights stay in 16 bits and products with them are split."""
+    narrow: int
+    """Numbers in weights that stay in 16 bits on this machine's CPU, because products with them are split."""
 
 
 def shape_of(checked: Checked) -> Shape:
@@ -115,10 +117,17 @@ def shape_of(checked: Checked) -> Shape:
         dropout=settings.dropout > 0,
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
-        splits=products.splits()
-        and onepass.version() is not None
-        and models.published_in_bfloat16(checked.found.folder, checked.config),
+        narrow=_narrow(checked, skeleton, linear),
     )
+
+
+def _narrow(checked: Checked, skeleton: PreTrainedModel, linear: int) -> int:
+    published = models.published_in_bfloat16(checked.found.folder, checked.config)
+    if not published or not products.has_units() or onepass.version() is None:
+        return 0
+    head, embed = cast("torch.nn.Linear", skeleton.get_output_embeddings()), skeleton.get_input_embeddings()
+    stays = embed.weight is head.weight and type(embed) is not torch.nn.Embedding  # `engine.layers.Head`
+    return linear + (0 if stays else head.weight.numel())
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------
@@ -220,11 +229,14 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)
-    if shape.splits:
-        workspace += 6 * t * max(widest, h, q)  # a factor as three numbers of bf16
-        weights = 2 * shape.linear + choice.weight_bytes * (shape.weights - shape.linear)
-    if choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
-        workspace += e * n_lanes * h * (widest * (not shape.splits) + min(WORDS_AT_ONCE, shape.vocabulary))
+    words = min(WORDS_AT_ONCE, shape.vocabulary)
+    if shape.narrow:  # some rows as three numbers of bf16; the weights at work, or some words, in another order
+        rows = min(ROWS_AT_ONCE, math.ceil(t / n_lanes))
+        at_work = widest if shape.fused or choice.weight_bytes == 4 else max(i, q)
+        workspace += n_lanes * (6 * rows * min(SHARED_AT_ONCE, widest) + 2 * h * max(at_work, words))
+        weights = 2 * shape.narrow + choice.weight_bytes * (shape.weights - shape.narrow)
+    elif choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
+        workspace += e * n_lanes * h * (widest + words)
     own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
     return Parts(
         runtime=runtime,

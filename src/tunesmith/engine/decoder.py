@@ -24,6 +24,7 @@ from tunesmith.engine.batch import Batch
 from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.engine.layers import (
     Activation,
+    Head,
     InFloat32,
     Linears,
     Masks,
@@ -36,7 +37,7 @@ from tunesmith.engine.layers import (
     put,
     rotate,
 )
-from tunesmith.engine.loss import chunk_rows, loss_and_gradient
+from tunesmith.engine.loss import loss_and_gradient
 from tunesmith.engine.memory import Buffers, Pieces
 from tunesmith.engine.onepass import kernels
 
@@ -117,8 +118,7 @@ class _Model(NamedTuple):
     embed: nn.Module
     layers: Sequence[_Layer]
     norm: Norm
-    head: Tensor
-    """(V, H)"""
+    head: Head
     lowest: int
     """Number of the first layer with an adapter."""
     recomputed: int
@@ -151,8 +151,10 @@ class Decoder:
         if type(head) is not nn.Linear or head.bias is not None:
             raise NotCovered("an output layer that is not one plain matrix")
         pieces = Pieces(head.weight.device)
-        if head.weight.dtype == arithmetic(head.weight.dtype):
-            _unmap(causal, head, pieces)
+        output = Head(head, body.embed_tokens, pieces)
+        self._dtype, self._device = arithmetic(head.weight.dtype), head.weight.device
+        if head.weight.dtype == self._dtype:
+            _unmap(causal, head, pieces, kept=output.narrowed)
         written = [_Layer(number, layer, pieces) for number, layer in enumerate(layers)]
         self._groups = [group for layer in written for group in layer.linears]
         adapters = [adapter for group in self._groups for adapter in group.adapters]
@@ -167,37 +169,37 @@ class Decoder:
             raise NotCovered("adapters with different dropout")
         (self._dropout,) = dropouts
         lowest = next(layer.number for layer in written if layer.adapted)
-        self._model = _Model(body.embed_tokens, written, Norm(body.norm), head.weight, lowest, recomputed)
+        self._model = _Model(body.embed_tokens, written, Norm(body.norm), output, lowest, recomputed)
         self._rotary = body.rotary_emb
-        self._dtype = arithmetic(head.weight.dtype)
         self._lanes: dict[int, Lanes] = {}
         compiled = kernels(head.weight.new_empty(0, dtype=self._dtype))
         if compiled is not None:  # now, not within the first step
             compiled.load(written[0].activation.kind, drops=self._dropout > 0)
-        for group in self._groups:
-            group.take_over()
+        self._stored = (output, *self._groups)
+        for part in self._stored:
+            part.take_over()
         self.forget()
 
     def forget(self) -> None:
         """Gives the memory back that is kept from step to step."""
-        self._joint = Buffers(self._dtype, self._model.head.device)
+        self._joint = Buffers(self._dtype, self._device)
         self._memories: list[_Memory] = []
 
     @property
     def n_split(self) -> int:
-        """Groups of linear layers whose products are split."""
-        return sum(group.splits for group in self._groups)
+        """Groups of linear layers whose products are split, with the output layer."""
+        return sum(part.splits for part in self._stored)
 
     @property
     def narrowed(self) -> bool:
         """Whether some of the model's own weights are bf16 now, and were something else before."""
-        return any(group.narrowed for group in self._groups)
+        return any(part.narrowed for part in self._stored)
 
     def leave(self) -> None:
         """Gives the memory back, and the model its weights in the type that they had."""
         self.forget()
-        for group in self._groups:
-            group.widen()
+        for part in self._stored:
+            part.widen()
 
     def gradient(self, batch: Batch, sight: Sight, n_supervised: int, *, dropout: bool = True) -> Tensor:
         """The loss summed over the batch and divided by `n_supervised`; adds its gradient to the adapters' `.grad`."""
@@ -224,7 +226,7 @@ class Decoder:
         n_tokens, model = len(batch.input_ids), self._model
         lanes = self._lanes_for(n_tokens if isinstance(sight, attention.Gather) else 0)
         memories = self._memories[: lanes.count]
-        cos, sin = self._rotary(model.head.new_empty(0, dtype=self._dtype), batch.position_ids[None])
+        cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), batch.position_ids[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         masks = None
@@ -252,20 +254,20 @@ class Decoder:
         count = count_for(n_tokens)
         if count not in self._lanes:
             self._lanes[count] = Lanes(count)
-        head = self._model.head
         while len(self._memories) < count:
             sizes = [group.n_trained for group in self._groups]
-            flat = torch.empty(sum(sizes), dtype=self._dtype, device=head.device)
+            flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
             parts = iter(flat.split(sizes))
             sums = [[linears.sums(next(parts)) for linears in layer.linears] for layer in self._model.layers]
-            self._memories.append(_Memory(Buffers(self._dtype, head.device), flat, sums))
+            self._memories.append(_Memory(Buffers(self._dtype, self._device), flat, sums))
         return self._lanes[count]
 
 
-def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces) -> None:
-    """Copies what `Linears` will not. Weights read from a file are mapped, and a single one that stays so keeps the
-    pages of all others that were read among this process's memory: those of the whole base a second time."""
-    copied = set[int]()  # a tied one once
+def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces, *, kept: bool) -> None:
+    """Copies what `Linears` will not, nor `Head` where it has been `kept`. Weights read from a file are mapped, and a
+    single one that stays so keeps the pages of all others that were read among this process's memory: those of the
+    whole base a second time."""
+    copied = {id(head.weight)} if kept else set[int]()  # a tied one once
     for module in model.modules():
         copied_later = {"weight"} if isinstance(module, nn.Linear) and module is not head else set()
         for name, parameter in module.named_parameters(recurse=False):
@@ -359,10 +361,11 @@ class _Lane:
         start, stop = (len(normed) * number // lanes.count for number in (self._number, self._number + 1))
         loss, gradient = loss_and_gradient(
             normed[start:stop],
-            head,
+            head.weight,
             batch.labels.part(start, stop),
             with_gradient=self._micro.n_supervised is not None,
-            space=self._take("logits", chunk_rows(stop - start, len(head), head.device, lanes.count) * len(head)),
+            take=self._take,
+            split=head.splits,
             at_once=lanes.count,
         )
         if self._micro.n_supervised is not None:

@@ -13,7 +13,7 @@ Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numba import njit
@@ -27,28 +27,30 @@ SMALLEST, LARGEST = np.float32(-87), np.float32(88)
 ROUNDING = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
 BITS_OF_ONE, MANTISSA = np.int32(0x3F800000), np.int32(23)
 LEAST_BITS, LARGEST_BITS, ALL_BUT_ONE = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
-OF_BFLOAT16, BEHIND_BFLOAT16 = np.int32(-(1 << 16)), np.int32(16)
 GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 SILU = 0  # of the kinds that `Activation` knows; the other one is GELU by tanh
 
 Kernel = Callable[..., Any]
 
 
-def _compiled(**more: Any) -> Callable[[Kernel], Kernel]:
-    """Numba's division gives inf, not an exception, which would keep loops from being vectorised."""
+def compiled(*signatures: Any, **more: Any) -> Callable[[Kernel], Kernel]:
+    """Numba's division gives inf, not an exception, which would keep loops from being vectorised. With signatures it is
+    compiled at once, for these; else for whatever it is called with."""
+
+    given, make = [list(signatures)] if signatures else [], cast("Any", njit)
 
     def compile(function: Kernel) -> Kernel:
         settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **more}
         try:
-            return njit(cache=True, **settings)(function)
+            return make(*given, cache=True, **settings)(function)
         except RuntimeError:  # no folder that could be written
-            return njit(**settings)(function)
+            return make(*given, **settings)(function)
 
     return compile
 
 
-_part = _compiled(inline="always")
-_sum_of = _compiled(fastmath={"contract", "reassoc", "nsz"})
+_part = compiled(inline="always")
+_sum_of = compiled(fastmath={"contract", "reassoc", "nsz"})
 
 
 @_part
@@ -106,7 +108,7 @@ def _turned(bits: Any) -> Any:
     return np.int32(bits ^ ((bits >> ALL_BUT_ONE) & LARGEST_BITS))
 
 
-@_compiled()
+@compiled()
 def _largest(x: Any) -> Any:
     """As integers, which LLVM compares side by side: the bits of floats are in order once those of negative ones are
     turned round. NaN is the largest."""
@@ -116,7 +118,7 @@ def _largest(x: Any) -> Any:
     return np.int32(_turned(largest)).view(np.float32)
 
 
-@_compiled()
+@compiled()
 def _add_share(d_x: Any, d_h: Any, a: Any, keep: Any) -> None:
     """One row: d_x += keep · (d_h · A)."""
     width, whole = len(d_x), len(d_h) // 4 * 4
@@ -139,7 +141,7 @@ def _add_share(d_x: Any, d_h: Any, a: Any, keep: Any) -> None:
                 d_x[j] += keep[j] * (f0 * a0[j])
 
 
-@_compiled()
+@compiled()
 def add_share(d_extended_THR: Any, a: Any, keep: Any) -> None:
     width = a.shape[1]
     for t in range(len(d_extended_THR)):
@@ -147,7 +149,7 @@ def add_share(d_extended_THR: Any, a: Any, keep: Any) -> None:
         _add_share(row[:width], row[width:], a, None if keep is None else keep[t])
 
 
-@_compiled()
+@compiled()
 def put(x_TH: Any, extended_THR: Any, keep: Any, dropped_TH: Any) -> None:
     """x into the first columns of `extended`, and x̃."""
     for t in range(len(x_TH)):
@@ -160,7 +162,7 @@ def put(x_TH: Any, extended_THR: Any, keep: Any, dropped_TH: Any) -> None:
                 dropped[j] = x[j] * kept[j]
 
 
-@_compiled()
+@compiled()
 def norm(
     x_TH: Any, more_TH: Any, weight_H: Any, eps: Any, extended_THR: Any, keep: Any, dropped_TH: Any, rstd_T: Any
 ) -> None:
@@ -184,7 +186,7 @@ def norm(
                 dropped[j] = normed * kept[j]
 
 
-@_compiled()
+@compiled()
 def norm_backward(
     d_extended_THR: Any, a: Any, keep: Any, x_TH: Any, rstd_T: Any, weight_H: Any, d_x_TH: Any, dropped_TH: Any
 ) -> None:
@@ -206,7 +208,7 @@ def norm_backward(
                 dropped[j] *= kept[j]
 
 
-@_compiled()
+@compiled()
 def activation(gate_up_T2I: Any, kind: Any, extended_TIR: Any, keep: Any, dropped_TI: Any) -> None:
     width = gate_up_T2I.shape[1] // 2
     for t in range(len(gate_up_T2I)):
@@ -223,7 +225,7 @@ def activation(gate_up_T2I: Any, kind: Any, extended_TIR: Any, keep: Any, droppe
                 dropped[j] = out[j] * kept[j]
 
 
-@_compiled()
+@compiled()
 def activation_backward(d_extended_TIR: Any, a: Any, keep: Any, gate_up_T2I: Any, kind: Any, dropped_TI: Any) -> None:
     width = dropped_TI.shape[1]
     for t in range(len(dropped_TI)):
@@ -254,7 +256,7 @@ def activation_backward(d_extended_TIR: Any, a: Any, keep: Any, gate_up_T2I: Any
                 dropped[j] *= kept[j]
 
 
-@_compiled()
+@compiled()
 def rotate(x_TN: Any, size: Any, heads: Any, cos_TF: Any, sin_TF: Any, sign: Any, out_TM: Any, at: Any) -> None:
     """The first `heads` heads of `size` numbers each, into `out`, which may be x, from column `at` on."""
     half = cos_TF.shape[1]
@@ -271,7 +273,7 @@ def rotate(x_TN: Any, size: Any, heads: Any, cos_TF: Any, sin_TF: Any, sign: Any
                 out[j] = x[j]
 
 
-@_compiled()
+@compiled()
 def causal_softmax(scores_HQK: Any, window: Any) -> None:
     """Of queries that are the last ones of the keys; each sees `window` keys up to its own, and gets 0 for the rest."""
     heads, n, n_keys = scores_HQK.shape
@@ -293,7 +295,7 @@ def causal_softmax(scores_HQK: Any, window: Any) -> None:
                 row[j] = ZERO
 
 
-@_compiled()
+@compiled()
 def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
     for i in range(len(d_NK)):
         d, probabilities = d_NK[i], probabilities_NK[i]
@@ -302,25 +304,7 @@ def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
             d[j] = probabilities[j] * (d[j] - along)
 
 
-@_compiled()
-def split(x_TN: Any, parts_3TH: Any) -> None:
-    """The first H columns of x as three numbers of bf16 each (their bits), whose sum they are, the largest first. What
-    is infinite becomes NaN."""
-    _, n, width = parts_3TH.shape
-    bits_TN = x_TN.view(np.int32)
-    for t in range(n):
-        x, bits = x_TN[t], bits_TN[t]
-        first, second, third = parts_3TH[0, t], parts_3TH[1, t], parts_3TH[2, t]
-        for j in range(width):
-            rest = np.float32(x[j] - np.int32(bits[j] & OF_BFLOAT16).view(np.float32))
-            rest_bits = np.int32(rest.view(np.int32))
-            last = np.float32(rest - np.int32(rest_bits & OF_BFLOAT16).view(np.float32))
-            first[j] = np.int16(bits[j] >> BEHIND_BFLOAT16)
-            second[j] = np.int16(rest_bits >> BEHIND_BFLOAT16)
-            third[j] = np.int16(np.int32(last.view(np.int32)) >> BEHIND_BFLOAT16)
-
-
-@_compiled()
+@compiled()
 def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
     for i in range(len(which_M)):
         row, out = given_ND[which_M[i]], out_MD[i]
@@ -344,4 +328,3 @@ def load(kind: int, *, drops: bool) -> None:
     causal_softmax(row[None], 8)
     softmax_backward(row, row)
     rows(row, np.zeros(1, np.int64), row)
-    split(row, np.zeros((3, 1, 8), np.int16))

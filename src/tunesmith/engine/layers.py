@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from tunesmith.engine import products
 from tunesmith.engine.memory import Buffers, Pieces, Take
 from tunesmith.engine.onepass import array, kernels
-from tunesmith.engine.products import add_mm, mm, mm_of_split
+from tunesmith.engine.products import add_mm, mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 _ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
@@ -77,7 +77,7 @@ class Linears:
         self._bases, first = bases, bases[0].weight
         self._before, dtype = first.dtype, arithmetic(first.dtype)
         self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
-        self.splits = _may_split(first) and all(_is_bfloat16(base.weight.data) for base in bases)
+        self.splits = all(products.splits(base.weight.data) and _is_bfloat16(base.weight.data) for base in bases)
         self._stored: Sequence[Tensor] = ()
         self._weight: Tensor | None = None
         self._place: Tensor | None = None
@@ -154,9 +154,8 @@ class Linears:
         else:
             if self.ranks:
                 mm(h, self._b.T, out=out)
-            parts = _parts(take, extended, self.inputs)
             for stored, columns in zip(self._stored, out.split([len(s) for s in self._stored], 1), strict=True):
-                mm_of_split(parts, stored.T, columns, add=self.ranks > 0)
+                products.mm_of_split(extended[:, : self.inputs], stored.T, columns, take, add=self.ranks > 0)
         if self.bias is not None:
             out.add_(self.bias)
 
@@ -166,9 +165,9 @@ class Linears:
         if not self.splits:
             mm(d_out, self.weight(take), out=d_extended)
             return
-        parts = _parts(take, d_out, self.outputs).split([len(stored) for stored in self._stored], 2)
+        parts = d_out.split([len(stored) for stored in self._stored], 1)
         for number, (stored, part) in enumerate(zip(self._stored, parts, strict=True)):
-            mm_of_split(part, stored, d_extended[:, : self.inputs], add=number > 0)
+            products.mm_of_split(part, stored, d_extended[:, : self.inputs], take, add=number > 0)
         if self.ranks:
             mm(d_out, self._b, out=d_extended[:, self.inputs :])
 
@@ -209,6 +208,32 @@ class Linears:
             cast("Tensor", adapter.b.grad).add_(b.T, alpha=adapter.scaling)
 
 
+class Head:
+    """The output layer's weight, as bf16 numbers where products with them are split."""
+
+    def __init__(self, head: nn.Linear, embed: nn.Embedding, pieces: Pieces) -> None:
+        self.weight, self._before = head.weight, head.weight.dtype
+        """(V, H)"""
+        self.splits = products.splits(self.weight.data) and _is_bfloat16(self.weight.data)
+        scaled = embed.weight is head.weight and type(embed) is not nn.Embedding
+        # Gemma's embedding, which may be the same weight, rounds its scale to whatever type its weight has.
+        self.narrowed = self.splits and self._before != torch.bfloat16 and not scaled
+        if self.narrowed:
+            self._place = pieces.take(*self.weight.shape, dtype=torch.bfloat16)
+
+    def take_over(self) -> None:
+        """As `Linears.take_over`."""
+        if self.narrowed:
+            self.weight.data = self._place.copy_(self.weight.data)
+
+    def widen(self) -> None:
+        """As `Linears.widen`."""
+        if self.narrowed:
+            self.weight.data = self.weight.data.to(self._before)
+            del self._place
+            self.narrowed = False
+
+
 class InFloat32(TorchFunctionMode):
     """Inside, embeddings and linear layers whose weights have 16 bits give fp32."""
 
@@ -229,23 +254,8 @@ def arithmetic(stored: torch.dtype) -> torch.dtype:
     return torch.promote_types(stored, torch.float32)
 
 
-def _may_split(weight: Tensor) -> bool:
-    """Whether products with weights like this one may be split, if they are bf16 numbers."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not products.splits():
-        return False
-    return kernels(weight.new_empty(0, dtype=torch.float32)) is not None
-
-
 def _is_bfloat16(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
-
-
-def _parts(take: Take, x: Tensor, width: int) -> Tensor:
-    """The first columns of x as three of bf16, (3, T, width)."""
-    n = 3 * len(x) * width
-    parts = take("parts", (n + 1) // 2).view(torch.bfloat16)[:n].view(3, len(x), width)
-    cast("Any", kernels(x)).split(array(x), array(parts.view(torch.int16)))
-    return parts
 
 
 def _base(module: nn.Module) -> nn.Linear:

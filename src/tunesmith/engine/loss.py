@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.engine import products
+from tunesmith.engine.memory import Take
 from tunesmith.engine.products import mm
 
 _CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle
-WORDS_AT_ONCE = 8192  # of a vocabulary whose weights are converted
+WORDS_AT_ONCE = 2048  # of a vocabulary whose weights are converted, or products with them split
 
 
 @dataclass(frozen=True)
@@ -77,22 +79,25 @@ def loss_and_gradient(
     softcap: float | None = None,
     *,
     with_gradient: bool = True,
-    space: Tensor | None = None,
+    take: Take | None = None,
+    split: bool = False,
     at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, a scalar in fp32 or fp64, and its gradient with respect to `hidden_UH` (empty if not asked).
 
-    `space` is memory for a chunk of logits, `chunk_rows` times V of the type of `hidden_UH`, for who calls this often;
-    `at_once` is how many do so at the same time, and share the memory for chunks.
+    `take` gives memory that is kept, of the type of `hidden_UH`, to who calls this often; `at_once` is how many do so
+    at the same time, and share the memory for chunks. With `split` the weights are bf16 numbers, and products with them
+    are split; that needs `take`.
     """
     loss = torch.zeros((), dtype=torch.promote_types(hidden_UH.dtype, torch.float32), device=hidden_UH.device)
     gradient = torch.empty_like(hidden_UH) if with_gradient else hidden_UH.new_empty(0)
     rows = max(1, chunk_rows(len(hidden_UH), len(weight_VH), hidden_UH.device, at_once))
+    space = None if take is None else take("logits", rows * len(weight_VH))
     for start in range(0, len(hidden_UH), rows):
         hidden = hidden_UH[start : start + rows]
         part = labels.part(start, start + len(hidden))
         out = None if space is None else space[: len(hidden) * len(weight_VH)].view(len(hidden), -1)
-        logits = _exact(_logits(hidden, weight_VH, out))
+        logits = _exact(_logits(hidden, weight_VH, out, take if split else None))
         slope = None
         if softcap is not None:
             slope = logits.div_(softcap).tanh_()
@@ -107,30 +112,37 @@ def loss_and_gradient(
         probabilities.index_put_((part.row, part.target), -shares, accumulate=True)
         if slope is not None:
             probabilities.mul_(slope.square_().neg_().add_(1))
-        _back(probabilities.to(hidden.dtype), weight_VH, gradient[start : start + rows])
+        _back(probabilities.to(hidden.dtype), weight_VH, gradient[start : start + rows], take if split else None)
     if with_gradient:
         gradient.mul_(labels.row_count[:, None].to(gradient.dtype))
     return loss, gradient
 
 
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """`hidden · weightᵀ`; weights of another type than `hidden` are converted word by word, not all at once."""
-    if weight.dtype == hidden.dtype:
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None, take: Take | None) -> Tensor:
+    """`hidden · weightᵀ`, by split products where there is memory for them; weights of another type than `hidden` are
+    converted word by word, not all at once."""
+    if take is None and weight.dtype == hidden.dtype:
         return mm(hidden, weight.T, out=out)
     out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
     for words, logits in zip(weight.split(WORDS_AT_ONCE), out.split(WORDS_AT_ONCE, 1), strict=True):
-        mm(hidden, words.to(hidden.dtype).T, out=logits)
+        if take is None:
+            mm(hidden, words.to(hidden.dtype).T, out=logits)
+        else:
+            products.mm_of_split(hidden, words.bfloat16().T, logits, take)
     return out
 
 
-def _back(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+def _back(d_logits: Tensor, weight: Tensor, out: Tensor, take: Take | None) -> None:
     """`d_logits · weight` in `out`."""
-    if weight.dtype == d_logits.dtype:
+    if take is None and weight.dtype == d_logits.dtype:
         mm(d_logits, weight, out=out)
         return
     out.zero_()
     for words, part in zip(weight.split(WORDS_AT_ONCE), d_logits.split(WORDS_AT_ONCE, 1), strict=True):
-        out.addmm_(part, words.to(out.dtype))
+        if take is None:
+            out.addmm_(part, words.to(out.dtype))
+        else:
+            products.mm_of_split(part, words.bfloat16(), out, take, add=True)
 
 
 def chunk_rows(n_rows: int, vocabulary: int, device: torch.device, at_once: int = 1) -> int:

@@ -2,9 +2,9 @@
 
 A number of fp32 is the sum of three of bf16 (24 bits, eight each). Where weights are bf16 numbers, whatever they are
 stored as, a product with them is therefore the sum of three products of bf16 with sums in fp32, and nothing is rounded
-but sums: it is nearer to the exact one than fp32's own, 2 to 3 times (Henry, Tang, Heinecke: "Leveraging the bfloat16
-Artificial Intelligence Datatype For Higher-Precision Computations", arXiv 1904.06376, section II, where both factors
-are split). A processor with AMX does the three in half the time of one in fp32.
+but sums: it is nearer to the exact one than fp32's own (Henry, Tang, Heinecke: "Leveraging the bfloat16 Artificial
+Intelligence Datatype For Higher-Precision Computations", arXiv 1904.06376, section II, where both factors are split).
+A processor with AMX does the three in a third of the time of one in fp32 (`amx`).
 
 torch multiplies with MKL, numpy with OpenBLAS. On an AMD processor OpenBLAS is the faster one where the result is wide
 (by a tenth for an MLP's first product, a quarter for the output layer) or an adapter's rank is one side (by half); for
@@ -13,8 +13,8 @@ other shapes they are equal. A step of SmolLM2 takes 1 to 6 % less time (Zen 3, 
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,28 +26,37 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # cblas.h
+from tunesmith.engine import onepass
+from tunesmith.engine.memory import Take
+
+ROWS_AT_ONCE, SHARED_AT_ONCE = 128, 1024  # of a factor that is split: 768 KiB, which a core's second cache holds
 _thread = threading.local()
 
 
-def splits() -> bool:
-    """Whether `mm_of_split` is there and worth it: the processor has units of its own for products of bf16 (Intel's
-    AMX), and torch's library brings MKL's product of bf16 with sums in fp32."""
-    return "amx_bf16" in _processor() and torch.backends.mkl.is_available() and _product_of_bfloat16() is not None
+def has_units() -> bool:
+    """Whether the processor has units of its own for products of bf16 (Intel's AMX), as far as Linux says."""
+    return "amx_bf16" in _processor()
 
 
-def mm_of_split(parts: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """x · weight in `out` (T, N, fp32), or added to it, with x (T, K) as the sum of its `parts` (3, T, K), the largest
-    first; they and the weight (K, N) are bf16."""
-    product = cast("Any", _product_of_bfloat16())
+def splits(weight: Tensor) -> bool:
+    """Whether `mm_of_split` is there for this weight, once it is stored as bf16."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _amx() is not None
+
+
+def mm_of_split(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
+    """x · weight in `out` (T, N), or added to it; x (T, K) and `out` are fp32, the weight (K, N) is bf16. Rows of each
+    may lie apart, or columns of the weight. `take` gives memory that is kept; Python's lock is free meanwhile."""
+    amx = cast("Any", _amx())
+    (rows, shared), columns = x.shape, weight.shape[1]
+    of_parts = _tiles(min(rows, ROWS_AT_ONCE)), math.ceil(min(shared, SHARED_AT_ONCE) / 32), 3, 16, 32
+    of_packed = _tiles(columns), math.ceil(shared / 32), 16, 16
+    parts, packed = take("parts", math.prod(of_parts) // 2), take("packed", math.prod(of_packed))
     by_column = weight.stride(1) != 1
-    rows, shared = parts.shape[1:]
-    for number, part in enumerate(reversed(parts.unbind())):
-        product(
-            _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED if by_column else _AS_IT_IS, rows, weight.shape[1], shared,
-            1.0, part.data_ptr(), part.stride(0), weight.data_ptr(), weight.stride(1 if by_column else 0),
-            1.0 if add or number else 0.0, out.data_ptr(), out.stride(0),
-        )  # fmt: skip
+    bits = (weight.T if by_column else weight).view(torch.int16)
+    amx.product(
+        x.numpy(), bits.numpy(), by_column, out.numpy(), add,
+        parts.view(torch.int16).view(of_parts).numpy(), packed.view(torch.int32).view(of_packed).numpy(), amx.LAYOUT,
+    )  # fmt: skip
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -84,17 +93,26 @@ def one_thread_each() -> Iterator[None]:
         yield
 
 
+def _tiles(n: int) -> int:
+    """Of 16 rows or columns, in pairs."""
+    return max(1, math.ceil(n / 32)) * 2
+
+
 @functools.cache
-def _product_of_bfloat16() -> Any | None:
-    """MKL's cblas_gemm_bf16bf16f32; torch itself gives results of such products in bf16 only. Python's lock is free
-    meanwhile."""
-    try:
-        product = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
-    except (OSError, AttributeError):
+def _amx() -> Any | None:
+    """The module, where the processor, Linux, and the compiler know AMX, and it multiplies as it should."""
+    if not has_units() or onepass.version() is None:
         return None
-    sizes, number, matrix = [ctypes.c_int] * 6, ctypes.c_float, [ctypes.c_void_p, ctypes.c_int]
-    product.argtypes, product.restype = [*sizes, number, *matrix, *matrix, number, *matrix], None
-    return product
+    try:
+        from numba.core.registry import cpu_target
+
+        *_, features = cast("Any", cpu_target).target_context.codegen().magic_tuple()
+        if "+amx-bf16" not in features:  # LLVM would end the process
+            return None
+        from tunesmith.engine import amx
+    except ImportError:  # not there, or made for another numpy
+        return None
+    return amx if amx.permitted() else None
 
 
 @functools.cache
