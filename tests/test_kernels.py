@@ -155,23 +155,30 @@ def test_a_softmax_is_what_torch_computes(heads: int, length: int, earlier: int,
     scores, d = 30 * case.normal(heads, length, keys), case.normal(heads, length, keys)
     visible = torch.ones(length, keys, dtype=torch.bool).tril(earlier).triu(earlier - window + 1)
     expected = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
-    found = scores.float()
-    kernels.causal_softmax(found.numpy(), window)
+    found, largest, share = softmax(scores.float(), window)
     assert distance(found, expected) < CLOSE
     assert not found[:, ~visible].any()
-    d_found, flat = d.float().flatten(0, 1), found.flatten(0, 1)
-    kernels.softmax_backward(d_found.numpy(), flat.numpy())
-    d_expected = expected * (d - (d * expected).sum(-1, keepdim=True))
-    assert distance(d_found, d_expected.flatten(0, 1)) < CLOSE
+    again, d_found, along = scores.float(), d.float(), (d * expected).sum(-1).float()
+    arrays = [t.numpy() for t in (largest, share, along.flatten())]
+    kernels.causal_softmax_backward(again.numpy(), d_found.numpy(), window, *arrays)
+    d_expected = expected * (d - along[..., None])
+    assert distance(d_found, d_expected) < CLOSE and torch.equal(again, found)
+    assert not d_found[:, ~visible].any()
+
+
+def softmax(scores: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities of (heads, queries, keys), and what the kernel gives for the way back."""
+    largest, share = scores.new_full((2, scores[..., 0].numel()), torch.nan)
+    kernels.causal_softmax(scores.numpy(), window, largest.numpy(), share.numpy())
+    return scores * share.view(*scores.shape[:2], 1), largest, share
 
 
 def test_the_exponential_is_right_everywhere() -> None:
     """Through a softmax over two keys, 0 and y: e^y / (1 + e^y)."""
     y = torch.cat([torch.linspace(-104, 0, 200_001), torch.tensor([-torch.inf, -87, -87.0001, 0.0])])
     scores = torch.stack([torch.zeros_like(y), y], -1)[:, None].contiguous()
-    kernels.causal_softmax(scores.numpy(), 2)
     expected = y.double().sigmoid()
-    found = scores[:, 0, 1]
+    found = softmax(scores, 2)[0][:, 0, 1]
     seen = y >= -87
     assert float(((found - expected) / expected)[seen].abs().max()) < 3e-7  # observed 1.7e-7
     assert not found[~seen].any()
@@ -192,7 +199,7 @@ def test_what_is_not_a_number_stays_so(name: str) -> None:
 def test_a_softmax_of_what_is_not_a_number_is_none(bits: int) -> None:
     scores = torch.zeros(3, 1, 40)
     scores.view(torch.int32)[1, 0, 7] = bits
-    kernels.causal_softmax(scores.numpy(), 40)
+    scores = softmax(scores, 40)[0]
     assert scores.isnan().all(-1).flatten().tolist() == [False, True, False]
     assert torch.allclose(scores[0], torch.tensor(1 / 40))
 
@@ -201,16 +208,24 @@ def test_a_softmax_of_what_is_not_a_number_is_none(bits: int) -> None:
 def test_a_softmax_of_scores_of_one_sign_is_neither_too_large_nor_too_small(sign: int) -> None:
     """The largest is found among negative ones, too, whose bits are in the other order."""
     scores = sign * (500 + 900 * Case(1, 1, 0, drops=False, seed=1).normal(1, 1, 300).abs())
-    found = scores.float()
-    kernels.causal_softmax(found.numpy(), 300)
+    found = softmax(scores.float(), 300)[0]
     assert distance(found, torch.softmax(scores, -1)) < 1e-3  # of a score of 2e3 fp32 keeps 1e-4
 
 
 def test_rows_are_those_asked_for() -> None:
     given_, which = torch.randn(9, 5), torch.tensor([8, 0, 3, 3])
     out = torch.empty(4, 5)
-    kernels.rows(given_.numpy(), which.numpy(), out.numpy())
+    kernels.rows(given_.numpy(), which.numpy(), out.numpy(), None)
     assert torch.equal(out, given_[which])
+    factor = torch.randn(9)
+    kernels.rows(given_.numpy(), which.numpy(), out.numpy(), factor.numpy())
+    assert torch.equal(out, (given_ * factor[:, None])[which])
+
+
+def test_dots_are_those_of_the_rows_that_are_meant() -> None:
+    x, y, which, out = torch.randn(3, 40), torch.randn(9, 40), torch.tensor([8, 0, 3]), torch.empty(3)
+    kernels.dots(x.numpy(), y.numpy(), which.numpy(), out.numpy())
+    assert torch.allclose(out, (x * y[which]).sum(-1), rtol=1e-4, atol=1e-5)  # observed 2e-6
 
 
 def test_they_are_taken_for_fp32_alone(monkeypatch: pytest.MonkeyPatch) -> None:

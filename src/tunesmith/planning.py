@@ -208,8 +208,8 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
     r_qkv, r_o, r_up, r_down = shape.ranks
     h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
-    # One layer: q, k, v; x before the MLP; gate and up; the adapters' h.
-    layer = (q + 2 * k) + h + 2 * i + (r_qkv + r_o + r_up + r_down)
+    # One layer: q, k, v; attention's result, and two numbers per head; x before the MLP; gate and up; the adapters' h.
+    layer = (q + 2 * k) + (q + 2 * shape.heads) + h + 2 * i + (r_qkv + r_o + r_up + r_down)
     if shape.head_norms:
         layer += q + k
     # The last layer's part behind attention has no rows but those that predict.
@@ -222,10 +222,10 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     logits = e * n_lanes * rows * shape.vocabulary
     # Inputs with their h, before and after; the gradient of each; dropped inputs; x, its norm and their gradients.
     workspace = e * t * (2 * (h + max(r_qkv, r_up, r_o)) + 2 * (i + r_down) + max(i, q) + 4 * h)
-    # Attention: queries, results and the gradients of both tile by tile, two of them in order too; gradients of all
+    # Attention: queries, results and the gradients of both tile by tile, one of them in order too; gradients of all
     # keys and values; the path; a tile's scores and their gradients.
     path, scores = 2 * k * load.longest, gather.most_scores(shape.heads, load.longest)
-    workspace += e * (t * 6 * q + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
+    workspace += e * (t * (5 * q + shape.heads) + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)

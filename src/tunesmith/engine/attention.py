@@ -57,19 +57,20 @@ def sight(tree: Tree, backend: Backend, device: torch.device) -> Sight:
 
 
 def by_hand(
-    sight: Sight, given: Given, style: Style, rows: range, *, take: Take | None = None
+    sight: Sight, given: Given, style: Style, rows: range, *, take: Take | None = None, keep: Take | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """(rows, H, D) for consecutive queries, and its backward pass as a function, for layers whose backward pass is
     written by hand; `given` are all queries (T, H, D), keys and values (T, K, D).
 
     The function takes the gradient of the result. It gives those of the queries `rows`, and of all keys and values as
     far as these queries see them, and the result again. What is given must be as it was when it is called. Only
-    `Gather` can leave out queries, keeps nothing meanwhile, and uses memory that is kept (`take`); then what belongs to
-    queries is good until the next call.
+    `Gather` can leave out queries, and uses memory that is kept: `take` gives what is good until the next call, the
+    queries' gradient too, and `keep` what is good until the function has been called, the result too.
     """
     if isinstance(sight, Gather):
         walk = sight.walk(rows, given, style, take)
-        return walk.forward(*given, style), lambda d_out: walk.backward(*given, style, d_out)
+        looked = walk.forward(*given, style, keep)
+        return looked.attended, lambda d_out: (*walk.backward(*given, style, looked, d_out), looked.attended)
     assert len(rows) == len(given[0])
     with torch.enable_grad():
         query, key, value = leaves = [tensor.detach().requires_grad_() for tensor in given]

@@ -1,9 +1,9 @@
 """The dense decoder with its backward pass written by hand: the layers of Llama and its relatives.
 
 Buffers are kept from step to step. What is cheap to compute is not stored but computed again: norms' outputs, the
-activation. Nothing is computed below the lowest adapted layer in the backward pass, nor behind the last layer's
-attention for tokens that predict nothing. All of it is done lane by lane (`lanes`): but for keys and values, tokens
-have nothing to do with each other.
+activation, attention's scores. Nothing is computed below the lowest adapted layer in the backward pass, nor behind the
+last layer's attention for tokens that predict nothing. All of it is done lane by lane (`lanes`): but for keys and
+values, tokens have nothing to do with each other.
 
 Legend: T tokens of a lane, U predicting positions of a lane, H width.
 """
@@ -442,7 +442,7 @@ class _Lane:
         micro.lanes.tell(self._number, ("keys", tag, layer.number))
         micro.lanes.hear(self._earlier, ("keys", tag, layer.number))
         attended, attention_backward = attention.by_hand(
-            micro.sight, (query, key, value), layer.style, self._range, take=take
+            micro.sight, (query, key, value), layer.style, self._range, take=take, keep=place
         )
         if not keep:
             micro.lanes.tell(self._number, ("looked", layer.number))

@@ -3,7 +3,8 @@
 The keys and values of the path from the root to where the walk stands lie side by side, in the order of the document. A
 tile of queries sees nothing but the end of that path up to itself, so nothing is padded, and of what a tile computes
 only the corner behind its first query is hidden. A tile's scores stay in the processor's cache and are formed again on
-the way back: nothing is kept from the forward pass, and no memory but the path's grows with the length of a row.
+the way back, for which the result and two numbers per query and head are kept (Dao: "FlashAttention-2", arXiv
+2307.08691, section 3.1): no memory but the path's grows with the length of a row.
 
 Legend: T tokens, H query heads, K key heads, D head size (of values it may be another); P positions of the longest
 path; Q queries of a tile, S positions that it sees.
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
 Given = tuple[Tensor, Tensor, Tensor]
 """Queries (T, H, D), keys and values (T, K, D)."""
+
+
+class Looked(NamedTuple):
+    """What the backward pass needs of the forward pass, beside what that was given."""
+
+    attended: Tensor
+    """(rows, H, D), the result."""
+    largest: Tensor
+    """(rows · H,) score, in the order of the tiles."""
+    share: Tensor
+    """(rows · H,) of one in the sum of e to the power of all scores less the largest."""
+
+
 _TILE = 2**18  # scores of all heads that are worked on together: 1 MiB, and as much for their gradients
 _FEWEST_QUERIES = 16
 _MOST_QUERIES = 256  # more waste what is hidden
@@ -83,7 +97,7 @@ def _visits(tree: Tree, rows: range) -> Iterator[_Visit]:
 
 
 class Walk:
-    """Attention of some consecutive queries, and its backward pass. Does not remember what it was given."""
+    """Attention of some consecutive queries, and its backward pass. Remembers neither what it was given nor gave."""
 
     def __init__(
         self, visits: Sequence[_Visit], rows: range, given: Given, window: int | None, take: Take | None
@@ -97,8 +111,8 @@ class Walk:
         n_rows = len(rows) * self._heads
         self._queries, self._d_queries = take("queries", n_rows, sizes[0]), take("d queries", n_rows, sizes[0])
         self._attended, self._d_attended = take("attended", n_rows, sizes[1]), take("d attended", n_rows, sizes[1])
-        self._queries_in_order = take("queries in order", n_rows, sizes[0])
-        self._attended_in_order = take("attended in order", n_rows, sizes[1])
+        self._queries_in_order, self._along = take("queries in order", n_rows, sizes[0]), take("along", n_rows)
+        self._exact = torch.promote_types(query.dtype, torch.float32)
         cuts = [list(_cut(visit, self._heads, window)) for visit in visits]
         largest = max(self._heads * len(tile) * (seen.stop - seen.start) for cut in cuts for tile, seen in cut)
         scores, d_scores = take("scores", largest), take("d scores", largest)
@@ -112,29 +126,39 @@ class Walk:
                 own = [flat[first:behind].view(key_heads, -1, flat.shape[1]) for flat in by_row]
                 shape = *own[0].shape[:2], seen.stop - seen.start
                 room = [flat[: math.prod(shape)].view(shape) for flat in (scores, d_scores)]
-                tiles.append(_Tile(len(queries), window, *own, *(path[:, seen] for path in (*paths, *d_paths)), *room))
+                on_path = (path[:, seen] for path in (*paths, *d_paths))
+                tiles.append(_Tile(slice(first, behind), len(queries), window, *own, *on_path, *room))
             self._stops.append((visit, _Segment(*(path[:, visit.positions] for path in (*paths, *d_paths))), tiles))
         orders = [_order_of(queries, rows, self._heads) for cut in cuts for queries, _ in cut]
         self._order = torch.cat(orders).to(query.device)
         self._places = self._order.argsort()
         self._sources = dict[int, Tensor]()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, style: Style) -> Tensor:
-        """(rows, H, D), good until somebody uses the kept memory again."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, style: Style, keep: Take | None = None) -> Looked:
+        """`keep` gives memory for what is returned; None: it is new."""
+        n_rows, heads, size = len(self._order), self._heads, value.shape[2]
+        keep = keep or (lambda _, *shape: value.new_empty(shape))
+        attended = keep("attended", n_rows // heads, heads * size).view(n_rows, size)
+        if self._exact == value.dtype:
+            largest, share = keep("softmax", n_rows, 2).view(2, n_rows)
+        else:
+            largest, share = value.new_empty(2, n_rows, dtype=self._exact)
         self._collect(query, self._queries, self._rows.start)
         for visit, segment, tiles in self._stops:
             segment.enter(key[visit.tokens], value[visit.tokens])
             for tile in tiles:
-                tile.forward(style)
-        return self._in_order(self._attended, self._attended_in_order)
+                tile.forward(style, largest[tile.rows], share[tile.rows])
+        _rows(self._attended, self._places, attended, share)
+        return Looked(attended.view(-1, heads, size), largest, share)
 
     def backward(
-        self, query: Tensor, key: Tensor, value: Tensor, style: Style, d_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the queries, of all keys and of all values as far as these queries see them, and `forward`'s
-        result again; the first and the last are good until somebody uses the kept memory again."""
+        self, query: Tensor, key: Tensor, value: Tensor, style: Style, looked: Looked, d_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the queries, of all keys and of all values as far as these queries see them; the first is good
+        until somebody uses the kept memory again."""
         self._collect(query, self._queries, self._rows.start)
         self._collect(d_out, self._d_attended, 0)
+        self._see_along(looked.attended.view(len(self._order), -1))
         d_key, d_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
         path: list[tuple[_Visit, _Segment]] = []
         for visit, segment, tiles in self._stops:
@@ -144,10 +168,20 @@ class Walk:
             segment.d_keys.zero_()
             segment.d_values.zero_()
             for tile in tiles:
-                tile.backward(style)
+                tile.backward(style, *(kept[tile.rows] for kept in (looked.largest, looked.share, self._along)))
         self._leave(path, 0, d_key, d_value)
-        again = self._in_order(self._attended, self._attended_in_order)
-        return self._in_order(self._d_queries, self._queries_in_order), d_key, d_value, again
+        d_query = _rows(self._d_queries, self._places, self._queries_in_order)
+        return d_query.view(len(self._rows), self._heads, -1), d_key, d_value
+
+    def _see_along(self, attended: Tensor) -> None:
+        """The sum over all keys of probability times its gradient, by which a softmax's gradient is less: the same over
+        the numbers of the result."""
+        compiled = kernels(attended, self._d_attended, self._along)
+        if compiled is not None:
+            compiled.dots(array(self._d_attended), array(attended), array(self._order), array(self._along))
+        else:
+            in_order = attended.index_select(0, self._order).to(self._exact)
+            self._along = torch.linalg.vecdot(self._d_attended.to(self._exact), in_order)
 
     def _leave(self, path: list[tuple[_Visit, _Segment]], position: int, d_key: Tensor, d_value: Tensor) -> None:
         while path and path[-1][0].position >= position:
@@ -167,9 +201,6 @@ class Walk:
             self._sources[apart] = self._order // heads * apart + self._order % heads
         _rows(by_head, self._sources[apart], flat)
 
-    def _in_order(self, flat: Tensor, out: Tensor) -> Tensor:
-        return _rows(flat, self._places, out).view(len(self._rows), self._heads, -1)
-
 
 class _Segment(NamedTuple):
     """A segment's place in the path."""
@@ -188,6 +219,8 @@ class _Segment(NamedTuple):
 class _Tile(NamedTuple):
     """Some queries of a segment, with those that share a key head behind each other."""
 
+    rows: slice
+    """Where their heads stand among all, tile by tile."""
     n: int
     """Q"""
     window: int | None
@@ -195,6 +228,7 @@ class _Tile(NamedTuple):
     """(K, H / K · Q, D)"""
     d_queries: Tensor
     attended: Tensor
+    """Not yet multiplied by its share."""
     d_attended: Tensor
     keys: Tensor
     """(K, S, D), the end of the path up to the last query"""
@@ -205,50 +239,68 @@ class _Tile(NamedTuple):
     """(K, H / K · Q, S)"""
     d_scores: Tensor
 
-    def forward(self, style: Style) -> tuple[Tensor, Tensor | None]:
-        """Fills `attended`; returns what `_probabilities` does."""
-        probabilities, slope = self._probabilities(style)
-        torch.bmm(_as(self.values.dtype, probabilities), self.values, out=self.attended)
-        return probabilities, slope
-
-    def backward(self, style: Style) -> None:
-        """Fills `attended` and `d_queries`, and adds to the gradients of what is seen."""
-        probabilities, slope = self.forward(style)
-        d_scores = torch.bmm(self.d_attended, self.values.mT, out=self.d_scores)
-        compiled = kernels(probabilities, d_scores)
+    def forward(self, style: Style, largest: Tensor, share: Tensor) -> None:
+        """Fills `attended` and what it is given."""
+        scores = self._scores(style)
+        compiled = _softmax_for(style, scores)
         if compiled is not None:
-            compiled.softmax_backward(array(d_scores.flatten(0, 1)), array(probabilities.flatten(0, 1)))
+            by_head = array(scores.view(-1, self.n, self.keys.shape[1]))
+            compiled.causal_softmax(by_head, self.window or self.keys.shape[1], array(largest), array(share))
         else:
-            d_probabilities = _as(probabilities.dtype, d_scores)
-            d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
-        if slope is not None:
-            d_scores.mul_(slope)
+            scores, _ = self._masked(style, scores)
+            torch.amax(scores, -1, out=largest.view(scores.shape[:2]))
+            sinks = self._sinks(style, scores)
+            if sinks is not None:
+                largest.copy_(torch.maximum(largest, sinks))
+            scores = scores.sub_(largest.view(*scores.shape[:2], 1)).exp_()
+            share.copy_(scores.sum(-1).flatten())
+            if sinks is not None:
+                share.add_((sinks - largest).exp_())
+            share.reciprocal_()
+        torch.bmm(_as(self.values.dtype, scores), self.values, out=self.attended)
+
+    def backward(self, style: Style, largest: Tensor, share: Tensor, along: Tensor) -> None:
+        """Fills `d_queries`, and adds to the gradients of what is seen."""
+        scores = self._scores(style)
+        d_scores = torch.bmm(self.d_attended, self.values.mT, out=self.d_scores)
+        compiled = _softmax_for(style, scores)
+        if compiled is not None:
+            by_head = (array(t.view(-1, self.n, self.keys.shape[1])) for t in (scores, d_scores))
+            compiled.causal_softmax_backward(
+                *by_head, self.window or self.keys.shape[1], *map(array, (largest, share, along))
+            )
+            probabilities = scores
+        else:
+            scores, slope = self._masked(style, scores)
+            per_row = [t.view(*scores.shape[:2], 1) for t in (largest, share, along)]
+            probabilities = scores.sub_(per_row[0]).exp_().mul_(per_row[1])
+            d_scores = probabilities * (_as(probabilities.dtype, d_scores) - per_row[2])
+            if slope is not None:
+                d_scores.mul_(slope)
         d_scores = _as(self.queries.dtype, d_scores)
         self.d_values.baddbmm_(_as(self.values.dtype, probabilities).mT, self.d_attended)
         self.d_keys.baddbmm_(d_scores.mT, self.queries, alpha=style.scale)
         nothing = self.queries.new_zeros(1, 1, 1)
         torch.baddbmm(nothing, d_scores, self.keys, beta=0, alpha=style.scale, out=self.d_queries)
 
-    def _probabilities(self, style: Style) -> tuple[Tensor, Tensor | None]:
-        """(K, H / K · Q, S), at least fp32; and the slope of the soft cap where there is one."""
+    def _scores(self, style: Style) -> Tensor:
         nothing = self.queries.new_zeros(1, 1, 1)
-        scores = torch.baddbmm(nothing, self.queries, self.keys.mT, beta=0, alpha=style.scale, out=self.scores)
-        n_keys = self.keys.shape[1]
-        compiled = kernels(scores) if style.softcap is None and style.sinks is None else None
-        if compiled is not None:
-            compiled.causal_softmax(array(scores.view(-1, self.n, n_keys)), self.window or n_keys)
-            return scores, None
+        return torch.baddbmm(nothing, self.queries, self.keys.mT, beta=0, alpha=style.scale, out=self.scores)
+
+    def _masked(self, style: Style, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """At least fp32, -inf where nothing is seen; and the slope of the soft cap where there is one."""
         scores = _as(torch.promote_types(scores.dtype, torch.float32), scores)
         slope = None
         if style.softcap is not None:
             capped = scores.div_(style.softcap).tanh_()
             slope = 1 - capped.square()
             scores = capped * style.softcap
-        by_head = scores.view(-1, self.n, n_keys).masked_fill_(self._hidden(), -math.inf)
-        if style.sinks is None:
-            return torch.softmax(scores, -1), slope
-        sinks = style.sinks.to(scores.dtype)[:, None, None].expand(-1, self.n, 1)
-        return torch.softmax(torch.cat([by_head, sinks], -1), -1)[..., :-1].reshape(scores.shape), slope
+        scores.view(-1, self.n, self.keys.shape[1]).masked_fill_(self._hidden(), -math.inf)
+        return scores, slope
+
+    def _sinks(self, style: Style, scores: Tensor) -> Tensor | None:
+        """(H · Q,)"""
+        return None if style.sinks is None else style.sinks.to(scores.dtype).repeat_interleave(self.n)
 
     def _hidden(self) -> Tensor:
         """(Q, S) bool"""
@@ -284,13 +336,18 @@ def _order_of(queries: range, rows: range, heads: int) -> Tensor:
     return (token * heads + torch.arange(heads)[:, None]).flatten()
 
 
-def _rows(given: Tensor, which: Tensor, out: Tensor) -> Tensor:
-    """The rows `which` (n,) of `given`, in `out`."""
+def _rows(given: Tensor, which: Tensor, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """The rows `which` (n,) of `given`, in `out`, each times its factor."""
     compiled = kernels(given, out)
-    if compiled is None:
-        return torch.index_select(given, 0, which, out=out)
-    compiled.rows(array(given), array(which), array(out))
-    return out
+    if compiled is not None:
+        compiled.rows(array(given), array(which), array(out), array(factor))
+        return out
+    torch.index_select(given, 0, which, out=out)
+    return out if factor is None else out.mul_(factor.index_select(0, which)[:, None])
+
+
+def _softmax_for(style: Style, scores: Tensor) -> Any | None:
+    return kernels(scores) if style.softcap is None and style.sinks is None else None
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -303,12 +360,13 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sight: Gather, style: Style) -> Tensor:
         given = query, key, value
-        ctx.save_for_backward(*given)
+        looked = sight.walk(range(len(query)), given, style).forward(*given, style)
+        ctx.save_for_backward(*given, *looked)
         ctx.sight, ctx.style = sight, style
-        return sight.walk(range(len(query)), given, style).forward(*given, style)
+        return looked.attended
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        given, style = ctx.saved_tensors, ctx.style
-        walk = ctx.sight.walk(range(len(given[0])), given, style)
-        return *walk.backward(*given, style, grad_out)[:3], None, None
+        *given, attended, largest, share = ctx.saved_tensors
+        walk = ctx.sight.walk(range(len(given[0])), tuple(given), ctx.style)
+        return *walk.backward(*given, ctx.style, Looked(attended, largest, share), grad_out), None, None

@@ -274,8 +274,9 @@ def rotate(x_TN: Any, size: Any, heads: Any, cos_TF: Any, sin_TF: Any, sign: Any
 
 
 @compiled()
-def causal_softmax(scores_HQK: Any, window: Any) -> None:
-    """Of queries that are the last ones of the keys; each sees `window` keys up to its own, and gets 0 for the rest."""
+def causal_softmax(scores_HQK: Any, window: Any, largest_N: Any, share_N: Any) -> None:
+    """Of queries that are the last ones of the keys; each sees `window` keys up to its own, and gets 0 for the rest.
+    What is left is e to the power of scores less the largest; times its share it would be a probability."""
     heads, n, n_keys = scores_HQK.shape
     for head in range(heads):
         for query in range(n):
@@ -286,30 +287,47 @@ def causal_softmax(scores_HQK: Any, window: Any) -> None:
             largest = _largest(seen)
             for j in range(len(seen)):
                 seen[j] = _exp(seen[j] - largest)
-            share = ONE / _sum(seen)
+            largest_N[head * n + query], share_N[head * n + query] = largest, ONE / _sum(seen)
+            row[:first] = ZERO
+            row[behind:] = ZERO
+
+
+@compiled()
+def causal_softmax_backward(
+    scores_HQK: Any, d_HQK: Any, window: Any, largest_N: Any, share_N: Any, along_N: Any
+) -> None:
+    """Scores become probabilities, and the gradient with respect to those the one with respect to scores."""
+    heads, n, n_keys = scores_HQK.shape
+    for head in range(heads):
+        for query in range(n):
+            row, d_row, number = scores_HQK[head, query], d_HQK[head, query], head * n + query
+            largest, share, along = largest_N[number], share_N[number], along_N[number]
+            behind = n_keys - n + query + 1
+            first = max(0, behind - window)
+            seen, d = row[first:behind], d_row[first:behind]
             for j in range(len(seen)):
-                seen[j] *= share
-            for j in range(first):
-                row[j] = ZERO
-            for j in range(behind, n_keys):
-                row[j] = ZERO
+                probability = _exp(seen[j] - largest) * share
+                seen[j] = probability
+                d[j] = probability * (d[j] - along)
+            for part in (row, d_row):
+                part[:first] = ZERO
+                part[behind:] = ZERO
 
 
 @compiled()
-def softmax_backward(d_NK: Any, probabilities_NK: Any) -> None:
-    for i in range(len(d_NK)):
-        d, probabilities = d_NK[i], probabilities_NK[i]
-        along = _dot(d, probabilities)
-        for j in range(len(d)):
-            d[j] = probabilities[j] * (d[j] - along)
+def dots(x_ND: Any, y_ND: Any, which_N: Any, out_N: Any) -> None:
+    """Of each row of x with the row of y that is meant."""
+    for i in range(len(which_N)):
+        out_N[i] = _dot(x_ND[i], y_ND[which_N[i]])
 
 
 @compiled()
-def rows(given_ND: Any, which_M: Any, out_MD: Any) -> None:
+def rows(given_ND: Any, which_M: Any, out_MD: Any, factor_N: Any) -> None:
     for i in range(len(which_M)):
         row, out = given_ND[which_M[i]], out_MD[i]
+        factor = ONE if factor_N is None else factor_N[which_M[i]]
         for j in range(len(out)):
-            out[j] = row[j]
+            out[j] = row[j] * factor
 
 
 def load(kind: int, *, drops: bool) -> None:
@@ -325,6 +343,9 @@ def load(kind: int, *, drops: bool) -> None:
     norm_backward(behind, row, keep, row, row[0, :1], row[0], row, row)
     add_share(behind, row, keep)
     rotate(row, 8, 1, row[:, :4].copy(), row[:, :4].copy(), one, row, 0)
-    causal_softmax(row[None], 8)
-    softmax_backward(row, row)
-    rows(row, np.zeros(1, np.int64), row)
+    causal_softmax(row[None], 8, row[0, :1], row[0, :1])
+    causal_softmax_backward(row[None], row[None], 8, *[row[0, :1]] * 3)
+    first = np.zeros(1, np.int64)
+    dots(row, row, first, row[0, :1])
+    rows(row, first, row, None)
+    rows(row, first, row, row[0, :1])
