@@ -411,7 +411,7 @@ class _Lane:
         micro, take, rows = self._micro, self._take, self._rows
         place = functools.partial(self._place, self._buffers, layer, tag=tag)
         keep_qkv, keep_o, keep_gate_up, keep_down = self._keeps(layer)
-        extended = take("extended", len(x), layer.qkv.inputs + layer.qkv.ranks)
+        extended = take("extended", len(x), layer.qkv.width)
         room, dropped = self._dropped(extended, layer.qkv.inputs, keep_qkv)
         rstd = layer.norm.forward(x, extended, keep_qkv, room)
         # While a lane is in the next layer, those behind it may still look at the keys of this one.
@@ -422,7 +422,7 @@ class _Lane:
         qkv_all = self._place(micro.joint, layer, "qkv", n_tokens, layer.qkv.outputs, joint_tag)
         qkv = qkv_all[rows]
         layer.qkv.forward(take, extended, dropped, qkv)
-        h_qkv = extended[:, layer.qkv.inputs :].clone()
+        h_qkv = extended[:, layer.qkv.h].clone()
         query, key, value = qkv_all.split((layer.query_width, layer.key_width, layer.key_width), dim=1)
         query, key, value = (part.unflatten(1, (-1, layer.head_size)) for part in (query, key, value))
         head_rstds = []
@@ -451,25 +451,25 @@ class _Lane:
         if self._is_last(layer):
             result, x_rows = (t.index_select(0, self._predicting) for t in (result, x))
             out = out[: len(self._predicting)]
-        extended = take("extended", len(x_rows), layer.o.inputs + layer.o.ranks)
+        extended = take("extended", len(x_rows), layer.o.width)
         x_middle = place("x middle", len(x_rows), layer.o.outputs)
         room, dropped = self._dropped(extended, layer.o.inputs, keep_o)
         put(result, extended, keep_o, room)
         layer.o.forward(take, extended, dropped, x_middle)
-        h_o = extended[:, layer.o.inputs :].clone()
+        h_o = extended[:, layer.o.h].clone()
 
-        extended = take("extended", len(x_rows), layer.gate_up.inputs + layer.gate_up.ranks)
+        extended = take("extended", len(x_rows), layer.gate_up.width)
         room, dropped = self._dropped(extended, layer.gate_up.inputs, keep_gate_up)
         rstd_middle = layer.norm_middle.forward(x_middle, extended, keep_gate_up, room, more=x_rows)
         gate_up = place("gate up", len(x_rows), layer.gate_up.outputs)
         layer.gate_up.forward(take, extended, dropped, gate_up)
-        h_gate_up = extended[:, layer.gate_up.inputs :].clone()
-        extended = take("extended down", len(x_rows), layer.down.inputs + layer.down.ranks)
+        h_gate_up = extended[:, layer.gate_up.h].clone()
+        extended = take("extended down", len(x_rows), layer.down.width)
         room, dropped = self._dropped(extended, layer.down.inputs, keep_down)
         layer.activation.forward(gate_up, extended, keep_down, room)
         layer.down.forward(take, extended, dropped, out)
         out.add_(x_middle)
-        h_down = extended[:, layer.down.inputs :].clone()
+        h_down = extended[:, layer.down.h].clone()
         if not keep:
             return out, None
         state = _Saved(
@@ -486,23 +486,23 @@ class _Lane:
 
         # MLP
         n_rows = len(d_out)
-        d_extended = take("d extended down", n_rows, layer.down.inputs + layer.down.ranks)
+        d_extended = take("d extended down", n_rows, layer.down.width)
         layer.down.backward(take, d_out, d_extended)
         d_gate_up = saved.gate_up  # its numbers are needed no more
         dropped = take("dropped", n_rows, layer.down.inputs)
         layer.activation.backward(d_extended, layer.down.share, keep_down, d_gate_up, dropped)
-        layer.down.adapter_backward(of_down, d_out, saved.h_down, dropped, d_extended[:, layer.down.inputs :])
-        d_extended = take("d extended", n_rows, layer.gate_up.inputs + layer.gate_up.ranks)
+        layer.down.adapter_backward(of_down, d_out, saved.h_down, dropped, d_extended[:, layer.down.h])
+        d_extended = take("d extended", n_rows, layer.gate_up.width)
         layer.gate_up.backward(take, d_gate_up, d_extended)
         dropped = take("dropped", n_rows, layer.gate_up.inputs)
         layer.norm_middle.backward(
             d_extended, layer.gate_up.share, keep_gate_up, saved.x_middle, saved.rstd_middle, d_out, dropped
         )
-        d_h = d_extended[:, layer.gate_up.inputs :]
+        d_h = d_extended[:, layer.gate_up.h]
         layer.gate_up.adapter_backward(of_gate_up, d_gate_up, saved.h_gate_up, dropped, d_h)
 
         # attention
-        d_extended = take("d extended", n_rows, layer.o.inputs + layer.o.ranks)
+        d_extended = take("d extended", n_rows, layer.o.width)
         layer.o.backward(take, d_out, d_extended)
         d_attended, d_middle = add_share(d_extended, layer.o.share, keep_o), d_out
         if self._is_last(layer):
@@ -514,7 +514,7 @@ class _Lane:
         if self._is_last(layer):
             dropped = dropped.index_select(0, self._predicting)
         drop(dropped, keep_o, dropped)
-        layer.o.adapter_backward(of_o, d_middle, saved.h_o, dropped, d_extended[:, layer.o.inputs :])
+        layer.o.adapter_backward(of_o, d_middle, saved.h_o, dropped, d_extended[:, layer.o.h])
         d_qkv = saved.qkv  # its numbers are needed no more once a part's gradient is known
         places = (0, layer.query_width, layer.query_width + layer.key_width)
         for i, (at, gradient) in enumerate(zip(places, d_heads, strict=True)):
@@ -536,10 +536,10 @@ class _Lane:
             layer.norm.again(saved.x, saved.rstd, keep_qkv, dropped)
             layer.qkv.adapter_backward(of_qkv, d_qkv, saved.h_qkv, dropped)
             return d_out
-        d_extended = take("d extended", len(saved.x), layer.qkv.inputs + layer.qkv.ranks)
+        d_extended = take("d extended", len(saved.x), layer.qkv.width)
         layer.qkv.backward(take, d_qkv, d_extended)
         layer.norm.backward(d_extended, layer.qkv.share, keep_qkv, saved.x, saved.rstd, d_out, dropped)
-        layer.qkv.adapter_backward(of_qkv, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.inputs :])
+        layer.qkv.adapter_backward(of_qkv, d_qkv, saved.h_qkv, dropped, d_extended[:, layer.qkv.h])
         return d_out
 
     def _attention_backward(self, layer: _Layer, saved: _Saved, d_attended: Tensor) -> list[Tensor]:

@@ -4,8 +4,8 @@ torch goes over all rows once per operation, and the rows have left the processo
 them. Here a row is read, computed with and written while it is there, and Python's lock is free meanwhile, so lanes do
 not wait for it. What is computed is said where torch computes the same (`layers`); sums are added up in another order.
 
-Rows are contiguous. `keep` is a dropout's mask or None; `a` is an adapter's A (R, H) or None, and what stands behind
-the first H columns of a gradient is then dh (`Linears.backward`). Compiled once per machine and kept in Numba's cache.
+Rows are contiguous. `keep` is a dropout's mask or None; `a` is an adapter's A (R, H) or None, and behind the first H
+columns of a gradient stand R of dh then (`Linears.backward`). Compiled once per machine and kept in Numba's cache.
 
 Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ranks.
 """
@@ -146,7 +146,7 @@ def add_share(d_extended_THR: Any, a: Any, keep: Any) -> None:
     width = a.shape[1]
     for t in range(len(d_extended_THR)):
         row = d_extended_THR[t]
-        _add_share(row[:width], row[width:], a, None if keep is None else keep[t])
+        _add_share(row[:width], row[width : width + len(a)], a, None if keep is None else keep[t])
 
 
 @compiled()
@@ -195,7 +195,7 @@ def norm_backward(
         x, rstd, d_x, row = x_TH[t], rstd_T[t], d_x_TH[t], d_extended_THR[t]
         d_out = row[:width]
         if a is not None:
-            _add_share(d_out, row[width:], a, None if keep is None else keep[t])
+            _add_share(d_out, row[width : width + len(a)], a, None if keep is None else keep[t])
         along = -_dot3(d_out, weight_H, x) * rstd * rstd * rstd / np.float32(width)
         for j in range(width):
             d_x[j] += d_out[j] * weight_H[j] * rstd + x[j] * along
@@ -232,7 +232,7 @@ def activation_backward(d_extended_TIR: Any, a: Any, keep: Any, gate_up_T2I: Any
         row, dropped = d_extended_TIR[t], dropped_TI[t]
         d_out, gate, up = row[:width], gate_up_T2I[t, :width], gate_up_T2I[t, width:]
         if a is not None:
-            _add_share(d_out, row[width:], a, None if keep is None else keep[t])
+            _add_share(d_out, row[width : width + len(a)], a, None if keep is None else keep[t])
         if kind == SILU:
             for j in range(width):
                 share = _sigmoid(gate[j])

@@ -28,6 +28,7 @@ from tunesmith.engine.onepass import array, kernels
 from tunesmith.engine.products import add_mm, mm
 
 GROUPS = ("qkv", "o", "gate_up", "down")
+_ALIGNED = 16  # numbers: a row that begins with a cache line is stored in half the time by `mm_of_split`
 _ROWS_AT_ONCE = 128  # of the MLP's activation; what they need stays in the cache
 
 
@@ -78,6 +79,11 @@ class Linears:
         self._before, dtype = first.dtype, arithmetic(first.dtype)
         self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
         self.splits = all(products.splits(base.weight.data) and _is_bfloat16(base.weight.data) for base in bases)
+        behind = self.inputs + self.ranks
+        self.h = slice(self.inputs, behind)
+        """Where h stands behind x."""
+        self.width = -(-behind // _ALIGNED) * _ALIGNED if self.splits else behind
+        """Numbers in a row of x with h behind it."""
         self._stored: Sequence[Tensor] = ()
         self._weight: Tensor | None = None
         self._place: Tensor | None = None
@@ -145,8 +151,8 @@ class Linears:
         return whole
 
     def forward(self, take: Take, extended: Tensor, dropped: Tensor, out: Tensor) -> None:
-        """`extended` is (T, H + R) with x in its first H columns; h is put behind it. `dropped` is x̃."""
-        h = extended[:, self.inputs :]
+        """`extended` is (T, width) with x in its first H columns; h is put behind it. `dropped` is x̃."""
+        h = extended[:, self.h]
         if self.ranks:
             mm(dropped, self.a.T, out=h)
         if not self.splits:
@@ -160,7 +166,7 @@ class Linears:
             out.add_(self.bias)
 
     def backward(self, take: Take, d_out: Tensor, d_extended: Tensor) -> None:
-        """Fills `d_extended` (T, H + R) with the base's share of the gradient with respect to x, and dh behind it, of
+        """Fills `d_extended` (T, width) with the base's share of the gradient with respect to x, and dh behind it, of
         which the adapter's `share` is to be made."""
         if not self.splits:
             mm(d_out, self.weight(take), out=d_extended)
@@ -169,7 +175,7 @@ class Linears:
         for number, (stored, part) in enumerate(zip(self._stored, parts, strict=True)):
             products.mm_of_split(part, stored, d_extended[:, : self.inputs], take, add=number > 0)
         if self.ranks:
-            mm(d_out, self._b, out=d_extended[:, self.inputs :])
+            mm(d_out, self._b, out=d_extended[:, self.h])
 
     @property
     def share(self) -> Tensor | None:
@@ -300,7 +306,7 @@ def add_share(d_extended: Tensor, a: Tensor | None, keep: Tensor | None) -> Tens
     """Completes the gradient with respect to x, and returns it as a view (T, H)."""
     if a is None:
         return d_extended
-    d_x, d_h = d_extended.tensor_split([a.shape[1]], 1)
+    d_x, d_h, _ = d_extended.tensor_split([a.shape[1], a.shape[1] + len(a)], 1)
     compiled = kernels(d_extended, a)
     if compiled is not None:
         compiled.add_share(array(d_extended), array(a), array(keep))
