@@ -100,7 +100,7 @@ def _tiles(n: int) -> int:
 
 @functools.cache
 def _amx() -> Any | None:
-    """The module, where the processor, Linux, and the compiler know AMX, and it multiplies as it should."""
+    """The module, where the processor, Linux and the compiler know AMX."""
     if not has_units() or onepass.version() is None:
         return None
     try:
