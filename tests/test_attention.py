@@ -191,12 +191,20 @@ def test_however_gather_cuts_it_is_the_reference(
     st.booleans(),
     st.booleans(),
     st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([((4, 2), 2), ((4, 2), 32), ((6, 1), 64), ((3, 3), 96)]),
 )
 def test_queries_can_be_dealt_out(
-    documents: list[Rendered], window: int | None, cuts: list[float], apart: bool, kept: bool, dtype: torch.dtype
+    documents: list[Rendered],
+    window: int | None,
+    cuts: list[float],
+    apart: bool,
+    kept: bool,
+    dtype: torch.dtype,
+    sizes: tuple[tuple[int, int], int],
 ) -> None:
-    """fp32 is computed by kernels. Memory that is kept has anything in it."""
-    heads, size = (4, 2), 2
+    """fp32 is computed by kernels, and where heads have multiples of 32 numbers by AMX. Memory that is kept has
+    anything in it."""
+    heads, size = sizes
     tree, asked = lay_out(documents), style(heads, size, window=window)
     given, n = tensors(tree, heads, size, dtype), len(tree.token_ids)
     expected = results(tree, "reference", [tensor.double() for tensor in given], asked)

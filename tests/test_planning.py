@@ -23,7 +23,7 @@ from small_runs import settings
 from tunesmith import machines, planning
 from tunesmith import model as models
 from tunesmith.checking import Checked, check
-from tunesmith.engine import attention, lora, step
+from tunesmith.engine import attention, lora, products, step
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, RecipeError
 from tunesmith.machines import Device, Machine
@@ -75,7 +75,7 @@ def test_what_a_step_keeps_is_what_the_plan_says(
         for name, *shape in buffers._taken:
             held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))
     load = planning.load_of(documents, share_prefix=share)
-    shape = planning.shape_of(rows)
+    shape = replace(planning.shape_of(rows), split_attention=products.amx_attention() is not None)
     parts = planning.parts_by_hand(shape, load, Choice(2048, 0, 4), 0, len(every) - 1)
     norms = 4 * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     matrices = [p for name, p in model.named_parameters() if not p.requires_grad and "norm" not in name]
@@ -272,6 +272,6 @@ def test_weights_of_4_bits_take_their_scales_too() -> None:
     sizes = {"layers": 1, "width": 1, "inner": 1, "queries": 1, "keys": 1, "heads": 1, "vocabulary": 1}
     shape = planning.Shape(
         **sizes, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0), stored_bytes=2, by_hand=False,
-        head_norms=False, dropout=False, masks=0, fused=False, narrow=0,
+        head_norms=False, dropout=False, masks=0, fused=False, narrow=0, split_attention=False,
     )  # fmt: skip
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

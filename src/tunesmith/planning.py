@@ -82,6 +82,8 @@ class Shape:
     """q, k and v come out of one product."""
     narrow: int
     """Numbers in weights that stay in 16 bits on this machine's CPU, because products with them are split."""
+    split_attention: bool
+    """Products of attention are split there."""
 
 
 def shape_of(checked: Checked) -> Shape:
@@ -118,12 +120,16 @@ def shape_of(checked: Checked) -> Shape:
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
         narrow=_narrow(checked, skeleton, linear),
+        split_attention=size % 32 == 0 and _splits(),
     )
 
 
+def _splits() -> bool:
+    return products.has_units() and onepass.version() is not None
+
+
 def _narrow(checked: Checked, skeleton: PreTrainedModel, linear: int) -> int:
-    published = models.published_in_bfloat16(checked.found.folder, checked.config)
-    if not published or not products.has_units() or onepass.version() is None:
+    if not _splits() or not models.published_in_bfloat16(checked.found.folder, checked.config):
         return 0
     head, embed = cast("torch.nn.Linear", skeleton.get_output_embeddings()), skeleton.get_input_embeddings()
     stays = embed.weight is head.weight and type(embed) is not torch.nn.Embedding  # `engine.layers.Head`
@@ -222,10 +228,15 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     logits = e * n_lanes * rows * shape.vocabulary
     # Inputs with their h, before and after; the gradient of each; dropped inputs; x, its norm and their gradients.
     workspace = e * t * (2 * (h + max(r_qkv, r_up, r_o)) + 2 * (i + r_down) + max(i, q) + 4 * h)
-    # Attention: queries, results and the gradients of both tile by tile, one of them in order too; gradients of all
-    # keys and values; the path; a tile's scores and their gradients.
-    path, scores = 2 * k * load.longest, gather.most_scores(shape.heads, load.longest)
-    workspace += e * (t * (5 * q + shape.heads) + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
+    # Attention: gradients of all keys and values; the path; scores and their gradients. By tiles of queries these and
+    # results and the gradients of both, one of them in order too; else the path in parts, by columns and by rows.
+    if shape.split_attention:
+        long, size = 32 * math.ceil(load.longest / 32), q // shape.heads
+        of_path = 10 * k * long + 32 * k + 2 * gather.ROWS * (long + 16) + 96 * (long + size) + gather.ROWS * size
+        workspace += e * (t * q + n_lanes * (t * 2 * k + of_path))
+    else:
+        path, scores = 2 * k * load.longest, gather.most_scores(shape.heads, load.longest)
+        workspace += e * (t * (5 * q + shape.heads) + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)

@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.engine import products
 from tunesmith.engine.memory import Take
 from tunesmith.engine.onepass import array, kernels
 from tunesmith.engine.trie import Tree
@@ -37,7 +39,7 @@ class Looked(NamedTuple):
     attended: Tensor
     """(rows, H, D), the result."""
     largest: Tensor
-    """(rows · H,) score, in the order of the tiles."""
+    """(rows · H,) score, in the walk's own order."""
     share: Tensor
     """(rows · H,) of one in the sum of e to the power of all scores less the largest."""
 
@@ -45,6 +47,7 @@ class Looked(NamedTuple):
 _TILE = 2**18  # scores of all heads that are worked on together: 1 MiB, and as much for their gradients
 _FEWEST_QUERIES = 16
 _MOST_QUERIES = 256  # more waste what is hidden
+ROWS = 64  # heads of queries that are worked on together where products are split
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,23 @@ class Gather:
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self._tree, self._device = tree, device
         self._visits = dict[range, list[_Visit]]()
-        self._walks = dict[tuple[Any, ...], Walk]()
+        self._walks = dict[tuple[Any, ...], Walk | SplitWalk]()
 
     def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
         return cast("Tensor", _Differentiable.apply(query_THD, key_TKD, value_TKD, self, style))
 
-    def walk(self, rows: range, given: Given, style: Style, take: Take | None = None) -> Walk:
+    def walk(self, rows: range, given: Given, style: Style, take: Take | None = None) -> Walk | SplitWalk:
         """For the queries `rows`, and tensors of the shapes of `given`. `take` gives memory that is kept, and then the
         walk is the same for all layers; None: there is none."""
         window = style.window if style.window is not None and max(self._tree.position) >= style.window else None
         if rows not in self._visits:
             self._visits[rows] = list(_visits(self._tree, rows))
+        kind = SplitWalk if _may_split(given, style) else Walk
         if take is None:
-            return Walk(self._visits[rows], rows, given, window, None)
-        which = rows, window, *(tensor.shape for tensor in given)
+            return kind(self._visits[rows], rows, given, window, None)
+        which = kind, rows, window, *(tensor.shape for tensor in given)
         if which not in self._walks:
-            self._walks[which] = Walk(self._visits[rows], rows, given, window, take)
+            self._walks[which] = kind(self._visits[rows], rows, given, window, take)
         return self._walks[which]
 
 
@@ -136,20 +140,15 @@ class Walk:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, style: Style, keep: Take | None = None) -> Looked:
         """`keep` gives memory for what is returned; None: it is new."""
-        n_rows, heads, size = len(self._order), self._heads, value.shape[2]
-        keep = keep or (lambda _, *shape: value.new_empty(shape))
-        attended = keep("attended", n_rows // heads, heads * size).view(n_rows, size)
-        if self._exact == value.dtype:
-            largest, share = keep("softmax", n_rows, 2).view(2, n_rows)
-        else:
-            largest, share = value.new_empty(2, n_rows, dtype=self._exact)
+        looked = _memory_for(self._rows, self._heads, value, keep)
+        attended, largest, share = looked
         self._collect(query, self._queries, self._rows.start)
         for visit, segment, tiles in self._stops:
             segment.enter(key[visit.tokens], value[visit.tokens])
             for tile in tiles:
                 tile.forward(style, largest[tile.rows], share[tile.rows])
-        _rows(self._attended, self._places, attended, share)
-        return Looked(attended.view(-1, heads, size), largest, share)
+        _rows(self._attended, self._places, attended.view(len(self._order), -1), share)
+        return looked
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, style: Style, looked: Looked, d_out: Tensor
@@ -200,6 +199,15 @@ class Walk:
         if apart not in self._sources:
             self._sources[apart] = self._order // heads * apart + self._order % heads
         _rows(by_head, self._sources[apart], flat)
+
+
+def _memory_for(rows: range, heads: int, value: Tensor, keep: Take | None) -> Looked:
+    keep = keep or (lambda _, *shape: value.new_empty(shape))
+    n_rows, exact = len(rows) * heads, torch.promote_types(value.dtype, torch.float32)
+    attended = keep("attended", len(rows), heads * value.shape[2]).view(len(rows), heads, -1)
+    if exact == value.dtype:
+        return Looked(attended, *keep("softmax", n_rows, 2).view(2, n_rows))
+    return Looked(attended, *value.new_empty(2, n_rows, dtype=exact))
 
 
 class _Segment(NamedTuple):
@@ -308,6 +316,91 @@ class _Tile(NamedTuple):
         query, key = torch.arange(n_keys - self.n, n_keys, device=device), torch.arange(n_keys, device=device)
         before = query[:, None] - key
         return (before < 0) if self.window is None else (before < 0) | (before >= self.window)
+
+
+class SplitWalk:
+    """`Walk` where AMX does the products: both factors of each are the sum of three of bf16."""
+
+    def __init__(
+        self, visits: Sequence[_Visit], rows: range, given: Given, window: int | None, take: Take | None
+    ) -> None:
+        query, key, _ = given
+        take = take or (lambda _, *shape: query.new_empty(shape))
+        self._visits, self._rows, self._heads = visits, rows, query.shape[1]
+        key_heads, size, longest = key.shape[1], key.shape[2], max(visit.positions.stop for visit in visits)
+        self._window, self._split = window or longest, cast("Any", products.amx_attention())
+        blocks, tiles = math.ceil(longest / 32), size // 16
+        across, n = 32 * blocks + 16, ROWS  # rows of scores begin in other lines of a cache each
+        self._paths = take("path", 2, key_heads, 32 * blocks, size)
+        self._d_paths = take("d path", 2, key_heads, size, across)
+        of_path = 2, key_heads, 3 * 256 * tiles * blocks
+        self._by_column, self._by_row = (
+            take(name, *of_path).view(torch.int32).view(2, key_heads, *shape, 3, 16, 16)
+            for name, shape in (("by column", (2 * blocks, size // 32)), ("by row", (tiles, blocks)))
+        )
+        self._scores, self._d_scores = take("scores", n, across), take("d scores", n, across)
+        left, of_scores = (n // 16) * (size // 32), max((n // 16) * blocks, tiles * (n // 32))
+        self._left, self._of_scores = (
+            take(name, 3 * 256 * count).view(torch.int16) for name, count in (("left", left), ("of scores", of_scores))
+        )
+        self._found, self._d_queries = take("found", n, size), take("d queries", len(rows), self._heads, size)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, style: Style, keep: Take | None = None) -> Looked:
+        """As `Walk.forward`."""
+        looked = _memory_for(self._rows, self._heads, value, keep)
+        for visit in self._visits:
+            self._enter(visit, key, value, backwards=False)
+            room = self._left, self._scores, self._of_scores, self._found
+            self._split.forward(*self._queries(visit, query, style, looked), *map(array, room), self._split.LAYOUT)
+        return looked
+
+    def backward(
+        self, query: Tensor, key: Tensor, value: Tensor, style: Style, looked: Looked, d_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Walk.backward`."""
+        d_key, d_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
+        d_out = d_out.detach() if d_out.stride(2) == 1 else d_out.detach().contiguous()
+        path: list[_Visit] = []
+        for visit in self._visits:
+            self._leave(path, visit.position, d_key, d_value)
+            path.append(visit)
+            self._enter(visit, key, value, backwards=True)
+            self._d_paths[..., visit.positions] = 0
+            room = self._left, self._scores, self._d_scores, self._of_scores, self._found
+            gradients = d_out, self._d_queries, self._d_paths
+            given = self._queries(visit, query, style, looked)
+            self._split.backward(*given, *map(array, (*gradients, *room)), self._split.LAYOUT)
+        self._leave(path, 0, d_key, d_value)
+        return self._d_queries, d_key, d_value
+
+    def _enter(self, visit: _Visit, key: Tensor, value: Tensor, *, backwards: bool) -> None:
+        tokens, on_path = visit.tokens, (self._paths, self._by_column, self._by_row, self._left)
+        arrays = map(array, (key.detach(), value.detach()))
+        where = tokens.start, tokens.stop - tokens.start, visit.position
+        self._split.enter(*arrays, *where, *map(array, on_path), backwards)
+
+    def _queries(self, visit: _Visit, query: Tensor, style: Style, looked: Looked) -> tuple[Any, ...]:
+        queries, position = visit.queries, visit.position + visit.queries.start - visit.tokens.start
+        where = queries.start, len(queries), position, np.float32(style.scale), self._window
+        attended, *by_head = looked
+        by_head = [t.view(-1, self._heads) for t in by_head]
+        first = queries.start - self._rows.start
+        tiles = map(array, (self._by_column, self._by_row))
+        return array(query.detach()), *where, *tiles, array(attended), first, *map(array, by_head)
+
+    def _leave(self, path: list[_Visit], position: int, d_key: Tensor, d_value: Tensor) -> None:
+        while path and path[-1].position >= position:
+            visit = path.pop()
+            where = visit.position, visit.tokens.stop - visit.tokens.start, visit.tokens.start
+            self._split.leave(array(self._d_paths), *where, array(d_key), array(d_value))
+
+
+def _may_split(given: Given, style: Style) -> bool:
+    _, key, value = given
+    if style.softcap is not None or style.sinks is not None or key.shape[2] % 32 or key.shape != value.shape:
+        return False
+    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(2) == 1 for t in given)
+    return fits and products.amx_attention() is not None
 
 
 def _cut(visit: _Visit, heads: int, window: int | None) -> Iterator[tuple[range, slice]]:

@@ -46,16 +46,16 @@ def splits(weight: Tensor) -> bool:
 def mm_of_split(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
     """x · weight in `out` (T, N), or added to it; x (T, K) and `out` are fp32, the weight (K, N) is bf16. Rows of each
     may lie apart, or columns of the weight. `take` gives memory that is kept; Python's lock is free meanwhile."""
-    amx = cast("Any", _amx())
+    found = cast("Any", _amx())
     (rows, shared), columns = x.shape, weight.shape[1]
     of_parts = _tiles(min(rows, ROWS_AT_ONCE)), math.ceil(min(shared, SHARED_AT_ONCE) / 32), 3, 16, 32
     of_packed = _tiles(columns), math.ceil(shared / 32), 16, 16
     parts, packed = take("parts", math.prod(of_parts) // 2), take("packed", math.prod(of_packed))
     by_column = weight.stride(1) != 1
     bits = (weight.T if by_column else weight).view(torch.int16)
-    amx.product(
+    found.product(
         x.numpy(), bits.numpy(), by_column, out.numpy(), add,
-        parts.view(torch.int16).view(of_parts).numpy(), packed.view(torch.int32).view(of_packed).numpy(), amx.LAYOUT,
+        parts.view(torch.int16).view(of_parts).numpy(), packed.view(torch.int32).view(of_packed).numpy(), found.LAYOUT,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def _tiles(n: int) -> int:
 
 @functools.cache
 def _amx() -> Any | None:
-    """The module, where the processor, Linux and the compiler know AMX."""
+    """`amx_products`, where the processor, Linux and the compiler know AMX."""
     if not has_units() or onepass.version() is None:
         return None
     try:
@@ -109,10 +109,20 @@ def _amx() -> Any | None:
         *_, features = cast("Any", cpu_target).target_context.codegen().magic_tuple()
         if "+amx-bf16" not in features:  # LLVM would end the process
             return None
-        from tunesmith.engine import amx
+        from tunesmith.engine import amx, amx_products
     except ImportError:  # not there, or made for another numpy
         return None
-    return amx if amx.permitted() else None
+    return amx_products if amx.permitted() else None
+
+
+@functools.cache
+def amx_attention() -> Any | None:
+    """The module, where there is AMX."""
+    if _amx() is None:
+        return None
+    from tunesmith.engine import amx_attention
+
+    return amx_attention
 
 
 @functools.cache
