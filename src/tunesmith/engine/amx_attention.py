@@ -157,6 +157,7 @@ def _add_up(left: Any, n_rows: Any, right: Any, n_columns: Any, n_steps: Any, ou
 _ROWS_OF_HEADS, _HEADS = types.float32[:, :, :], types.float32[:, :, ::1]
 _PATHS, _TILES = types.float32[:, :, :, ::1], types.int32[:, :, :, :, :, :, ::1]
 _ROOM, _SCORES, _LAYOUT = types.int16[::1], types.float32[:, ::1], types.uint8[::1]
+_ZEROS = types.float32[::1]
 _WHERE = [types.int64] * 3
 _QUERIES = [_ROWS_OF_HEADS, *_WHERE, types.float32, types.int64, _TILES, _TILES, _HEADS, types.int64, _SCORES, _SCORES]
 
@@ -256,14 +257,16 @@ def forward(
     release()
 
 
-@compiled(types.void(*_QUERIES, _ROWS_OF_HEADS, _HEADS, _PATHS, _ROOM, _SCORES, _SCORES, _ROOM, _SCORES, _LAYOUT))
+@compiled(
+    types.void(*_QUERIES, _ROWS_OF_HEADS, _HEADS, _PATHS, _ROOM, _SCORES, _SCORES, _ROOM, _SCORES, _ZEROS, _LAYOUT)
+)
 def backward(
     query_THD: Any, first: Any, n: Any, position: Any, scale: Any, window: Any, by_column: Any, by_row: Any,
     out_RHD: Any, first_out: Any, largest_RH: Any, share_RH: Any, d_out_RHD: Any, d_query_RHD: Any, d_paths: Any,
-    left: Any, scores: Any, d_scores: Any, of_scores: Any, found: Any, layout: Any,
+    left: Any, scores: Any, d_scores: Any, of_scores: Any, found: Any, nothing: Any, layout: Any,
 ) -> None:  # fmt: skip
     """The gradient of these queries, in `d_query`, and their share of those of the keys and values that they see, added
-    to `d_paths` (2, K, D, A)."""
+    to `d_paths` (2, K, D, A). `nothing` is a row of D zeros."""
     heads, size = query_THD.shape[1], query_THD.shape[2]
     steps, n_blocks, group = size // 32, by_row.shape[3], heads // by_row.shape[1]
     row, one, head_at = query_THD.strides[0], query_THD.strides[1], np.int64(query_THD.ctypes.data)
@@ -275,7 +278,6 @@ def backward(
     on_scores, on_d_scores = np.empty(at_once, np.int64), np.empty(at_once, np.int64)
     for i in range(at_once):
         on_scores[i], on_d_scores[i] = scores_at + i * across, d_scores_at + i * across
-    nothing = np.zeros(size, np.float32)
     nowhere, found_at = np.int64(nothing.ctypes.data), np.int64(found.ctypes.data)
     configure(np.int64(layout.ctypes.data))
     for head in range(by_row.shape[1]):

@@ -343,6 +343,7 @@ class SplitWalk:
         self._left, self._of_scores = (
             take(name, 3 * 256 * count).view(torch.int16) for name, count in (("left", left), ("of scores", of_scores))
         )
+        self._nothing = query.new_zeros(size)
         self._found, self._d_queries = take("found", n, size), take("d queries", len(rows), self._heads, size)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, style: Style, keep: Take | None = None) -> Looked:
@@ -366,7 +367,7 @@ class SplitWalk:
             path.append(visit)
             self._enter(visit, key, value, backwards=True)
             self._d_paths[..., visit.positions] = 0
-            room = self._left, self._scores, self._d_scores, self._of_scores, self._found
+            room = self._left, self._scores, self._d_scores, self._of_scores, self._found, self._nothing
             gradients = d_out, self._d_queries, self._d_paths
             given = self._queries(visit, query, style, looked)
             self._split.backward(*given, *map(array, (*gradients, *room)), self._split.LAYOUT)
