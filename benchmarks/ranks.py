@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -45,7 +46,7 @@ def main() -> int:
             command = arguments(model, data, run, "engine.tokens_per_micro_batch=100")
             codes = [p.wait(240) for p in processes([command] * 2, folder, ACCELERATE_USE_FSDP=str(sharded))]
             assert codes == [0, 0], (folder / "0.log").read_text()
-            apart[name] = max(abs(a - b) for a, b in zip(losses(run), alone, strict=True))
+            apart[name] = float(np.max([abs(a - b) for a, b in zip(losses(run), alone, strict=True)]))
         result = {
             "what": "two processes beside one: how far losses are apart; seconds until both end if one is killed",
             "date": datetime.date.today().isoformat(),

@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -38,6 +39,12 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """NaN if one is; Python's max passes over it."""
+    return float(np.max([*numbers]))
+
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real tokenizers lie in ../shared, which is not here")
 

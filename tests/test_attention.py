@@ -6,6 +6,7 @@ Legend: T tokens, H query heads, K key heads, D head size.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import largest
 from test_trie import batches, seen
-from tunesmith.engine import attention, gather
+from tunesmith.engine import attention, gather, products
 from tunesmith.engine.attention import Backend, Style
 from tunesmith.engine.gather import Gather
 from tunesmith.engine.trie import Tree, lay_out
@@ -70,7 +72,7 @@ def results(tree: Tree, backend: Backend, given: Sequence[Tensor], style: Style)
 
 def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest difference; the numbers are about one."""
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
+    return largest((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -152,6 +154,29 @@ def test_a_tile_has_no_more_scores_than_are_planned() -> None:
             assert [query for queries, _ in cuts for query in queries] == list(rows)
             most = gather.most_scores(heads, 9000)
             assert max(heads * len(queries) * (seen.stop - seen.start) for queries, seen in cuts) <= most
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [((4, 2), 64), ((2, 2), 96), ((8, 1), 256)])
+@pytest.mark.parametrize("length", [1, 70, 3000])
+def test_a_walk_takes_the_memory_that_is_said(split: bool, heads: tuple[int, int], size: int, length: int) -> None:
+    if split and products.amx_attention() is None:
+        pytest.skip("no AMX here")
+    tree = grow(0, (0, length), (length // 2, length // 2 + 30))
+    rows, given = (
+        range(len(tree.token_ids)),
+        tuple(torch.empty(len(tree.token_ids), n, size) for n in (*heads, heads[1])),
+    )
+    taken = list[int]()
+
+    def take(_: str, *shape: int) -> Tensor:
+        taken.append(math.prod(shape))
+        return torch.empty(shape)
+
+    visits = list(gather._visits(tree, rows))
+    (gather.SplitWalk if split else gather.Walk)(visits, rows, (given[0], given[1], given[2]), None, take)
+    said = gather.space(len(rows), *heads, size, max(tree.position) + 1, split=split)
+    assert sum(taken) == said if split else 0.3 < sum(taken) / said <= 1  # fewer scores where rows are short
 
 
 def tiles(tree: Tree, rows: range, heads: int) -> Iterator[tuple[range, slice]]:

@@ -267,6 +267,16 @@ def spoil_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_file, "quantize", wrong)
 
 
+def lose_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen = gguf_file.quantize, list[int]()
+
+    def wrong(weight: np.ndarray, kind: Any) -> np.ndarray:
+        seen.append(1)
+        return right(weight * np.nan if len(seen) == 4 else weight, kind)
+
+    monkeypatch.setattr(gguf_file, "quantize", wrong)
+
+
 def other_type(vocabulary: Vocabulary) -> tuple[Any, ...]:
     start = vocabulary.tokens.index("<|im_start|>")
     return (*vocabulary.types[:start], gguf.TokenType.NORMAL, *vocabulary.types[start + 1 :])
@@ -274,6 +284,7 @@ def other_type(vocabulary: Vocabulary) -> tuple[Any, ...]:
 
 FAULTS = {
     "a weight": (spoil_a_weight, "largest difference of a weight", False),
+    "a weight that is no number": (lose_a_weight, "largest difference of a weight", False),
     "a layout": (turn_wrongly, "same greedy replies", True),
     "a merge": (change(merges=lambda v: v.merges[:5] + v.merges[8:]), "same token ids of prompts", True),
     "the cut": (change(cut=lambda v: "deepseek-coder"), "same token ids of awkward messages", True),

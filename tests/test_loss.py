@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conftest import largest
 from tunesmith.engine import loss, memory
 from tunesmith.engine.loss import HeadLoss, Labels, chunk_rows, loss_and_gradient, summed_cross_entropy
 
@@ -61,7 +62,7 @@ def expected(case: Case, softcap: float | None = None) -> tuple[Tensor, Tensor]:
 
 def off(found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> float:
     """The larger relative difference of loss and gradient."""
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
+    return largest(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:

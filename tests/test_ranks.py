@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tunesmith
+from conftest import largest, tunesmith
 from tunesmith import rundir
 
 SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
@@ -77,11 +77,11 @@ def test_two_processes_train_like_one(tiny_model: Path, sums: Path, alone: Path,
     for process in processes([command] * 2, tmp_path, ACCELERATE_USE_FSDP=str(sharded)):
         assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
     assert len(losses(out)) == 20
-    worst = max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))
+    worst = largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))
     assert worst < 1e-5  # observed 4.8e-7, of losses around 4
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, alone))
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
-    assert max(tensor.abs().max().item() for tensor in theirs.values()) > 0.01
+    assert largest((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+    assert largest(tensor.abs().max().item() for tensor in theirs.values()) > 0.01
 
 
 def test_two_processes_go_on_like_one(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_two_processes_go_on_like_one(tiny_model: Path, sums: Path, alone: Path,
     for process in processes([["resume", str(out)]] * 2, tmp_path):
         assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
     assert len(losses(out)) == 20
-    assert max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+    assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -107,7 +107,7 @@ def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_pat
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["steps"] == 20  # one object, of the first process
-    assert max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+    assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
 
 
 def test_processes_with_different_data_all_end_with_one_message(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from conftest import largest
 from plain import train_plainly
 from tunesmith import chat, recipe, rundir
 from tunesmith.checking import check, hold_out
@@ -47,7 +48,7 @@ def test_losses_and_adapter_are_those_of_plain_transformers_and_peft(
     losses = [line["loss"] for line in rundir.read_lines(ours.path / "metrics.jsonl")]
     expected, model = train_plainly(two_epochs)
     assert len(losses) == len(expected) == 20
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 2e-5  # observed 1.4e-6
+    assert largest(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 2e-5  # observed 1.4e-6
     assert losses[-1] < losses[0] - 0.5  # observed 5.55 -> 4.86
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), ours.adapter
@@ -55,7 +56,7 @@ def test_losses_and_adapter_are_those_of_plain_transformers_and_peft(
     ours_state = {n: p for n, p in again.named_parameters() if "lora_" in n}
     plain_state = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert ours_state.keys() == plain_state.keys()
-    worst = max((ours_state[n] - plain_state[n]).abs().max().item() for n in plain_state)
+    worst = largest((ours_state[n] - plain_state[n]).abs().max().item() for n in plain_state)
     assert worst < 5e-6  # observed 5.4e-7, of weights up to 0.19
 
 
@@ -64,14 +65,16 @@ def test_how_a_step_is_cut_does_not_change_it(tiny_model: Path, talk: Path, tmp_
     whole = train(settings(tiny_model, talk), tmp_path / "whole")
     pieces = train(settings(tiny_model, talk, **{"engine.tokens_per_micro_batch": budget}), tmp_path / "cut")
     losses = [[line["loss"] for line in rundir.read_lines(r.path / "metrics.jsonl")] for r in (whole, pieces)]
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4  # observed 1.2e-5 after 30 steps of rate 1e-2
+    assert (
+        largest(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+    )  # observed 1.2e-5 after 30 steps of rate 1e-2
 
 
 def test_recomputing_layers_does_not_change_a_step(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
     kept = train(settings(tiny_model, talk), tmp_path / "kept")
     again = train(settings(tiny_model, talk, **{"engine.recompute_layers": "all"}), tmp_path / "again")
     losses = [[line["loss"] for line in rundir.read_lines(r.path / "metrics.jsonl")] for r in (kept, again)]
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 2e-5  # observed 0.0
+    assert largest(abs(a - b) for a, b in zip(*losses, strict=True)) < 2e-5  # observed 0.0
 
 
 def test_a_wrong_denominator_would_be_seen(tiny_model: Path, talk: Path) -> None:

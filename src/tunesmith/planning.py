@@ -228,15 +228,9 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     logits = e * n_lanes * rows * shape.vocabulary
     # Inputs with their h, before and after; the gradient of each; dropped inputs; x, its norm and their gradients.
     workspace = e * t * (2 * (h + max(r_qkv, r_up, r_o)) + 2 * (i + r_down) + max(i, q) + 4 * h)
-    # Attention: gradients of all keys and values; the path; scores and their gradients. By tiles of queries these and
-    # results and the gradients of both, one of them in order too; else the path in parts, by columns and by rows.
-    if shape.split_attention:
-        long, size = 32 * math.ceil(load.longest / 32), q // shape.heads
-        of_path = 10 * k * long + 32 * k + 2 * gather.ROWS * (long + 16) + 96 * (long + size) + gather.ROWS * size
-        workspace += e * (t * q + n_lanes * (t * 2 * k + of_path))
-    else:
-        path, scores = 2 * k * load.longest, gather.most_scores(shape.heads, load.longest)
-        workspace += e * (t * (5 * q + shape.heads) + n_lanes * (t * 2 * k + 2 * path + 2 * scores))
+    # Attention: gradients of all keys and values, and what it works on.
+    of_heads = math.ceil(t / n_lanes), shape.heads, k * shape.heads // q, q // shape.heads, load.longest
+    workspace += e * n_lanes * (t * 2 * k + gather.space(*of_heads, split=shape.split_attention))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)

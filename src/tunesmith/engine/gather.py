@@ -424,6 +424,18 @@ def most_scores(heads: int, longest: int) -> int:
     return heads * longest * min(max(math.ceil(_TILE / (heads * longest)), _FEWEST_QUERIES), _MOST_QUERIES)
 
 
+def space(rows: int, heads: int, key_heads: int, size: int, longest: int, *, split: bool) -> int:
+    """Numbers of memory that a `Walk` of these queries takes at most, or a `SplitWalk`."""
+    if not split:
+        return rows * heads * (5 * size + 1) + 4 * key_heads * size * longest + 2 * most_scores(heads, longest)
+    blocks, tiles = math.ceil(longest / 32), size // 16
+    across = 32 * blocks + 16
+    path = 2 * key_heads * size * (32 * blocks + across)
+    of_path = 2 * 2 * key_heads * 3 * 256 * tiles * blocks
+    of_rows = 3 * 256 * (ROWS // 16 * tiles // 2 + max(ROWS // 16 * blocks, ROWS // 32 * tiles))
+    return rows * heads * size + path + of_path + 2 * ROWS * across + of_rows + ROWS * size
+
+
 def _order_of(queries: range, rows: range, heads: int) -> Tensor:
     """(H · Q): of a tile's rows, the place among all heads of `rows`."""
     token = torch.arange(queries.start - rows.start, queries.stop - rows.start)

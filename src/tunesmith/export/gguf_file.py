@@ -537,7 +537,8 @@ def compare(path: Path, contents: Contents) -> Read:
         if tensor is not None and tuple(tensor.shape.tolist()[::-1]) == weight.shape:
             same += 1
             read = dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
-            difference = max(difference, float(np.abs(read - weight).max() / max(np.abs(weight).max(), 1e-30)))
+            apart = np.abs(read - weight).max() / max(np.abs(weight).max(), 1e-30)
+            difference = float(np.maximum(difference, apart))  # NaN if one is; Python's max passes over it
     unexpected = len(found.keys() ^ rope.keys())
     return Read(
         tensors=same / (len(contents.names) + unexpected),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -69,7 +70,8 @@ def write_merged(
     largest, same_tokens, n_tokens, same_replies = 0.0, 0, 0, 0
     for prompt, reply, expected in zip(live.prompts, live.replies, live.logits, strict=True):
         logits = logits_of(model, prompt, reply)
-        largest = max(largest, float((logits - expected).abs().max()))
+        apart = (logits - expected).abs().max()
+        largest = float(np.maximum(largest, float(apart)))  # NaN if one is; Python's max passes over it
         same_tokens += int((logits.argmax(-1) == expected.argmax(-1)).sum())
         n_tokens += len(reply)
         ids = torch.tensor([prompt], device=model.device)
