@@ -94,7 +94,7 @@ def _accelerator() -> Finding:
     found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
     if onepass.version() is None:
         faster = (
-            "about a third faster for weights published in bfloat16" if products.has_units() else "about a tenth faster"
+            "about twice as fast for weights published in bfloat16" if products.has_units() else "about a tenth faster"
         )
         found += f"; {faster} with: pip install 'tunesmith[cpu]'"
     elif products.has_units():
