@@ -2,7 +2,7 @@
 
     python benchmarks/exactness.py [--out benchmarks/results]
 
-Small random models of eleven kinds, adapters that are not the identity, rows that share beginnings, no dropout; the
+Small random models of twelve kinds, adapters that are not the identity, rows that share beginnings, no dropout; the
 relative error of the gradient of all adapters, the worst of every way and cut. "lifted" is float64 with transformers'
 fp32 parts (norms, rotary tables, the loss) computed in float64 too, on both sides; "as it is" leaves them. For fp32 and
 bf16 the truth is the lifted gradient of the same weights, and of several seeds the worst is shown. "fp32, split" is an

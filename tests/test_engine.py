@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2 with windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **MIXED}),
     "Qwen3": ("qwen3", {}),
     "Phi-3": ("phi3", {"sliding_window": 7}),
+    "Mistral with wide heads": ("mistral", {"sliding_window": 5, "head_dim": 32}),
     "Phi-4-mini": ("phi3", {"rope_parameters": {**NO_YARN, "partial_rotary_factor": 0.5}}),
     "Gemma": ("gemma", {}),
     "Gemma 2": (
@@ -61,7 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Gemma 3": ("gemma3_text", {"query_pre_attn_scalar": 8, **MIXED}),
 }  # fmt: skip
-MORE = ("Llama with biases", "Qwen2 with windows", "Phi-4-mini")
+MORE = ("Llama with biases", "Mistral with wide heads", "Qwen2 with windows", "Phi-4-mini")
 WRITTEN = [name for name in FAMILIES if name not in ("Gemma 2", "Gemma 3")]
 WAYS = [
     (name, way) for name in FAMILIES for way in ("decoder", "tree", "padded") if way != "decoder" or name in WRITTEN
