@@ -237,22 +237,54 @@ def test_queries_can_be_dealt_out(
         joined = torch.cat([tensor.flatten(1) for tensor in given[:3]], 1)
         widths = [tensor[0].numel() for tensor in given[:3]]
         given[:3] = [part.unflatten(1, (-1, size)) for part in joined.split(widths, 1)]
-    query, key, value, d_out = given
     bounds = [0, *sorted(round(cut * n) for cut in cuts), n]
-    sight = Gather(tree, CPU)
-    outs, gradients = [], []
+    found = dealt_out(tree, given, asked, bounds, kept=kept)
+    assert worst(found, expected) < (1e-12 if dtype == torch.float64 else 1e-5)  # observed 4e-16, 9e-7
+
+
+def dealt_out(tree: Tree, given: Sequence[Tensor], style: Style, bounds: Sequence[int], *, kept: bool) -> list[Tensor]:
+    """As `results`, by a walk for the queries between each two bounds; memory that is kept has anything in it."""
+    query, key, value, d_out = given
+    take = (lambda _, *shape: torch.full(shape, torch.nan, dtype=query.dtype)) if kept else None
+    sight, outs, gradients = Gather(tree, CPU), [], []
     for start, stop in itertools.pairwise(bounds):
         if start == stop:
             continue
-        rows, take = range(start, stop), (lambda _, *shape: torch.full(shape, torch.nan, dtype=dtype)) if kept else None
-        out, backward = attention.by_hand(sight, (query, key, value), asked, rows, take=take)
+        out, backward = attention.by_hand(sight, (query, key, value), style, range(start, stop), take=take)
         outs.append(out.clone())
         *found, again = backward(d_out[start:stop])
         gradients.append(found)
         assert torch.equal(again, outs[-1])
-    found = [torch.cat(outs), torch.cat([g[0] for g in gradients])]
-    found += [torch.stack([g[i] for g in gradients]).sum(0) for i in (1, 2)]
-    assert worst(found, expected) < (1e-12 if dtype == torch.float64 else 1e-5)  # observed 4e-16, 9e-7
+    summed = [torch.stack([g[i] for g in gradients]).sum(0) for i in (1, 2)]
+    return [torch.cat(outs), torch.cat([g[0] for g in gradients]), *summed]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("window", [None, 7, 100, 300])
+@pytest.mark.parametrize(("heads", "size"), [((4, 2), 32), ((6, 1), 64), ((3, 3), 96)])
+def test_rows_of_many_blocks_in_fp32(heads: tuple[int, int], size: int, window: int | None, kept: bool) -> None:
+    """By AMX where there is any: more rows and keys than are worked on together, and bounds where no block ends."""
+    given, asked = tensors(LONG, heads, size, torch.float32), style(heads, size, window=window)
+    n, (query, key, value, _) = len(LONG.token_ids), given
+    kind = gather.Walk if products.amx_attention() is None else gather.SplitWalk
+    assert type(Gather(LONG, CPU).walk(range(n), (query, key, value), asked)) is kind
+    expected = results(LONG, "reference", [tensor.double() for tensor in given], asked)
+    found = dealt_out(LONG, given, asked, [0, 37, 333, 701, n], kept=kept)
+    assert worst(found, expected) < 1e-5  # observed 4.8e-6
+
+
+@pytest.mark.parametrize("reason", ["soft-capped", "sinks", "fp64", "48 numbers", "longer values", "numbers apart"])
+def test_what_amx_does_not_attend_to(reason: str) -> None:
+    heads, size = (4, 2), 48 if reason == "48 numbers" else 32
+    dtype = torch.float64 if reason == "fp64" else torch.float32
+    query, key, value, _ = tensors(SMALL, heads, size, dtype)
+    if reason == "longer values":
+        value = torch.cat([value, value], 2)
+    if reason == "numbers apart":
+        key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    asked = style(heads, size, **STYLES.get(reason, {}))
+    walk = Gather(SMALL, CPU).walk(range(len(SMALL.token_ids)), (query, key, value), asked)
+    assert type(walk) is gather.Walk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -296,7 +297,7 @@ def test_fewer_bits_cost_at_most_twice_what_they_cost_plain_transformers_and_pef
         right, theirs = rounded(name, dtype, seed)
         ratios.append(distance(take(engine(family(name, dtype, seed), way, ignored, **asked), FEW), right) / theirs)
     in_fp32 = (way, bits) == ("decoder", "bf16") and name != "Gemma"  # whose embedding is scaled in 16 bits
-    assert sorted(ratios)[1] < (0.01 if in_fp32 else 2)  # observed 6e-5; 0.8 to 1.3, single ones up to 1.5
+    assert np.median(ratios) < (0.01 if in_fp32 else 2)  # observed 6e-5; 0.8 to 1.3, single ones up to 1.5
 
 
 def of_bfloat16_numbers(name: str, seed: int) -> PeftModel:
@@ -316,7 +317,7 @@ def test_splitting_factors_costs_nothing(split: None, name: str) -> None:
         assert "kept as such" in notes[0] and made._decoder is not None and made._decoder.narrowed
         ratios.append(distance(take(made, FEW), right) / theirs)
         assert made.loss(FEW) / n_supervised(FEW) == pytest.approx(right.loss, rel=1e-5)
-    assert sorted(ratios)[1] < 2  # observed 0.7 to 1.0
+    assert np.median(ratios) < 2  # observed 0.7 to 1.0
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
@@ -330,13 +331,19 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are(split: None, recompute: 
 
 
 @pytest.mark.parametrize("left", ["for another way", "for good"])
-def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decoder(split: None, left: str) -> None:
-    model = of_bfloat16_numbers("Llama", 0)
+@pytest.mark.parametrize("name", ["Llama", "Llama with biases", "Gemma"])
+def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decoder(
+    split: None, name: str, left: str
+) -> None:
+    """The second one's output layer is its embedding, and so is Gemma's, which is scaled and stays what it is."""
+    model = of_bfloat16_numbers(name, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     right = plain(model)
     made = engine(model, "decoder", ignored)
-    inside = [p.dtype for name, p in model.named_parameters() if "proj.base_layer" in name]
-    assert set(inside) == {torch.bfloat16}
+    inside = {p.dtype for name, p in model.named_parameters() if "proj.base_layer.weight" in name}
+    assert inside == {torch.bfloat16}
+    head = model.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
+    assert head.dtype == (torch.float32 if name == "Gemma" else torch.bfloat16)
     if left == "for good":
         made.close()
     else:
@@ -371,6 +378,38 @@ def test_weights_that_are_no_bfloat16_numbers_stay_what_they_are(split: None) ->
     with Doubles():
         right = plain(copy.deepcopy(model).double())
     assert distance(take(made), right) < 1e-5  # observed 6.7e-7
+
+
+def test_an_output_layer_of_other_numbers_stays_what_it_is(split: None) -> None:
+    model = of_bfloat16_numbers("Llama", 0)
+    head = model.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
+    head.data[5, 7] = 0.1
+    made = engine(model, "decoder", ignored)
+    assert head.dtype == torch.float32 and made._decoder is not None and made._decoder.narrowed
+    with Doubles():
+        right = plain(copy.deepcopy(model).double())
+    assert distance(take(made), right) < 1e-5  # observed 5.8e-7
+
+
+def test_rows_with_h_behind_them_have_no_more_columns_than_they_should(split: None) -> None:
+    """They are padded to whole lines of the cache; here no width is one, and two layers have no adapter."""
+    config = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 3}
+    model = adapted(base("llama", **config, head_dim=20), target_modules=["q_proj", "v_proj"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    with Doubles():
+        right = plain(copy.deepcopy(model).double())
+    made = engine(model, "decoder", ignored)
+    assert distance(take(made), right) < 1e-5  # observed 6.3e-7
+
+
+def test_what_was_found_right_without_amx_is_looked_at_again_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes another way then, whatever the weights are."""
+    made, keys = engine(family("Llama", torch.float32), "decoder", ignored), set[str]()
+    for there in (None, products):
+        monkeypatch.setattr(products, "amx_attention", lambda there=there: there)
+        keys.add(made._key())
+    assert len(keys) == 2
 
 
 # --- one gradient -----------------------------------------------------------------------------------------------------

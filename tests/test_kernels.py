@@ -3,7 +3,12 @@ can be."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +59,7 @@ def put_(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
 
 def share(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
     extended = of(case.extended)
-    return add_share(extended, of(case.a), of(case.keep)), extended
+    return add_share(extended, case.x.shape[1], of(case.a), of(case.keep)), extended
 
 
 def norm(case: Case, of: Callable[[Tensor | None], Any]) -> Sequence[Tensor]:
@@ -255,3 +260,25 @@ def test_a_kernel_whose_file_has_no_place_for_a_cache_is_compiled_all_the_same()
     written: dict[str, Any] = {}
     exec("def twice(x):\n    return x + x", written)
     assert kernels.compiled()(written["twice"])(4) == 8
+
+
+def test_a_kernel_is_compiled_again_when_what_stands_in_it_has_changed(tmp_path: Path) -> None:
+    """Although its own file is the same."""
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("amx.py", "kernels.py"):
+        shutil.copy(Path(kernels.__file__).with_name(name), package)
+    (package / "other.py").write_text(
+        "from package.kernels import ONE, _exp, compiled\n\n\n"
+        "@compiled()\ndef e(x):\n    return _exp(x)\n\n\n"
+        "print(round(e(ONE), 3), *e.stats.cache_hits.values())\n"
+    )
+
+    def run() -> str:
+        return subprocess.check_output([sys.executable, "-m", "package.other"], cwd=tmp_path, text=True).strip()
+
+    assert [run(), run()] == ["2.718", "2.718 1"]
+    file = package / "kernels.py"
+    changed = re.sub(r"else p \* scale$", "else p * scale + ONE", file.read_text(), flags=re.MULTILINE)
+    file.write_text(changed)
+    assert run() == "3.718"

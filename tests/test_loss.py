@@ -101,6 +101,18 @@ def test_head_loss_is_differentiated_like_any_other_function(
     assert off((value.detach(), hidden.grad), chained) < 1e-12  # observed 5.6e-16
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_products_of_many_words_may_be_split(split: None, softcap: float | None) -> None:
+    """The vocabulary is looked at in three parts."""
+    given = case(130, 40, 5000)
+    given = replace(given, weight=given.weight.bfloat16().double())
+    few = given.to(torch.float32)
+    take = memory.Buffers(torch.float32, CPU).take
+    for weight in (few.weight, few.weight.bfloat16()):
+        found = loss_and_gradient(few.hidden, weight, few.labels, softcap, take=take, split=True)
+        assert off(found, expected(replace(few.to(torch.float64), labels=few.labels), softcap)) < 1e-6  # seen 4.0e-7
+
+
 def test_the_loss_with_a_graph_is_torchs_cross_entropy() -> None:
     given = case(33, 17, 101)
     hidden = given.hidden.clone().requires_grad_()

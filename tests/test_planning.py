@@ -54,16 +54,19 @@ def middling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("lora", [{}, {"lora.dropout": 0.0, "lora.r": 32}], ids=str)
 @pytest.mark.parametrize("published", ["float32", "bfloat16", "bfloat16 in float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_a_step_keeps_is_what_the_plan_says(
-    middling_model: Path, talk: Path, split: None, tmp_path: Path, share: bool, lora: dict[str, Any], published: str
-) -> None:
+    middling_model: Path, talk: Path, split: None, tmp_path: Path, share: bool, lora: dict[str, Any], published: str,
+    dtype: str,
+) -> None:  # fmt: skip
     """All memory that the layers written by hand hold after a step against the plan's terms for it."""
     if published != "float32":
         model = AutoModelForCausalLM.from_pretrained(middling_model, dtype=torch.bfloat16)
         model = model.float() if published == "bfloat16 in float32" else model
         middling_model = Path(shutil.copytree(middling_model, tmp_path / "published"))
         model.save_pretrained(middling_model)
-    rows = checked(middling_model, talk, **{"engine.share_prefix": share, "engine.self_check": False, **lora})
+    flags = {"engine.share_prefix": share, "engine.self_check": False, "model.dtype": dtype, **lora}
+    rows = checked(middling_model, talk, **flags)
     documents = [row.documents[0] for row in rows.rows[:16]]
     model = models.attach(models.load_base(rows.found, rows.recipe.model), rows.recipe.lora, 0, "base")
     engine = Engine(model, rows.recipe.engine)
@@ -75,13 +78,23 @@ def test_what_a_step_keeps_is_what_the_plan_says(
         for name, *shape in buffers._taken:
             held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))
     load = planning.load_of(documents, share_prefix=share)
-    shape = replace(planning.shape_of(rows), split_attention=products.amx_attention() is not None)
-    parts = planning.parts_by_hand(shape, load, Choice(2048, 0, 4), 0, len(every) - 1)
-    norms = 4 * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    shape, by_amx = planning.shape_of(rows), products.amx_attention() is not None
+    assert shape.split_attention or not by_amx
+    choice = Choice(2048, 0, getattr(torch, dtype).itemsize)
+    parts = planning.parts_by_hand(replace(shape, split_attention=by_amx), load, choice, 0, len(every) - 1)
+    norms = choice.weight_bytes * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     matrices = [p for name, p in model.named_parameters() if not p.requires_grad and "norm" not in name]
     assert parts.weights == sum(p.numel() * p.itemsize for p in matrices) + norms
     planned = parts.activations + parts.logits + parts.workspace
+    narrowed = planning._narrowed(shape, choice) > 0
+    assert narrowed is any(name.startswith("packed") for _, name in held) or not by_amx
+    assert (choice.weight_bytes == 2 and not narrowed) is any(name == "weight" for _, name in held)
     assert 0.95 < planned / sum(held.values()) < 1.1
+
+
+def test_attention_of_other_heads_than_of_32_numbers_is_not_split(tiny_model: Path, talk: Path, split: None) -> None:
+    shape = planning.shape_of(checked(tiny_model, talk))
+    assert (shape.queries // shape.heads) % 32 and not shape.split_attention
 
 
 class FlexLike(torch.autograd.Function):
@@ -272,6 +285,7 @@ def test_weights_of_4_bits_take_their_scales_too() -> None:
     sizes = {"layers": 1, "width": 1, "inner": 1, "queries": 1, "keys": 1, "heads": 1, "vocabulary": 1}
     shape = planning.Shape(
         **sizes, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0), stored_bytes=2, by_hand=False,
-        head_norms=False, dropout=False, masks=0, fused=False, narrow=0, split_attention=False,
+        head_norms=False, dropout=False, masks=0, fused=False, narrow=0, published_in_bfloat16=True,
+        split_attention=False,
     )  # fmt: skip
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -116,13 +117,52 @@ def test_a_product_of_a_split_factor_rounds_no_more_than_one_of_fp32(
     wide = torch.full((rows, columns + 7), 7.0)
     out = wide[:, :columns]
     take = memory.Buffers(torch.float32, x.device).take
-    for name in ("parts", "packed"):
+    for name in ("parts 0", "packed 0"):
         take(name, 1 << 18).fill_(torch.nan)
     products.mm_of_split(x, weight.T.contiguous().T if by_column else weight, out, take, add=add)
     right = x.double() @ weight.double() + (7 if add else 0)
     found, plain = (float((t - right).norm()) for t in (out, x @ weight.float() + (7 if add else 0)))
     assert found <= 1.5 * plain  # observed 0.3 to 1.0 of it
     assert (wide[:, columns:] == 7).all()
+
+
+@split
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("columns", [1, 40, 200])
+def test_threads_share_a_product(monkeypatch: pytest.MonkeyPatch, columns: int, by_column: bool) -> None:
+    """Each has some columns, and every number is the same."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 70), torch.randn(70, columns).bfloat16()
+    weight = weight.T.contiguous().T if by_column else weight
+    found = []
+    for n_threads, at_least in ((1, 1), (3, 1), (3, 10**9)):
+        monkeypatch.setattr(products, "_WORTH_A_THREAD", at_least)
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        out, taken = torch.ones(300, columns), set[str]()
+        buffers = memory.Buffers(torch.float32, x.device)
+
+        def take(name: str, *shape: int, buffers: memory.Buffers = buffers, taken: set[str] = taken) -> Tensor:
+            taken.add(name)
+            return buffers.take(name, *shape)
+
+        products.mm_of_split(x, weight, out, take, add=True)
+        n_parts = min(n_threads, math.ceil(columns / 32)) if at_least == 1 else 1
+        assert taken == {f"{what} {n}" for what in ("parts", "packed") for n in range(n_parts)}
+        found.append(out)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@split
+def test_numbers_of_a_row_that_lie_apart_are_refused() -> None:
+    x, weight, out = torch.zeros(40, 64), torch.zeros(64, 48).bfloat16(), torch.zeros(40, 48)
+    apart = {
+        "x": (torch.zeros(64, 40).T, weight, out),
+        "weight": (x, torch.zeros(128, 96).bfloat16()[::2, ::2], out),
+        "out": (x, weight, torch.zeros(48, 40).T),
+    }
+    for factors in apart.values():
+        with pytest.raises(AssertionError):
+            products.mm_of_split(*factors, memory.Buffers(torch.float32, x.device).take)
 
 
 @split
@@ -148,11 +188,13 @@ def test_a_number_is_the_sum_of_three_of_bf16(numbers: list[float]) -> None:
 
 
 @split
-def test_what_is_no_finite_number_spoils_its_row_alone() -> None:
-    x = torch.ones(40, 64)
+@pytest.mark.parametrize("by_column", [False, True])
+def test_what_is_no_finite_number_spoils_its_row_alone(by_column: bool) -> None:
+    x, weight = torch.ones(40, 64), torch.ones(64, 32).bfloat16()
     x[3, 5], x[33, 63], x[34, 0] = torch.inf, -torch.inf, torch.nan
     out = torch.empty(40, 32)
-    products.mm_of_split(x, torch.ones(64, 32).bfloat16(), out, memory.Buffers(torch.float32, x.device).take)
+    weight = weight.T.contiguous().T if by_column else weight
+    products.mm_of_split(x, weight, out, memory.Buffers(torch.float32, x.device).take)
     spoilt = out.isnan().all(1)
     assert spoilt.nonzero().flatten().tolist() == [3, 33, 34] and (out[~spoilt] == 64).all()
 
@@ -168,8 +210,6 @@ def test_products_are_split_for_fp32_and_bfloat16_on_a_cpu() -> None:
 def test_without_all_that_it_needs_nothing_is_split(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     if products._amx() is None:
         pytest.skip("no AMX here")
-    from tunesmith.engine import amx
-
     products._amx.cache_clear()
     try:
         if missing == "units":
@@ -177,12 +217,13 @@ def test_without_all_that_it_needs_nothing_is_split(monkeypatch: pytest.MonkeyPa
         elif missing == "Numba":
             monkeypatch.setattr(onepass, "version", lambda: None)
         elif missing == "permission":
-            monkeypatch.setattr(amx, "_PERMISSION", (158, 0x1023, 63))  # of a feature that no processor has
+            monkeypatch.setattr(products, "_PERMISSION", (158, 0x1023, 63))  # of a feature that no processor has
         else:
             from numba.core.registry import cpu_target
 
             monkeypatch.setattr(cpu_target.target_context.codegen(), "_tm_features", "+avx2")
         assert products._amx() is None
+        assert products.has_units() is (missing in ("Numba", "the compiler's knowledge"))
     finally:
         monkeypatch.undo()
         products._amx.cache_clear()

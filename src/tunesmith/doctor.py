@@ -98,7 +98,7 @@ def _accelerator() -> Finding:
         )
         found += f"; {faster} with: pip install 'tunesmith[cpu]'"
     elif products.has_units():
-        found += ", whose AMX is used for weights published in bfloat16"
+        found += ", whose AMX is used for attention, and for weights published in bfloat16"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(
         "accelerator",

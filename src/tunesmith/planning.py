@@ -37,6 +37,7 @@ from tunesmith.steps import Step, Steps
 _AT_WORK_BYTES = 180 << 20
 # Share of the machine's rate for large products that a step's floor of operations reaches.
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
+_REACHED_SPLIT = 0.85  # where products are split: SmolLM2 on 2 cores with AMX, 2026-11
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # Layers with the same input.
@@ -81,7 +82,10 @@ class Shape:
     fused: bool
     """q, k and v come out of one product."""
     narrow: int
-    """Numbers in weights that stay in 16 bits on this machine's CPU, because products with them are split."""
+    """Numbers in weights that stay in 16 bits on this machine's CPU where they are bf16 numbers, because products with
+    them are split."""
+    published_in_bfloat16: bool
+    """They are, whatever they are stored as."""
     split_attention: bool
     """Products of attention are split there."""
 
@@ -101,6 +105,7 @@ def shape_of(checked: Checked) -> Shape:
     settings = checked.recipe.lora
     ranks = [settings.r * count for count in adapters]
     inputs = (width, heads * size, width, inner)
+    by_hand = bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora"
     return Shape(
         layers=int(config.num_hidden_layers),
         width=width,
@@ -114,12 +119,13 @@ def shape_of(checked: Checked) -> Shape:
         adapter=sum(target.parameters for target in checked.targets),
         ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
         stored_bytes=cast("torch.dtype", checked.config.dtype or torch.bfloat16).itemsize,
-        by_hand=bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora",
+        by_hand=by_hand,
         head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
         dropout=settings.dropout > 0,
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
-        narrow=_narrow(checked, skeleton, linear),
+        narrow=_narrow(checked, skeleton, linear) if by_hand else 0,
+        published_in_bfloat16=models.published_in_bfloat16(checked.found.folder, checked.config),
         split_attention=size % 32 == 0 and _splits(),
     )
 
@@ -129,10 +135,12 @@ def _splits() -> bool:
 
 
 def _narrow(checked: Checked, skeleton: PreTrainedModel, linear: int) -> int:
-    if not _splits() or not models.published_in_bfloat16(checked.found.folder, checked.config):
+    dtype = checked.recipe.model.dtype
+    if not _splits() or dtype == "float16":
         return 0
     head, embed = cast("torch.nn.Linear", skeleton.get_output_embeddings()), skeleton.get_input_embeddings()
-    stays = embed.weight is head.weight and type(embed) is not torch.nn.Embedding  # `engine.layers.Head`
+    scaled = embed.weight is head.weight and type(embed) is not torch.nn.Embedding
+    stays = scaled and dtype != "bfloat16"  # `engine.layers.Head`
     return linear + (0 if stays else head.weight.numel())
 
 
@@ -202,10 +210,21 @@ class Choice:
 def loading(shape: Shape, choice: Choice, runtime: int) -> Parts:
     """When the weights are read, on a CPU: what is copied or converted stands there twice, once as pages of the file.
     Weights of 16 bits that are in the file as such stay there."""
-    weights = choice.bytes_of(shape)
+    as_stored = choice.weight_bytes == shape.stored_bytes
+    weights = _weights_by_hand(shape, choice) if shape.by_hand and as_stored else choice.bytes_of(shape)
     copied = (choice.weight_bytes == 4 and shape.by_hand) or choice.weight_bytes != shape.stored_bytes
     of_file = shape.weights * shape.stored_bytes if copied else 0
     return Parts(runtime, weights + of_file, 0, 0, 0, 0, 0, 0)
+
+
+def _narrowed(shape: Shape, choice: Choice) -> int:
+    """Numbers in weights that stay in 16 bits."""
+    return shape.narrow if choice.weight_bytes == 2 or shape.published_in_bfloat16 else 0
+
+
+def _weights_by_hand(shape: Shape, choice: Choice) -> int:
+    narrowed = _narrowed(shape, choice)
+    return 2 * narrowed + choice.weight_bytes * (shape.weights - narrowed)
 
 
 def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lanes: int) -> Parts:
@@ -233,19 +252,17 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     workspace += e * n_lanes * (t * 2 * k + gather.space(*of_heads, split=shape.split_attention))
     if shape.dropout:
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
-    weights, widest = choice.bytes_of(shape), max(2 * i, q + 2 * k)
-    words = min(WORDS_AT_ONCE, shape.vocabulary)
-    if shape.narrow:  # some rows as three numbers of bf16; the weights at work, or some words, in another order
-        rows = min(ROWS_AT_ONCE, math.ceil(t / n_lanes))
+    widest, words = max(2 * i, q + 2 * k), min(WORDS_AT_ONCE, shape.vocabulary)
+    if _narrowed(shape, choice):  # some rows as three numbers of bf16; weights at work, or some words, in other order
+        n_threads, at_once = max(n_lanes, torch.get_num_threads()), min(ROWS_AT_ONCE, math.ceil(t / n_lanes))
         at_work = widest if shape.fused or choice.weight_bytes == 4 else max(i, q)
-        workspace += n_lanes * (6 * rows * min(SHARED_AT_ONCE, widest) + 2 * h * max(at_work, words))
-        weights = 2 * shape.narrow + choice.weight_bytes * (shape.weights - shape.narrow)
+        workspace += n_threads * 6 * at_once * min(SHARED_AT_ONCE, widest) + n_lanes * 2 * h * max(at_work, words)
     elif choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane
         workspace += e * n_lanes * h * (widest + words)
     own_b = shape.layers * sum(r * w for r, w in zip(shape.ranks, (q + 2 * k, h, 2 * i, h), strict=True))
     return Parts(
         runtime=runtime,
-        weights=weights,
+        weights=_weights_by_hand(shape, choice),
         adapter=e * (shape.adapter + own_b),  # peft's matrices, and sB beside the weights
         gradients=e * shape.adapter * (1 + n_lanes),  # each lane adds its own up first
         optimizer=2 * e * shape.adapter,
@@ -385,7 +402,9 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
     tokens, predicting = sample.per_step(choice.tokens_per_micro_batch)
     again = choice.recompute_layers / shape.layers
     operations = (4 + 2 * again) * shape.linear * tokens + 4 * predicting * shape.width * shape.vocabulary
-    seconds = sample.n_steps * operations / (machine.flops * _REACHED[machine.device])
+    split = machine.device == "cpu" and shape.by_hand and _narrowed(shape, choice)
+    reached = _REACHED_SPLIT if split else _REACHED[machine.device]
+    seconds = sample.n_steps * operations / (machine.flops * reached)
     return Plan(
         machine,
         parts.total <= machine.available_bytes,

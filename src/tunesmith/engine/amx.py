@@ -7,7 +7,6 @@ and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18). Addr
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +20,6 @@ TILE = 1024  # bytes
 SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # registers: 2 x 2 tiles of sums, two of each factor
 FLOATS, BITS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
 SHORTS = ir.VectorType(ir.IntType(16), 16)
-_PERMISSION = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), on x86-64
-
-
-def permitted() -> bool:
-    """Asks Linux to let this process use tiles; threads that it has already may use them too."""
-    call = ctypes.CDLL(None).syscall
-    call.restype = ctypes.c_long
-    return bool(call(*_PERMISSION) == 0)
 
 
 def _whole() -> Any:
@@ -51,6 +42,7 @@ def instruction(emit: Callable[..., None]) -> Any:
 
         return types.void(*[types.int64] * len(given)), generate
 
+    # `intrinsic` copies what stands here.
     vars(typed).update(__name__=emit.__name__, __signature__=inspect.signature(emit))
     return intrinsic(typed)
 

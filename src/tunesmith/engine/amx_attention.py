@@ -1,9 +1,10 @@
-"""Attention of a segment's queries by AMX (`amx`): their scores never leave the cache.
+"""Attention of a segment's queries by AMX (`amx`).
 
 Both factors of a product are any numbers of fp32 here, each the sum of three of bf16, and of the nine products of parts
-the six are taken that are not smaller than fp32's own rounding. Some rows at a time (a row is a query's head; those
-that share a key head lie behind each other) meet all keys that they see: scores, the softmax, and the product with the
-values or, on the way back, four more products.
+the six largest are taken. Parts are cut off, not rounded: the other three have the product's sign, are at most 2⁻²¹ of
+it, and on average about what fp32 rounds. Some rows at a time (a row is a query's head; those that share a key head lie
+behind each other) meet all keys that they see: scores, the softmax, and the product with the values or, on the way
+back, four more products. Scores of a row of 2,000 tokens stay in a cache of 2 MB.
 
 Legend: T tokens, H query heads, K key heads, D head size, a multiple of 32; P positions of the longest path, rounded up
 to a multiple of 32; A numbers between two rows of scores.
@@ -199,6 +200,12 @@ def enter(
 
 
 @compiled()
+def _whose(row: Any, head: Any, group: Any) -> Any:
+    """Of the rows that share the key head: which query's, and which of its heads."""
+    return row // group, head * group + row % group
+
+
+@compiled()
 def _sight(position: Any, first: Any, last: Any, window: Any) -> Any:
     """The blocks of 32 keys that queries from `first` to `last` of a segment at `position` see some of."""
     return max(0, position + first - window + 1) // 32, (position + last) // 32 + 1
@@ -230,13 +237,13 @@ def forward(
             pairs = (here + 31) // 32
             low, high = _sight(position, start // group, (start + here - 1) // group, window)
             for i in range(here):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 rows[i] = head_at + (first + token) * row + number * one
             _left_of_rows(rows, here, steps, left_at)
             in_sight = keys + 2 * low * steps * _PARTS
             _products(left_at, pairs, in_sight, steps * _PARTS, high - low, steps, scores_at, across)
             for i in range(here):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 begin, behind = max(0, position + token - window + 1) - 32 * low, position + token + 1 - 32 * low
                 seen = scores[i, begin:behind]
                 largest = _largest(seen) * scale
@@ -250,7 +257,7 @@ def forward(
             in_sight = values + low * _PARTS
             _products(of_scores_at, pairs, in_sight, n_blocks * _PARTS, steps, high - low, found_at, 4 * size)
             for i in range(here):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 share, out = share_RH[first_out + token, number], out_RHD[first_out + token, number]
                 for j in range(size):
                     out[j] = found[i, j] * share
@@ -289,7 +296,7 @@ def backward(
             pairs = (here + 31) // 32
             low, high = _sight(position, start // group, (start + here - 1) // group, window)
             for i in range(32 * pairs):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 rows[i] = head_at + (first + token) * row + number * one if i < here else nowhere
                 d_rows[i] = d_head_at + (first_out + token) * d_row + number * d_one if i < here else nowhere
             # scores, and the gradient with respect to probabilities
@@ -301,7 +308,7 @@ def backward(
                 scores[i, : 32 * (high - low)] = ZERO
                 d_scores[i, : 32 * (high - low)] = ZERO
             for i in range(here):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 begin, behind = max(0, position + token - window + 1) - 32 * low, position + token + 1 - 32 * low
                 seen, d = scores[i, begin:behind], d_scores[i, begin:behind]
                 largest, share = largest_RH[first_out + token, number], share_RH[first_out + token, number]
@@ -327,7 +334,7 @@ def backward(
             in_sight = keys_by_row + low * _PARTS
             _products(of_scores_at, pairs, in_sight, n_blocks * _PARTS, steps, high - low, found_at, 4 * size)
             for i in range(here):
-                token, number = (start + i) // group, head * group + (start + i) % group
+                token, number = _whose(start + i, head, group)
                 out = d_query_RHD[first_out + token, number]
                 for j in range(size):
                     out[j] = found[i, j]

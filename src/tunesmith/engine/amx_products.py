@@ -3,7 +3,7 @@
 x · w is the sum of the products of three parts of x with w, all of which end in the same tile of sums: weights are read
 once for the three, and the parts of x exist for as many rows and columns as the cache holds. Compiled by Numba.
 
-Legend: T rows of x and of the result, K what is summed over, N columns of the result.
+Legend: T rows of x and of the result, K what is summed over (one number at least), N columns of the result.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def product(
     else:
         _pack_rows(weight, packed)
     n_blocks = (n_steps + parts.shape[1] - 1) // parts.shape[1]
-    at_once = (n_steps + max(1, n_blocks) - 1) // max(1, n_blocks)
+    at_once = (n_steps + n_blocks - 1) // n_blocks
     row, out_row = n_steps * TILE, out_TN.strides[0]
     corner = np.empty((32, 32), np.float32)
     configure(np.int64(layout.ctypes.data))

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tunesmith.engine import attention
+from tunesmith.engine import attention, products
 from tunesmith.engine.attention import Sight, Style
 from tunesmith.engine.batch import Batch
 from tunesmith.engine.lanes import Lanes, count_for, shares
@@ -175,6 +175,7 @@ class Decoder:
         compiled = kernels(head.weight.new_empty(0, dtype=self._dtype))
         if compiled is not None:  # now, not within the first step
             compiled.load(written[0].activation.kind, drops=self._dropout > 0)
+            products.amx_attention()
         self._stored = (output, *self._groups)
         for part in self._stored:
             part.take_over()
@@ -504,7 +505,7 @@ class _Lane:
         # attention
         d_extended = take("d extended", n_rows, layer.o.width)
         layer.o.backward(take, d_out, d_extended)
-        d_attended, d_middle = add_share(d_extended, layer.o.share, keep_o), d_out
+        d_attended, d_middle = add_share(d_extended, layer.o.inputs, layer.o.share, keep_o), d_out
         if self._is_last(layer):
             d_attended, d_out = (
                 t.new_zeros(len(saved.x), t.shape[1]).index_copy_(0, self._predicting, t) for t in (d_attended, d_out)

@@ -4,7 +4,8 @@ The keys and values of the path from the root to where the walk stands lie side 
 tile of queries sees nothing but the end of that path up to itself, so nothing is padded, and of what a tile computes
 only the corner behind its first query is hidden. A tile's scores stay in the processor's cache and are formed again on
 the way back, for which the result and two numbers per query and head are kept (Dao: "FlashAttention-2", arXiv
-2307.08691, section 3.1): no memory but the path's grows with the length of a row.
+2307.08691, section 3.1): with the length of a row grows the memory of its path, and where products are split that of
+a few rows of scores.
 
 Legend: T tokens, H query heads, K key heads, D head size (of values it may be another); P positions of the longest
 path; Q queries of a tile, S positions that it sees.

@@ -12,7 +12,9 @@ Legend: T tokens of a lane, H width, I width of the MLP, R sum of the group's ra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -31,15 +33,20 @@ GELU, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 SILU = 0  # of the kinds that `Activation` knows; the other one is GELU by tanh
 
 Kernel = Callable[..., Any]
+# Code of these files stands in what is compiled from others, and Numba's cache compares a function's own file alone.
+_SOURCES = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("amx.py", "kernels.py"))
+_VERSION = hashlib.sha256(_SOURCES).hexdigest()[:8]
 
 
 def compiled(*signatures: Any, **more: Any) -> Callable[[Kernel], Kernel]:
     """Numba's division gives inf, not an exception, which would keep loops from being vectorised. With signatures it is
-    compiled at once, for these; else for whatever it is called with."""
+    compiled at once, for these; else for whatever it is called with. What other versions of this file or of `amx` left
+    in the cache is not taken."""
 
     given, make = [list(signatures)] if signatures else [], cast("Any", njit)
 
     def compile(function: Kernel) -> Kernel:
+        function.__qualname__ += f"_{_VERSION}"  # names the file in the cache
         settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **more}
         try:
             return make(*given, cache=True, **settings)(function)

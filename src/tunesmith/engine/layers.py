@@ -78,7 +78,8 @@ class Linears:
         self._bases, first = bases, bases[0].weight
         self._before, dtype = first.dtype, arithmetic(first.dtype)
         self.a = first.new_zeros(self.ranks, self.inputs, dtype=dtype)
-        self.splits = all(products.splits(base.weight.data) and _is_bfloat16(base.weight.data) for base in bases)
+        weights = [base.weight.data for base in bases]
+        self.splits = all(w.dtype == first.dtype and products.splits(w) and _is_bfloat16(w) for w in weights)
         behind = self.inputs + self.ranks
         self.h = slice(self.inputs, behind)
         """Where h stands behind x."""
@@ -302,11 +303,12 @@ def drop(x: Tensor, keep: Tensor | None, dropped: Tensor) -> None:
         torch.mul(x, keep, out=dropped)
 
 
-def add_share(d_extended: Tensor, a: Tensor | None, keep: Tensor | None) -> Tensor:
-    """Completes the gradient with respect to x, and returns it as a view (T, H)."""
+def add_share(d_extended: Tensor, width: int, a: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Completes the gradient with respect to x, and returns it as a view (T, H); `width` is H."""
+    d_x = d_extended[:, :width]
     if a is None:
-        return d_extended
-    d_x, d_h, _ = d_extended.tensor_split([a.shape[1], a.shape[1] + len(a)], 1)
+        return d_x
+    d_h = d_extended[:, width : width + len(a)]
     compiled = kernels(d_extended, a)
     if compiled is not None:
         compiled.add_share(array(d_extended), array(a), array(keep))
@@ -366,7 +368,7 @@ class Norm:
         """Adds to `d_x`, gives x̃ again, and destroys `d_extended` but for what stands behind its first columns."""
         compiled = kernels(d_extended, x, d_x, dropped)
         if compiled is None:
-            self.of_heads_backward(add_share(d_extended, a, keep), x, rstd, d_x)
+            self.of_heads_backward(add_share(d_extended, x.shape[1], a, keep), x, rstd, d_x)
             self.again(x, rstd, keep, dropped)
             return
         arrays = map(array, (d_extended, a, keep, x, rstd.view(-1), self.weight, d_x, dropped))
@@ -436,7 +438,8 @@ class Activation:
             arrays = map(array, (d_extended, a, keep, gate_up))
             compiled.activation_backward(*arrays, self.kind, array(dropped))
             return
-        d_out, half = add_share(d_extended, a, keep), gate_up.shape[1] // 2
+        half = gate_up.shape[1] // 2
+        d_out = add_share(d_extended, half, a, keep)
         for d, block, result in zip(*(t.split(_ROWS_AT_ONCE) for t in (d_out, gate_up, dropped)), strict=True):
             gate, up = block[:, :half], block[:, half:]
             active = self._act(gate)

@@ -13,10 +13,12 @@ other shapes they are equal. A step of SmolLM2 takes 1 to 6 % less time (Zen 3, 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +31,16 @@ from torch import Tensor
 from tunesmith.engine import onepass
 from tunesmith.engine.memory import Take
 
+_WORTH_A_THREAD = 2**27  # multiplications: half a millisecond of AMX, where a thread is started in a twentieth of one
 ROWS_AT_ONCE, SHARED_AT_ONCE = 128, 1024  # of a factor that is split: 768 KiB, which a core's second cache holds
+_PERMISSION = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), on x86-64
 _thread = threading.local()
 
 
 def has_units() -> bool:
-    """Whether the processor has units of its own for products of bf16 (Intel's AMX), as far as Linux says."""
-    return "amx_bf16" in _processor()
+    """Whether the processor has units of its own for products of bf16 (Intel's AMX), and Linux lets this process use
+    them."""
+    return "amx_bf16" in _processor() and _permitted()
 
 
 def splits(weight: Tensor) -> bool:
@@ -44,17 +49,35 @@ def splits(weight: Tensor) -> bool:
 
 
 def mm_of_split(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
-    """x · weight in `out` (T, N), or added to it; x (T, K) and `out` are fp32, the weight (K, N) is bf16. Rows of each
-    may lie apart, or columns of the weight. `take` gives memory that is kept; Python's lock is free meanwhile."""
+    """x · weight in `out` (T, N), or added to it; x (T, K) and `out` are fp32, the weight (K, N) is bf16, and K is at
+    least 1. Rows of each may lie apart, or columns of the weight. `take` gives memory that is kept; Python's lock is
+    free meanwhile. As many threads work on a large product as torch has in this one."""
+    assert x.stride(1) == out.stride(1) == 1 in weight.stride()
+    (rows, shared), columns = x.shape, weight.shape[1]
+    most = max(1, rows * shared * columns // _WORTH_A_THREAD)
+    width = 16 * _tiles(math.ceil(columns / min(most, torch.get_num_threads())))
+    parts = zip(weight.split(width, 1), out.split(width, 1), strict=True)
+    calls = [_call(x, *part, take, number, add=add) for number, part in enumerate(parts)]
+    if len(calls) == 1:
+        calls[0]()
+        return
+    with ThreadPoolExecutor(len(calls)) as pool:
+        wait(running := [pool.submit(call) for call in calls])
+    for call in running:
+        call.result()
+
+
+def _call(x: Tensor, weight: Tensor, out: Tensor, take: Take, number: int, *, add: bool) -> Callable[[], None]:
+    """For one thread."""
     found = cast("Any", _amx())
     (rows, shared), columns = x.shape, weight.shape[1]
     of_parts = _tiles(min(rows, ROWS_AT_ONCE)), math.ceil(min(shared, SHARED_AT_ONCE) / 32), 3, 16, 32
     of_packed = _tiles(columns), math.ceil(shared / 32), 16, 16
-    parts, packed = take("parts", math.prod(of_parts) // 2), take("packed", math.prod(of_packed))
+    parts, packed = take(f"parts {number}", math.prod(of_parts) // 2), take(f"packed {number}", math.prod(of_packed))
     by_column = weight.stride(1) != 1
     bits = (weight.T if by_column else weight).view(torch.int16)
-    found.product(
-        x.numpy(), bits.numpy(), by_column, out.numpy(), add,
+    return functools.partial(
+        found.product, x.numpy(), bits.numpy(), by_column, out.numpy(), add,
         parts.view(torch.int16).view(of_parts).numpy(), packed.view(torch.int32).view(of_packed).numpy(), found.LAYOUT,
     )  # fmt: skip
 
@@ -100,7 +123,7 @@ def _tiles(n: int) -> int:
 
 @functools.cache
 def _amx() -> Any | None:
-    """`amx_products`, where the processor, Linux and the compiler know AMX."""
+    """`amx_products`, where there is AMX and the compiler knows it."""
     if not has_units() or onepass.version() is None:
         return None
     try:
@@ -109,10 +132,10 @@ def _amx() -> Any | None:
         *_, features = cast("Any", cpu_target).target_context.codegen().magic_tuple()
         if "+amx-bf16" not in features:  # LLVM would end the process
             return None
-        from tunesmith.engine import amx, amx_products
+        from tunesmith.engine import amx_products
     except ImportError:  # not there, or made for another numpy
         return None
-    return amx_products if amx.permitted() else None
+    return amx_products
 
 
 @functools.cache
@@ -123,6 +146,13 @@ def amx_attention() -> Any | None:
     from tunesmith.engine import amx_attention
 
     return amx_attention
+
+
+def _permitted() -> bool:
+    """Asks Linux to let this process use tiles; threads that it has already may use them too."""
+    call = ctypes.CDLL(None).syscall
+    call.restype = ctypes.c_long
+    return bool(call(*_PERMISSION) == 0)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, liger, lora, memory, onepass, trie
+from tunesmith.engine import attention, batch, liger, lora, memory, onepass, products, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
@@ -61,6 +61,7 @@ class Engine:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._model, self._settings, self._note = model, settings, note
         self._device = next(model.parameters()).device
+        self._dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
         self._decoder: Decoder | None = None
         self._checked = False
         self._limit = 2**62
@@ -79,13 +80,12 @@ class Engine:
             note(f"Rows are trained side by side with padding: {reason}.")
             return
         attention.register()
-        dtype = self._compute_dtype
         if self._device.type == "cpu" and not sharded:
             try:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
                 self.way = "decoder"
-                if dtype.itemsize == 2:
-                    note(f"Weights stay in {_said(dtype)}; products are computed in float32.")
+                if self._dtype.itemsize == 2:
+                    note(f"Weights stay in {_said(self._dtype)}; products are computed in float32.")
                 elif self._decoder.narrowed:
                     note("Weights that are bfloat16 numbers are kept as such; products are computed in float32.")
             except NotCovered as reason:
@@ -290,7 +290,7 @@ class Engine:
             expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
                 difference = self._difference(few, trained, expected)
-                if difference < _BOUND[torch.promote_types(self._compute_dtype, torch.float32)]:
+                if difference < _BOUND[torch.promote_types(self._dtype, torch.float32)]:
                     break
                 said = "tree way with Liger's kernels" if liger.installed(self._model) else f"{self.way} way"
                 self._note(
@@ -332,10 +332,6 @@ class Engine:
             for parameter, gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient
 
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self._model.parameters() if not p.requires_grad)
-
     def _key(self) -> str:
         packages = ("tunesmith", "torch", "transformers", "peft")
         seen = {
@@ -344,8 +340,8 @@ class Engine:
             "settings": self._settings.model_dump(),
             "versions": [importlib.metadata.version(name) for name in packages],
             "kernels": [onepass.version(), liger.version(self._device)],
-            "split": 0 if self._decoder is None else self._decoder.n_split,
-            "kind": [self.way, self._backend, str(self._device.type), str(self._compute_dtype)],
+            "split": self._decoder and [self._decoder.n_split, products.amx_attention() is not None],
+            "kind": [self.way, self._backend, str(self._device.type), str(self._dtype)],
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
 

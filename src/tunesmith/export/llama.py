@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tunesmith import model as models
@@ -129,7 +130,7 @@ def _asked(llama: LlamaCpp, live: Answers, bounds: _GgufBounds, notes: list[str]
         same_replies += written == reply
         for own, other, row in zip(reply, written, logits, strict=False):
             if own != other:
-                gap = max(gap, float(row[own] - row[other]))
+                gap = float(np.maximum(gap, float(row[own] - row[other])))  # NaN if one is; Python's max passes over it
                 break
     n = len(live.prompts)
     checks = [
