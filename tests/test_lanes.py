@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from conftest import largest
 from test_engine import adapted, base, distance, engine, family, ignored, take
 from test_trie import batches
-from tunesmith.engine import decoder, lanes, layers, loss
+from tunesmith.engine import decoder, layers, loss, products
 from tunesmith.engine.lanes import Lanes, count_for, shares
 from tunesmith.types import Rendered
 
@@ -209,9 +209,13 @@ def test_every_lane_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch
     try:
         assert Lanes(2).run(lambda _: torch.get_num_threads()) == [2, 2]
         assert torch.get_num_threads() == 4
-        assert [count_for(n) for n in (1, 255, 256, 400, 511, 512, 9999)] == [1, 1, 2, 2, 2, 4, 4]
-        torch.set_num_threads(6)
-        assert count_for(4 * lanes._LEAST_TOKENS) == 3  # four would leave two threads without work
+        for split, least in ((False, 128), (True, 64)):
+            monkeypatch.setattr(products, "are_split", lambda split=split: split)
+            tokens = (1, 2 * least - 1, 2 * least, 3 * least, 4 * least - 1, 4 * least, 9999)
+            torch.set_num_threads(4)
+            assert [count_for(n) for n in tokens] == [1, 1, 2, 2, 2, 4, 4]
+            torch.set_num_threads(6)
+            assert count_for(4 * least) == 3  # four would leave two threads without work
     finally:
         torch.set_num_threads(before)
 

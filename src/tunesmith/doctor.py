@@ -97,7 +97,7 @@ def _accelerator() -> Finding:
             "about twice as fast for weights published in bfloat16" if products.has_units() else "about a tenth faster"
         )
         found += f"; {faster} with: pip install 'tunesmith[cpu]'"
-    elif products.has_units():
+    elif products.are_split():
         found += ", whose AMX is used for attention, and for weights published in bfloat16"
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
-from tunesmith.engine import gather, lanes, onepass, products, trie
+from tunesmith.engine import gather, lanes, products, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
@@ -126,17 +126,13 @@ def shape_of(checked: Checked) -> Shape:
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
         narrow=_narrow(checked, skeleton, linear) if by_hand else 0,
         published_in_bfloat16=models.published_in_bfloat16(checked.found.folder, checked.config),
-        split_attention=size % 32 == 0 and _splits(),
+        split_attention=size % 32 == 0 and products.are_split(),
     )
-
-
-def _splits() -> bool:
-    return products.has_units() and onepass.version() is not None
 
 
 def _narrow(checked: Checked, skeleton: PreTrainedModel, linear: int) -> int:
     dtype = checked.recipe.model.dtype
-    if not _splits() or dtype == "float16":
+    if not products.are_split() or dtype == "float16":
         return 0
     head, embed = cast("torch.nn.Linear", skeleton.get_output_embeddings()), skeleton.get_input_embeddings()
     scaled = embed.weight is head.weight and type(embed) is not torch.nn.Embedding

@@ -20,7 +20,9 @@ from torch import Tensor
 from tunesmith.engine import products
 
 Result = TypeVar("Result")
-_LEAST_TOKENS = 128  # for fewer, the packing of weights that every lane does for itself costs more than waiting
+# For fewer, the packing of weights that every lane does for itself costs more than waiting; split products are packed
+# in less time, and have no threads of their own to wait for.
+_LEAST_TOKENS, _LEAST_TOKENS_SPLIT = 128, 64
 
 
 class Lanes:
@@ -96,7 +98,8 @@ class Lanes:
 def count_for(n_tokens: int) -> int:
     """How many lanes share a micro-batch of so many tokens: a divisor of the number of torch's threads."""
     n_threads = torch.get_num_threads()
-    return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and (n == 1 or n * _LEAST_TOKENS <= n_tokens))
+    least = _LEAST_TOKENS_SPLIT if products.are_split() else _LEAST_TOKENS
+    return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and (n == 1 or n * least <= n_tokens))
 
 
 def shares(costs: Tensor, count: int) -> Sequence[range]:

@@ -31,7 +31,9 @@ from torch import Tensor
 from tunesmith.engine import onepass
 from tunesmith.engine.memory import Take
 
-_WORTH_A_THREAD = 2**27  # multiplications: half a millisecond of AMX, where a thread is started in a twentieth of one
+# Multiplications: 4 ms of AMX. Beside torch's threads, which wait actively, another one takes up to 2 ms to start; half
+# as many make a product slower, 2**31 for each nearly twice as fast (two Intel cores, 2026-11).
+_WORTH_A_THREAD = 2**30
 ROWS_AT_ONCE, SHARED_AT_ONCE = 128, 1024  # of a factor that is split: 768 KiB, which a core's second cache holds
 _PERMISSION = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), on x86-64
 _thread = threading.local()
@@ -41,6 +43,12 @@ def has_units() -> bool:
     """Whether the processor has units of its own for products of bf16 (Intel's AMX), and Linux lets this process use
     them."""
     return "amx_bf16" in _processor() and _permitted()
+
+
+def are_split() -> bool:
+    """Whether products with weights that are bf16 numbers are split on this processor, as far as can be said before
+    anything is compiled."""
+    return has_units() and onepass.version() is not None
 
 
 def splits(weight: Tensor) -> bool:
@@ -124,7 +132,7 @@ def _tiles(n: int) -> int:
 @functools.cache
 def _amx() -> Any | None:
     """`amx_products`, where there is AMX and the compiler knows it."""
-    if not has_units() or onepass.version() is None:
+    if not are_split():
         return None
     try:
         from numba.core.registry import cpu_target
