@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     model = models.prepared(hub.locate("smollm2")).folder
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
