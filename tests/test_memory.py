@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from tunesmith.engine import memory
-from tunesmith.engine.memory import Buffers
+from tunesmith.engine.memory import Buffers, Mapped
 
 CPU = torch.device("cpu")
 
@@ -39,3 +47,52 @@ def test_shapes_are_not_remembered_for_ever() -> None:
     for n in range(memory._MOST_TAKEN + 10):
         buffers.take("x", 1 + n % (memory._MOST_TAKEN + 5))
     assert len(buffers._taken) <= memory._MOST_TAKEN + 1
+
+
+# --- out of a file ----------------------------------------------------------------------------------------------------
+
+NUMBERS = 1 << 20  # 4 MiB
+
+
+def of_a_file(folder: Path) -> dict[str, Tensor]:
+    """Three tensors behind each other that lie in a file's mapping; its name is that of a hub's blob."""
+    path = folder / "5d36cbea"
+    save_file({name: torch.full((NUMBERS,), value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}, path)
+    with safe_open(path, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in ("a", "b", "c")}
+
+
+def resident(tensor: Tensor) -> int:
+    """Bytes of the mapping in which a tensor lies that count as this process's memory."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        first, *others = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= tensor.data_ptr() < end
+        elif inside and first == "Rss:":
+            return int(others[0]) << 10
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what of a file is in memory")
+def test_what_has_left_a_file_is_no_longer_in_memory(tmp_path: Path) -> None:
+    read = of_a_file(tmp_path)
+    assert [float(t.sum()) / NUMBERS for t in read.values()] == [1, 2, 3]
+    assert resident(read["b"]) >= 3 * 4 * NUMBERS
+    read["c"].mul_(2)  # lies behind b, and in the file it is something else
+    parameter, place = nn.Parameter(read["b"], requires_grad=False), torch.empty(NUMBERS, dtype=torch.bfloat16)
+    Mapped().move(parameter, place)
+    assert parameter.data_ptr() == place.data_ptr() and float(parameter.sum(dtype=torch.float32)) == 2 * NUMBERS
+    left = 4 * NUMBERS - 2 * mmap.PAGESIZE
+    assert 2 * 4 * NUMBERS <= resident(read["a"]) <= 3 * 4 * NUMBERS + mmap.PAGESIZE - left
+    assert bool((read["a"] == 1).all()) and bool((read["c"] == 6).all())
+
+
+def test_what_has_left_other_memory_leaves_the_rest_alone() -> None:
+    together = memory.empty(3, NUMBERS, dtype=torch.float32, device=CPU).fill_(1.5)
+    parameter = nn.Parameter(together[1], requires_grad=False)
+    mapped = Mapped()
+    for place in (torch.empty(NUMBERS), torch.empty(NUMBERS)):
+        mapped.move(parameter, place)
+    assert bool((parameter == 1.5).all()) and bool((together == 1.5).all())

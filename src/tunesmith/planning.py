@@ -24,6 +24,7 @@ from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, products, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
+from tunesmith.engine.memory import Pieces
 from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
@@ -204,13 +205,29 @@ class Choice:
 
 
 def loading(shape: Shape, choice: Choice, runtime: int) -> Parts:
-    """When the weights are read, on a CPU: what is copied or converted stands there twice, once as pages of the file.
-    Weights of 16 bits that are in the file as such stay there."""
-    as_stored = choice.weight_bytes == shape.stored_bytes
-    weights = _weights_by_hand(shape, choice) if shape.by_hand and as_stored else choice.bytes_of(shape)
-    copied = (choice.weight_bytes == 4 and shape.by_hand) or choice.weight_bytes != shape.stored_bytes
-    of_file = shape.weights * shape.stored_bytes if copied else 0
-    return Parts(runtime, weights + of_file, 0, 0, 0, 0, 0, 0)
+    """When the weights are read, on a CPU. Those of another type stand there beside the file's, all of them; those of
+    the file's own type leave it one by one where the layers by hand copy them, so beside it stands the largest one."""
+    in_file = shape.weights * shape.stored_bytes
+    if choice.weight_bytes != shape.stored_bytes:
+        return Parts(runtime, in_file + choice.bytes_of(shape), 0, 0, 0, 0, 0, 0)
+    copied = 0
+    if choice.weight_bytes == 4 and shape.by_hand:
+        copied = shape.vocabulary * shape.width * (2 if _narrowed(shape, choice) else 4)
+    return Parts(runtime + _AT_WORK_BYTES, in_file + copied, 0, 0, 0, 0, 0, 0)
+
+
+def leaving(shape: Shape, choice: Choice, runtime: int) -> Parts:
+    """When weights that stayed in 16 bits get the type again that they had, after the last step."""
+    return Parts(
+        runtime=runtime,
+        weights=choice.weight_bytes * shape.weights,
+        adapter=4 * shape.adapter,
+        gradients=4 * shape.adapter,
+        optimizer=8 * shape.adapter,
+        activations=0,
+        logits=0,
+        workspace=Pieces.BYTES,  # the one that is not empty yet
+    )
 
 
 def _narrowed(shape: Shape, choice: Choice) -> int:
@@ -418,6 +435,8 @@ def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine)
     else:
         runtime = machine.runtime_bytes + _AT_WORK_BYTES
         moments = [loading(shape, choice, machine.runtime_bytes)]
+        if choice.weight_bytes == 4 and shape.by_hand and _narrowed(shape, choice):
+            moments.append(leaving(shape, choice, runtime))
         for load in loads:
             if shape.by_hand:
                 moments.append(parts_by_hand(shape, load, choice, runtime, lanes.count_for(load.tokens)))

@@ -38,7 +38,7 @@ from tunesmith.engine.layers import (
     rotate,
 )
 from tunesmith.engine.loss import loss_and_gradient
-from tunesmith.engine.memory import Buffers, Pieces
+from tunesmith.engine.memory import Buffers, Mapped, Pieces
 from tunesmith.engine.onepass import kernels
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
@@ -150,11 +150,11 @@ class Decoder:
         head = causal.lm_head
         if type(head) is not nn.Linear or head.bias is not None:
             raise NotCovered("an output layer that is not one plain matrix")
-        pieces = Pieces(head.weight.device)
+        pieces, mapped = Pieces(head.weight.device), Mapped()
         output = Head(head, body.embed_tokens, pieces)
         self._dtype, self._device = arithmetic(head.weight.dtype), head.weight.device
         if head.weight.dtype == self._dtype:
-            _unmap(causal, head, pieces, kept=output.narrowed)
+            _unmap(causal, head, pieces, mapped, kept=output.narrowed)
         written = [_Layer(number, layer, pieces) for number, layer in enumerate(layers)]
         self._groups = [group for layer in written for group in layer.linears]
         adapters = [adapter for group in self._groups for adapter in group.adapters]
@@ -178,7 +178,7 @@ class Decoder:
             products.amx_attention()
         self._stored = (output, *self._groups)
         for part in self._stored:
-            part.take_over()
+            part.take_over(mapped)
         self.forget()
 
     def forget(self) -> None:
@@ -264,7 +264,7 @@ class Decoder:
         return self._lanes[count]
 
 
-def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces, *, kept: bool) -> None:
+def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces, mapped: Mapped, *, kept: bool) -> None:
     """Copies what `Linears` will not, nor `Head` where it has been `kept`. Weights read from a file are mapped, and a
     single one that stays so keeps the pages of all others that were read among this process's memory: those of the
     whole base a second time."""
@@ -274,7 +274,7 @@ def _unmap(model: nn.Module, head: nn.Linear, pieces: Pieces, *, kept: bool) -> 
         for name, parameter in module.named_parameters(recurse=False):
             if name not in copied_later and not parameter.requires_grad and id(parameter) not in copied:
                 copied.add(id(parameter))
-                parameter.data = pieces.take(*parameter.shape, dtype=parameter.dtype).copy_(parameter.data)
+                mapped.move(parameter, pieces.take(*parameter.shape, dtype=parameter.dtype))
 
 
 # --- one lane of a micro-batch ----------------------------------------------------------------------------------------
@@ -328,8 +328,8 @@ class _Lane:
         for number, layer in enumerate(layers):
             differentiated = n_supervised is not None and number >= model.lowest
             keep = differentiated and number >= model.recomputed
-            out = self._buffers.take_each("x", len(layers) + 2, len(x), x.shape[1])[
-                number if differentiated else len(layers) + number % 2
+            out = self._buffers.take_each("x", 2 + len(layers) - model.lowest, len(x), x.shape[1])[
+                2 + number - model.lowest if differentiated else number % 2
             ]
             x, state = self._forward(layer, x, out, "" if keep else "passing", keep=keep)
             inputs.append(x)
@@ -404,7 +404,10 @@ class _Lane:
         """Memory of the layer's own, or with a `tag` that of this name."""
         if tag or self._is_last(layer):  # which has fewer rows
             return buffers.take(f"{name} {tag or 'last'}", rows, width)
-        return buffers.take_each(f"{name} {width}", len(self._model.layers), rows, width)[layer.number]
+        first = max(self._model.recomputed, self._model.lowest)  # those below have no memory of their own
+        return buffers.take_each(f"{name} {width}", len(self._model.layers) - 1 - first, rows, width)[
+            layer.number - first
+        ]
 
     def _forward(self, layer: _Layer, x: Tensor, out: Tensor, tag: str, *, keep: bool) -> tuple[Tensor, _Saved | None]:
         """The layer's output, in `out`, and with `keep` what its backward pass needs: in buffers of the layer's own, or

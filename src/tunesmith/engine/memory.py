@@ -12,7 +12,7 @@ import math
 import mmap
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
@@ -49,7 +49,7 @@ class Pieces:
     """Tensors behind each other in a few large pieces of memory: apart, each would leave some of its last page unused,
     116 MiB for the weights of SmolLM2. They stay as long as one of them does."""
 
-    _BYTES = 64 << 20
+    BYTES = 64 << 20
     _ALIGNED = 64
 
     def __init__(self, device: torch.device) -> None:
@@ -63,9 +63,53 @@ class Pieces:
         reserved = -(-n // step) * step
         rest = self._rest.get(dtype)
         if rest is None or len(rest) < reserved:
-            rest = empty(max(reserved, self._BYTES // dtype.itemsize), dtype=dtype, device=self._device)
+            rest = empty(max(reserved, self.BYTES // dtype.itemsize), dtype=dtype, device=self._device)
         self._rest[dtype] = rest[reserved:]
         return rest[:n].view(shape)
+
+
+class Mapped:
+    """Weights on their way out of the files that they were read from.
+
+    A file that is mapped goes as a whole: until the last tensor has left, every page of it that was read counts as this
+    process's memory. Pages that a tensor left are handed back at once, so that what is copied does not stand there
+    twice.
+    """
+
+    _LEFT = 64 << 20  # bytes of other memory after which the C library is asked for what it keeps
+
+    def __init__(self) -> None:
+        self._files = list(_files_mapped())
+        self._left = 0
+
+    def move(self, parameter: Tensor, place: Tensor) -> None:
+        """Copies a parameter to a place, perhaps of another type, and lets it stand there."""
+        before = parameter.data
+        parameter.data = place.copy_(before)
+        n_bytes = before.numel() * before.element_size()
+        first, end = before.data_ptr(), before.data_ptr() + n_bytes
+        if any(start <= first and end <= stop for start, stop in self._files):
+            first += -first % mmap.PAGESIZE  # whole pages: the others are a neighbour's, too
+            if (whole := (end - first) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
+            return
+        del before
+        self._left += n_bytes
+        if self._left >= self._LEFT:
+            self._left = 0
+            give_back()
+
+
+def _files_mapped() -> Iterator[tuple[int, int]]:
+    """First address and end of whatever is mapped of files, on Linux."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
+            if inode != "0":
+                start, _, end = addresses.partition("-")
+                yield int(start, 16), int(end, 16)
 
 
 def give_back() -> None:
