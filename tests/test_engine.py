@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from test_trie import batches
-from tunesmith.engine import decoder, products, trie
+from tunesmith.engine import decoder, memory, products, trie
 from tunesmith.engine.layers import Masks
 from tunesmith.engine.memory import Buffers
 from tunesmith.engine.step import Engine
@@ -469,8 +470,13 @@ EVERY = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     ],
     ids=str,
 )
-def test_adapters_on_some_layers_or_of_unequal_rank_are_right(lora: dict[str, Any]) -> None:
-    """Nothing is computed below the lowest adapter, and the layers of one product may differ."""
+def test_adapters_on_some_layers_or_of_unequal_rank_are_right(
+    monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any]
+) -> None:
+    """Nothing is computed below the lowest adapter, and the layers of one product may differ; whatever stands in memory
+    that is fresh."""
+    fresh = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *shape, **kind: fresh(*shape, **kind).fill_(math.nan))
     with Doubles():
         model = adapted(base("qwen3", num_hidden_layers=3), **lora).double()
         right = plain(model, FEW)
