@@ -88,7 +88,7 @@ class Mapped:
         parameter.data = place.copy_(before)
         n_bytes = before.numel() * before.element_size()
         first, end = before.data_ptr(), before.data_ptr() + n_bytes
-        if any(start <= first and end <= stop for start, stop in self._files):
+        if before.is_contiguous() and any(start <= first and end <= stop for start, stop in self._files):
             first += -first % mmap.PAGESIZE  # whole pages: the others are a neighbour's, too
             if (whole := (end - first) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
@@ -101,10 +101,8 @@ class Mapped:
 
 
 def _files_mapped() -> Iterator[tuple[int, int]]:
-    """First address and end of whatever is mapped of files, on Linux."""
-    if sys.platform != "linux":
-        return
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+    """First address and end of whatever is mapped of files, where the system says so."""
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
         for line in lines:
             addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
             if inode != "0":
