@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import shutil
 import signal
@@ -70,7 +71,9 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
     if products._amx() is not None:
         return
 
-    def plainly(x: Tensor, weight: Tensor, out: Tensor, _: Take, *, add: bool = False) -> None:
+    def plainly(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
+        of_parts, of_packed = products.rooms(len(x), x.shape[1], weight.shape[1])
+        take("parts 0", math.prod(of_parts) // 2), take("packed 0", math.prod(of_packed))
         product = x @ weight.float()
         out.copy_(out + product if add else product)
 

@@ -267,7 +267,8 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
         workspace += t * max(i, q, h) * (2 * e + 4)  # the pool of masks, and the 16-bit numbers it is drawn from
     widest, words = max(2 * i, q + 2 * k), min(WORDS_AT_ONCE, shape.vocabulary)
     if _narrowed(shape, choice):  # some rows as three numbers of bf16; weights at work, or some words, in other order
-        n_threads, at_once = max(n_lanes, torch.get_num_threads()), min(ROWS_AT_ONCE, math.ceil(t / n_lanes))
+        rows_each, each = math.ceil(t / n_lanes), max(1, torch.get_num_threads() // n_lanes)
+        n_threads, at_once = n_lanes * min(products.worth(rows_each, h, widest), each), min(ROWS_AT_ONCE, rows_each)
         at_work = widest if shape.fused or choice.weight_bytes == 4 else max(i, q)
         workspace += n_threads * 6 * at_once * min(SHARED_AT_ONCE, widest) + n_lanes * 2 * h * max(at_work, words)
     elif choice.weight_bytes < 4:  # the group at work and some words of the head stand in fp32, in every lane

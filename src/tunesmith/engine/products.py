@@ -62,8 +62,7 @@ def mm_of_split(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool
     free meanwhile. As many threads work on a large product as torch has in this one."""
     assert x.stride(1) == out.stride(1) == 1 in weight.stride()
     (rows, shared), columns = x.shape, weight.shape[1]
-    most = max(1, rows * shared * columns // _WORTH_A_THREAD)
-    width = 16 * _tiles(math.ceil(columns / min(most, torch.get_num_threads())))
+    width = 16 * _tiles(math.ceil(columns / min(worth(rows, shared, columns), torch.get_num_threads())))
     parts = zip(weight.split(width, 1), out.split(width, 1), strict=True)
     calls = [_call(x, *part, take, number, add=add) for number, part in enumerate(parts)]
     if len(calls) == 1:
@@ -75,12 +74,15 @@ def mm_of_split(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool
         call.result()
 
 
+def worth(rows: int, shared: int, columns: int) -> int:
+    """Threads at most that gain from dividing a product (rows, shared) · (shared, columns)."""
+    return max(1, rows * shared * columns // _WORTH_A_THREAD)
+
+
 def _call(x: Tensor, weight: Tensor, out: Tensor, take: Take, number: int, *, add: bool) -> Callable[[], None]:
     """For one thread."""
     found = cast("Any", _amx())
-    (rows, shared), columns = x.shape, weight.shape[1]
-    of_parts = _tiles(min(rows, ROWS_AT_ONCE)), math.ceil(min(shared, SHARED_AT_ONCE) / 32), 3, 16, 32
-    of_packed = _tiles(columns), math.ceil(shared / 32), 16, 16
+    of_parts, of_packed = rooms(len(x), x.shape[1], weight.shape[1])
     parts, packed = take(f"parts {number}", math.prod(of_parts) // 2), take(f"packed {number}", math.prod(of_packed))
     by_column = weight.stride(1) != 1
     bits = (weight.T if by_column else weight).view(torch.int16)
@@ -88,6 +90,13 @@ def _call(x: Tensor, weight: Tensor, out: Tensor, take: Take, number: int, *, ad
         found.product, x.numpy(), bits.numpy(), by_column, out.numpy(), add,
         parts.view(torch.int16).view(of_parts).numpy(), packed.view(torch.int32).view(of_packed).numpy(), found.LAYOUT,
     )  # fmt: skip
+
+
+def rooms(rows: int, shared: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what a thread works in: some rows as three numbers of 16 bits, and the weight in other order, two of
+    them in each number of 32."""
+    of_parts = _tiles(min(rows, ROWS_AT_ONCE)), math.ceil(min(shared, SHARED_AT_ONCE) / 32), 3, 16, 32
+    return of_parts, (_tiles(columns), math.ceil(shared / 32), 16, 16)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
