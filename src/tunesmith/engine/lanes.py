@@ -20,9 +20,9 @@ from torch import Tensor
 from tunesmith.engine import products
 
 Result = TypeVar("Result")
-# For fewer, the packing of weights that every lane does for itself costs more than waiting; split products are packed
-# in less time, and have no threads of their own to wait for.
-_LEAST_TOKENS, _LEAST_TOKENS_SPLIT = 128, 64
+# For fewer, the packing of weights that every lane does for itself costs more than waiting. Split products are packed
+# in less time, and have no threads of their own to wait for: seen with two lanes, and more take memory, too.
+_LEAST_TOKENS, _LEAST_TOKENS_OF_TWO_SPLIT = 128, 64
 
 
 class Lanes:
@@ -98,8 +98,9 @@ class Lanes:
 def count_for(n_tokens: int) -> int:
     """How many lanes share a micro-batch of so many tokens: a divisor of the number of torch's threads."""
     n_threads = torch.get_num_threads()
-    least = _LEAST_TOKENS_SPLIT if products.are_split() else _LEAST_TOKENS
-    return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and (n == 1 or n * least <= n_tokens))
+    least_of_two = _LEAST_TOKENS_OF_TWO_SPLIT if products.are_split() else _LEAST_TOKENS
+    least = {1: 0, 2: least_of_two}
+    return max(n for n in range(1, n_threads + 1) if n_threads % n == 0 and n * least.get(n, _LEAST_TOKENS) <= n_tokens)
 
 
 def shares(costs: Tensor, count: int) -> Sequence[range]:
