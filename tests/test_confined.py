@@ -22,7 +22,7 @@ def test_more_than_a_pipe_holds_comes_back() -> None:
 
 
 def test_too_much_time_ends_it() -> None:
-    with pytest.raises(Ended, match="more than 0.2 seconds"):
+    with pytest.raises(Ended, match=r"more than 0\.2 seconds"):
         confined(lambda: time.sleep(60), seconds=0.2)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 SECONDS = 20.0
@@ -90,9 +91,10 @@ def _work_and_exit(work: Callable[[], Any], descriptor: int, seconds: float, mor
         silence = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(silence, number)
+        sys.stdout = sys.stderr = os.fdopen(silence, "w")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
-        pages = int(open("/proc/self/statm").read().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
