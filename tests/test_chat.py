@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +51,13 @@ def short_context(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chat]:
     """Models that read 96 tokens: with rotary positions, with learned ones, of which there are no more, and with
     rotary ones that change with the length of what is read."""
     folder = tmp_path_factory.mktemp("models")
-    save_tiny_model(folder / "llama", max_position_embeddings=96)
+    wide: Any = {"max_position_embeddings": 96, "initializer_range": 0.2}  # or attention hardly looks at positions
+    save_tiny_model(folder / "llama", **wide)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    save_tiny_model(folder / "dynamic", max_position_embeddings=96, rope_parameters=dynamic)
+    save_tiny_model(folder / "dynamic", **wide, rope_parameters=dynamic)
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 48, "rope_theta": 10_000.0, **factors}
-    save_tiny_model(folder / "longrope", max_position_embeddings=96, rope_parameters=longrope)
+    save_tiny_model(folder / "longrope", **wide, rope_parameters=longrope)
     sizes = {"vocab_size": 259, "n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "eos_token_id": 258}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, initializer_range=0.2)).save_pretrained(
@@ -82,12 +84,12 @@ def test_side_by_side_gives_the_replies_of_one_by_one(talk: Chat) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "learned positions", "dynamic", "longrope"])
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(lengths=st.lists(st.integers(1, 52), min_size=2, max_size=4))
+@given(lengths=st.lists(st.integers(1, 52), min_size=1, max_size=3))
 def test_each_of_a_group_gets_the_reply_that_it_gets_alone_however_near_the_end_of_the_context(
     short_context: dict[str, Chat], kind: str, lengths: list[int]
 ) -> None:
     asked = short_context[kind]
-    talks = [[Message("user", chr(97 + number) * length)] for number, length in enumerate([52, 1, *lengths])]
+    talks = [[Message("user", chr(97 + number) * length)] for number, length in enumerate([52, 1, 33, *lengths])]
     alone = [asked.reply(messages, temperature=0, max_tokens=40) for messages in talks]
     assert asked.replies(talks, temperature=0, max_tokens=40) == alone
     assert len({asked.context - len(reply.prompt_ids) < 40 for reply in alone}) == 2
