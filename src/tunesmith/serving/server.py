@@ -19,11 +19,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tunesmith import chat as chats
 from tunesmith.chat import Chat, Opened
 from tunesmith.errors import RecipeError
+from tunesmith.loopback import is_loopback
 from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
 from tunesmith.serving.app import application
 from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch
-from tunesmith.serving.gate import Limits, is_loopback
+from tunesmith.serving.gate import Limits
 from tunesmith.serving.service import Served, Service
 
 _GRACE_SECONDS = 30.0
