@@ -428,7 +428,7 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     """
     causal = _causal(model)
     body: Any = getattr(causal, causal.base_model_prefix, None)
-    head: Any = causal.get_output_embeddings()
+    head = cast("Any", causal.get_output_embeddings())
     config = causal.config.get_text_config()
     where = inputs.predict_from.nonzero()
     rows = chunk_rows(len(where), config.vocab_size, inputs.input_ids.device)
