@@ -166,6 +166,8 @@ def _tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:500]
         return WorkFailed(f"{type(error).__name__}: {first}".removesuffix(": "))
+    except BaseException as error:  # what Rust calls a panic
+        return Ended(f"a crash ({type(error).__name__})")
 
 
 def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, more_bytes: int) -> NoReturn:

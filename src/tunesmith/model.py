@@ -42,7 +42,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import hub
+from tunesmith import hub, tokenizer_trial
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
 from tunesmith.render import Renderer
@@ -94,15 +94,20 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; raises ModelError when there is none or it is broken."""
+    """The tokenizer of a model's folder; raises ModelError when there is none, or it is broken or hostile."""
+    tokenizer_trial.require_bounded(folder, _read_tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _read_tokenizer(folder)
     except Exception as error:
         if absent := [part for part in hub.missing_parts(folder, weights=False) if "token" in part]:
             fix = "Copy the tokenizer's files beside config.json."
             raise ModelError(str(folder), "no tokenizer", ", ".join(absent), fix) from None
         found = f"a tokenizer that can not be read ({_first_line(error)})"
         raise ModelError(str(folder), found, "a tokenizer that transformers reads", "Fetch the model again.") from error
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> None:
@@ -130,7 +135,7 @@ def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> No
     for amendment in ({}, {"legacy": True}, {"tokenizer_class": "TokenizersBackend"}):
         amended = json.dumps({**written, **amendment}, indent=2, ensure_ascii=False)
         config_path.write_text(amended + "\n", encoding="utf-8")
-        again = load_tokenizer(folder)
+        again = _read_tokenizer(folder)
         if behaviour(again) == expected and again.chat_template == template.text:
             return
     found = "a saved tokenizer that gives other ids than the one trained with"

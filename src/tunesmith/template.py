@@ -27,7 +27,7 @@ _SYSTEM, _USER, _REPLIES = "Qzsystem", "Qzquestion", ("Qzyes", "Wzno")
 _OTHER_TEMPLATE = "Pass --set template.path=FILE with a template that does."
 
 
-_RENDER_SECONDS, _RENDER_BYTES = 5, 512 << 20
+_RENDER_SECONDS, _RENDER_BYTES = 2, 512 << 20
 """What one conversation may take. Templates in use take a thousandth of it."""
 Asked = tuple[Sequence[Message], bool]
 """A conversation, and whether the generation prompt is wanted at its end."""
