@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import CHATML, byte_tokenizer, save_tiny_model, tunesmith
-from tunesmith import tokenizer_trial
+from tunesmith import cache, records, tokenizer_trial
 from tunesmith.confined import Ended
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.model import load_tokenizer
@@ -66,6 +66,24 @@ def test_check_of_a_hostile_template_ends_with_one_message(tmp_path: Path, rows:
     ended = tunesmith("check", "--model", folder, "--data", rows)
     assert (ended.code, ended.out.count("Traceback")) == (2, 0)
     assert "more than 2 seconds for one conversation" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("trap", "found"),
+    [(LOOPS, "more than 2 seconds"), (DOUBLING, "more memory than there is")],
+    ids=["loops", "doubling"],
+)
+def test_a_trap_in_a_large_file_ends_the_process_that_steps_into_it(
+    trap: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LARGE", 1000)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"{i} {'now' if i == 700 else ''}", "output": "Yes."} for i in range(1000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "{% if 'now' in messages[0].content %}" + trap + "{% endif %}" + CHATML
+    here = Renderer(probe(byte_tokenizer(None), text, "test"))
+    with pytest.raises(TemplateError, match=found):
+        cache.rendered(records.open_file(path), here)
 
 
 def test_many_conversations_at_once_are_written_in_order() -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from tunesmith import hub, records, render, rows, rundir, template, types
-from tunesmith.errors import DataError, RunError
+from tunesmith.errors import DataError, RunError, TemplateError
 from tunesmith.records import Records
 from tunesmith.render import Renderer
 
@@ -31,6 +32,9 @@ LARGE = 8 * 2**20
 """Bytes of a file from which on its rows are kept; below, starting a process takes longer than rendering."""
 _DAYS_KEPT = 30
 _FIX = "Free some space there, or name another place with TUNESMITH_CACHE."
+
+
+_TOO_MUCH_MEMORY = 3  # the exit code of a process whose template took it
 
 
 class _Task(NamedTuple):
@@ -103,6 +107,10 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
             for worker in workers:
                 worker.kill()
                 worker.wait()
+    if -signal.SIGPROF in codes:
+        raise template.too_much(f"more than {template.RENDER_SECONDS} seconds")
+    if _TOO_MUCH_MEMORY in codes:
+        raise template.too_much("more memory than there is")
     if any(codes):
         for _ in data.rows():  # raises what is wrong with the file as a whole, if that was it
             pass
@@ -112,6 +120,7 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
 
 
 def _work(task: _Task, number: int) -> None:
+    task.renderer.template.writer.stay()
     counts = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a count
     with pa.OSFile(str(task.folder / f"{number:04}.arrow"), "wb") as file, pa.ipc.new_file(file, rows.SCHEMA) as writer:
@@ -142,3 +151,5 @@ if __name__ == "__main__":
         _work(pickle.loads(Path(sys.argv[1]).read_bytes()), int(sys.argv[2]))
     except DataError:  # the one who started this finds it again and says so
         sys.exit(2)
+    except TemplateError:
+        sys.exit(_TOO_MUCH_MEMORY)

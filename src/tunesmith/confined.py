@@ -158,6 +158,23 @@ class _Copy:
                 os.waitpid(self._pid, 0)
 
 
+@contextlib.contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """While it holds, this process raises MemoryError where it would take `more_bytes` more than it has now."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + more_bytes
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def _tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
     try:
         return work(request)
@@ -186,10 +203,7 @@ def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, 
                 with contextlib.suppress(OSError):
                     os.close(int(name))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + more_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        with os.fdopen(asked, "rb") as requests, os.fdopen(answered, "wb") as answers:
+        with memory_limit(more_bytes), os.fdopen(asked, "rb") as requests, os.fdopen(answered, "wb") as answers:
             while head := requests.read(_LENGTH.size):
                 request = json.loads(requests.read(_LENGTH.unpack(head)[0]))
                 used = resource.getrusage(resource.RUSAGE_SELF)

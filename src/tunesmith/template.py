@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.confined import Confined, Ended, WorkFailed
+from tunesmith.confined import Confined, Ended, WorkFailed, memory_limit
 from tunesmith.errors import TemplateError
 from tunesmith.types import Message
 
@@ -27,7 +28,7 @@ _SYSTEM, _USER, _REPLIES = "Qzsystem", "Qzquestion", ("Qzyes", "Wzno")
 _OTHER_TEMPLATE = "Pass --set template.path=FILE with a template that does."
 
 
-_RENDER_SECONDS, _RENDER_BYTES = 2, 512 << 20
+RENDER_SECONDS, _RENDER_BYTES = 2, 512 << 20
 """What one conversation may take. Templates in use take a thousandth of it."""
 Asked = tuple[Sequence[Message], bool]
 """A conversation, and whether the generation prompt is wanted at its end."""
@@ -43,9 +44,15 @@ class Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer, self.text = tokenizer, text
         self._confined: Confined | None = None
+        self._stays = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_confined": None}  # another process makes its own
+
+    def stay(self) -> None:
+        """Writes in this process from now on, which has been started to be ended: SIGPROF ends it when a conversation
+        takes too long, and what takes too much memory raises TemplateError."""
+        self._stays = True
 
     def write(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """The conversation as text; raises Refused where the template refuses it."""
@@ -59,22 +66,44 @@ class Writer:
 
         Raises TemplateError where the template takes more time or memory than any that is meant well.
         """
+        if self._stays:
+            written = []
+            for start in range(0, len(asked), 64):
+                with memory_limit(_RENDER_BYTES):
+                    written += [self._written_here(*one) for one in asked[start : start + 64]]
+            return written
         if self._confined is None:
-            self._confined = Confined(self._render, seconds=_RENDER_SECONDS, more_bytes=_RENDER_BYTES)
+            self._confined = Confined(self._render, seconds=RENDER_SECONDS, more_bytes=_RENDER_BYTES)
         requests = [([message.as_dict() for message in messages], end) for messages, end in asked]
         written: list[str | Refused] = []
         for answer in self._confined.ask(requests):
             if isinstance(answer, Ended):
-                found = f"{answer} for one conversation"
-                raise TemplateError("chat template", found, "a text at once", _OTHER_TEMPLATE) from answer
+                raise too_much(str(answer)) from answer
             written.append(Refused(str(answer)) if isinstance(answer, WorkFailed) else answer)
         return written
+
+    def _written_here(self, messages: Sequence[Message], generation_prompt: bool) -> str | Refused:
+        signal.setitimer(signal.ITIMER_PROF, RENDER_SECONDS)
+        try:
+            return self._render(([message.as_dict() for message in messages], generation_prompt))
+        except MemoryError as error:
+            raise too_much("more memory than there is") from error
+        except Exception as error:  # a template is a program of somebody else's: it may fail with anything
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            return Refused(f"{type(error).__name__}: {first_line}".removesuffix(": "))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _render(self, request: Any) -> Any:
         messages, generation_prompt = request
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self.text, tokenize=False, add_generation_prompt=generation_prompt
         )
+
+
+def too_much(what: str) -> TemplateError:
+    """The error of a template that takes more than any that is meant well."""
+    return TemplateError("chat template", f"{what} for one conversation", "a text at once", _OTHER_TEMPLATE)
 
 
 @dataclass(frozen=True)
