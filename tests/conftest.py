@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,11 +22,9 @@ import pytest
 import torch
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.engine import products
-from tunesmith.engine.memory import Take
 from tunesmith.training import Run
 from warm import Warm
 
@@ -45,6 +43,11 @@ CHATML = (
 def largest(numbers: Iterable[float]) -> float:
     """NaN if one is; Python's max passes over it."""
     return float(np.max([*numbers]))
+
+
+def shows(difference: float, tolerance: float) -> bool:
+    """Whether a planted fault is seen by a comparison with this tolerance: what is no number is."""
+    return not difference <= tolerance
 
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real tokenizers lie in ../shared, which is not here")
@@ -66,20 +69,32 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with weights that are bf16 numbers take the way of split ones. Where there is no AMX it ends in plain
-    ones."""
-    if products._amx() is not None:
+    """Products with weights that are bf16 numbers, and attention, take the way of AMX: by the processor's own
+    instructions, or where it has none by emulated ones."""
+    if products.amx_attention() is not None:
         return
+    pytest.importorskip("numba", reason="Numba is not installed")
+    import emulated_amx
 
-    def plainly(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
-        of_parts, of_packed = products.rooms(len(x), x.shape[1], weight.shape[1])
-        take("parts 0", math.prod(of_parts) // 2), take("packed 0", math.prod(of_packed))
-        product = x @ weight.float()
-        out.copy_(out + product if add else product)
-
-    monkeypatch.setattr(products, "splits", lambda weight: weight.dtype in (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(products, "mm_of_split", plainly)
+    with FileLock(Path(tempfile.gettempdir()) / f"tunesmith-emulated-amx-{os.getuid()}"):  # one process compiles it
+        of_products, of_attention = emulated_amx.modules()
     monkeypatch.setattr(products, "has_units", lambda: True)
+    monkeypatch.setattr(products, "_amx", lambda: of_products)
+    monkeypatch.setattr(products, "amx_attention", lambda: of_attention)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product takes the way of AMX, as on a processor that has none."""
+    monkeypatch.setattr(products, "has_units", lambda: False)
+    monkeypatch.setattr(products, "_amx", lambda: None)
+    monkeypatch.setattr(products, "amx_attention", lambda: None)
+
+
+@pytest.fixture(params=["whole", "split"])
+def either(request: pytest.FixtureRequest) -> Any:
+    """Both ways."""
+    return request.getfixturevalue(request.param)
 
 
 def save_tiny_model(folder: Path, **config: Any) -> Path:
