@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from conftest import byte_tokenizer
-from tunesmith import cache, records, rows
+from tunesmith import cache, records, rows, system
 from tunesmith.errors import DataError, RunError
 from tunesmith.render import Renderer
 from tunesmith.rows import Rows
@@ -61,7 +61,7 @@ def test_processes_render_what_one_renders(large: Path, renderer: Renderer, own_
     assert table.equals(alone(data, renderer))
     assert table.num_rows == 4 * rows.CHUNK + 100 == heard[-1]
     (folder,) = (path for path in own_cache.iterdir() if path.is_dir())
-    assert len(list(folder.glob("*.arrow"))) == min(2, cache._cores())
+    assert len(list(folder.glob("*.arrow"))) == min(2, system.cores())
 
 
 def test_a_second_run_finds_what_the_first_rendered(large: Path, renderer: Renderer, own_cache: Path) -> None:

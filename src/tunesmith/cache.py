@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from filelock import FileLock
 
-from tunesmith import hub, records, render, rows, rundir, template, types
+from tunesmith import hub, records, render, rows, rundir, system, template, types
 from tunesmith.errors import DataError, RunError, TemplateError
 from tunesmith.records import Records
 from tunesmith.render import Renderer
@@ -78,7 +78,7 @@ def _name(data: Records, renderer_digest: str) -> str:
 
 
 def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Callable[[int], None]) -> None:
-    count = max(1, min(_cores(), data.n_bytes // LARGE))
+    count = max(1, min(system.cores(), data.n_bytes // LARGE))
     # What this process can import, the others can; the tokenizer's own threads would only be in each other's way.
     environment = {
         **os.environ,
@@ -140,10 +140,6 @@ def _forget_old(kept: Path) -> None:
     for folder in kept.iterdir():
         if folder.is_dir() and time.time() - folder.stat().st_mtime > _DAYS_KEPT * 86400:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
