@@ -64,7 +64,7 @@ def content(path: Path, at_most: int) -> bytes:
 
 
 def json_object(path: Path, at_most: int) -> dict[str, Any]:
-    """The file's JSON object; raises Unfit where it is none, too large or too deep, OSError where it is not to be had."""
+    """The file's JSON object; raises Unfit where it is none, too large or too deep, OSError as `content` does."""
     try:
         value = json.loads(content(path, at_most).decode("utf-8"))
     except RecursionError:
