@@ -44,7 +44,7 @@ LAYERS = [
     {"engine.amx_attention", "engine.amx_products"},
     {"engine.amx", "engine.kernels"},
     {"steps", "machines"},
-    {"cache", "rows", "runs"},
+    {"cache", "rows", "runs", "tokenizer_trial"},
     {"serving.gate", "serving.refusals", "serving.vllm_command", "serving.wire", "serving"},
     {"render", "template", "writing", "records", "recipe", "rundir", "hub"},
     {"hub.clients", "hub.package", "records.files"},

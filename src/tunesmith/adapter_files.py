@@ -37,7 +37,10 @@ base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype, **no_co
 model = PeftModel.from_pretrained(base, here).eval()
 
 messages = [*{system_messages}, {{"role": "user", "content": {question}}}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+    sanitize_control_tokens=True,  # a question that spells a mark of the template forges no turn
+)
 greedy = GenerationConfig.from_pretrained(here, do_sample=False, temperature=None, top_p=None, top_k=None)
 greedy.max_new_tokens = 512
 reply = model.generate(**prompt.to(device), generation_config=greedy)  # with attention mask and all stop ids

@@ -48,6 +48,7 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
             "stop_ids": list(template.stop_ids),
             "folds_system": template.folds_system,
             "own_system": template.own_system,
+            "plain_marks": template.plain_marks,
         },
         "rows": {
             "read": checked.n_read,
@@ -134,6 +135,8 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
         facts.add_row(
             "system text", f"the template writes its own where a row has none: [italic]{escape(template.own_system)}[/]"
         )
+    if template.plain_marks is not None:
+        facts.add_row("turns", plain_turns(template.plain_marks))
     facts.add_row("adapts", "  ".join(f"{t.name}[grey62]×{t.layers}[/]" for t in checked.targets))
     facts.add_row("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
     facts.add_row("rows", f"{checked.n_read:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
@@ -176,6 +179,14 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
                 )
             )
     show_faults(console, checked.faults)
+
+
+def plain_turns(marks: str) -> str:
+    """What a person should know of a template that marks turns with plain text."""
+    return (
+        f"[yellow]plain text marks them ({escape(repr(marks))})[/]: who types that into a question can pretend a turn, "
+        "and nothing can prevent it"
+    )
 
 
 def _histogram(found: Sequence[tuple[int, int]]) -> str:

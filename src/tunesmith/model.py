@@ -32,7 +32,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import hub, model_files, pretrained
+from tunesmith import hub, model_files, pretrained, tokenizer_trial
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
@@ -86,9 +86,11 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; raises ModelError when there is none or it is broken."""
+    """The tokenizer of a model's folder; raises ModelError when there is none, or it is broken or hostile."""
+    model_files.check(folder)
+    tokenizer_trial.require_bounded(folder, _read_tokenizer)
     try:
-        return pretrained.tokenizer(folder)
+        return _read_tokenizer(folder)
     except ModelError:
         raise
     except Exception as error:
@@ -97,6 +99,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise ModelError(str(folder), "no tokenizer", ", ".join(absent), fix) from None
         found = f"a tokenizer that can not be read ({_first_line(error)})"
         raise ModelError(str(folder), found, "a tokenizer that transformers reads", "Fetch the model again.") from error
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return pretrained.tokenizer(folder)
 
 
 def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> None:
@@ -124,7 +130,7 @@ def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> No
     for amendment in ({}, {"legacy": True}, {"tokenizer_class": "TokenizersBackend"}):
         amended = json.dumps({**written, **amendment}, indent=2, ensure_ascii=False)
         config_path.write_text(amended + "\n", encoding="utf-8")
-        again = load_tokenizer(folder)
+        again = _read_tokenizer(folder)
         if behaviour(again) == expected and again.chat_template == template.text:
             return
     found = "a saved tokenizer that gives other ids than the one trained with"
@@ -192,19 +198,9 @@ def _stop_ids(folder: Path, alias: hub.Alias | None) -> list[int]:
     """What the model's generation config, its config and its alias call the end of a reply."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / name).get("eos_token_id")
-        ids += eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
+        eos = model_files.settings(folder / name).get("eos_token_id")
+        ids += [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
     return [*ids, *(alias.stop_ids if alias else ())]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(str(path), f"no JSON ({error})", "a whole JSON file", "Fetch the model again.") from None
-    if not isinstance(read, dict):
-        raise ModelError(str(path), f"a JSON {type(read).__name__}", "an object", "Fetch the model again.")
-    return read
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
@@ -421,7 +417,7 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     found, fix = "", "Pickles that hold code are never run; fetch the model again, or a revision with safetensors."
     try:
         # What a pickle builds is known only when it is built.
-        confined(lambda: len(read()), seconds=8 + size / (50 << 20), more_bytes=2 * size + (512 << 20))
+        confined(lambda: len(read()), seconds=6 + size // (50 << 20), more_bytes=2 * size + (512 << 20))
         return {name: value.detach().clone().contiguous() for name, value in read().items()}
     except Ended as ended:
         found = f"a pickle that takes {ended}"

@@ -266,7 +266,7 @@ def _require_moderate(path: Path) -> None:
     import pyarrow.parquet  # noqa: F401  # here, or the copy of the process would do it for itself
 
     try:
-        total = confined(unpacked, seconds=8 + size / (20 << 20), more_bytes=768 << 20)
+        total = confined(unpacked, seconds=6 + size // (20 << 20), more_bytes=768 << 20)
     except Ended as ended:
         raise DataError(str(path), f"Parquet that takes {ended} to unpack", expected, fix) from None
     except WorkFailed as error:

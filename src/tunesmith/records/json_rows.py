@@ -204,11 +204,11 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
 def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, int, tuple[str, str] | None]:
     """What `decoder.read` finds at `start`, with as much of the file as it takes."""
     while True:
-        stop = None
+        stop, found = None, None
         try:
-            value, end, twice = decoder.read(window.text, start)
-            if end < len(window.text):  # else it may go on: a number can be cut anywhere
-                return value, end, twice
+            found = decoder.read(window.text, start)
+            if found[1] < len(window.text):  # else it may go on: a number can be cut anywhere
+                return found
         except _Stopped as stopped:
             if stopped.whole:
                 raise
@@ -216,9 +216,9 @@ def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, in
         if len(window.text) - start > ROW_CHARACTERS:
             raise _Stopped(start, _AT_MOST, f"a row of more than {ROW_CHARACTERS >> 20} million characters")
         if not window.more():
-            if stop is not None:
-                raise stop
-            return value, end, twice
+            if found is None:
+                raise stop or _Stopped(start, "a value")
+            return found
 
 
 _AT_MOST = f"at most {ROW_CHARACTERS >> 20} million characters a row"
