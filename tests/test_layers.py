@@ -27,6 +27,7 @@ LAYERS = [
     {"guards"},
     {"checking"},
     {"engine.step", "model"},
+    {"pretrained"},
     {"engine.decoder"},
     {"engine.attention", "engine.batch", "engine.gather", "engine.layers"},
     {
@@ -48,8 +49,19 @@ LAYERS = [
     {"render", "template", "writing", "records", "recipe", "rundir", "hub"},
     {"hub.clients", "hub.package", "records.files"},
     {"hub.aliases", "hub.disk", "hub.files", "hub.network", "records.json_rows", "records.row"},
-    {"records.found"},
-    {"errors", "types", "system", "interrupts", "general", "confined", "export.llama_cpp", "export.go_template"},
+    {"model_files", "records.found"},
+    {
+        "errors",
+        "types",
+        "system",
+        "interrupts",
+        "general",
+        "confined",
+        "reading",
+        "spelling",
+        "export.llama_cpp",
+        "export.go_template",
+    },
 ]
 COMMAND_LINE = LAYERS[:4]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}

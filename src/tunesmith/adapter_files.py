@@ -29,10 +29,11 @@ parser = argparse.ArgumentParser(description="Ask this adapter.")
 parser.add_argument("question")
 parser.add_argument("--base", default=PeftConfig.from_pretrained(here).base_model_name_or_path, help="hub id or folder")
 arguments = parser.parse_args()
+no_code = {{"trust_remote_code": False}}  # of a folder or a hub is ever run
 
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(here)  # with the chat template that was trained with
-base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).to(device)
+tokenizer = AutoTokenizer.from_pretrained(here, **no_code)  # with the chat template that was trained with
+base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype, **no_code).to(device)
 model = PeftModel.from_pretrained(base, here).eval()
 
 messages = [*{system_messages}, {{"role": "user", "content": {question}}}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, rundir
+from tunesmith import hub, reading, rundir
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
@@ -260,7 +259,7 @@ class Opened:
         """
         run = rundir.open_run(path)
         recipe, _ = recipes.resolve(run.recipe)
-        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        manifest = rundir.read_manifest(run)
         if not run.adapter.is_dir() and not base:
             found, fix = "no adapter/ (the run was interrupted)", "Train it to the end."
             raise ModelError(str(path), found, "a finished run", fix)
@@ -321,7 +320,7 @@ class Opened:
 def _check_adapter_digest(adapter: Path) -> None:
     """Raises ProofError where the weights or their settings are not those that training wrote."""
     try:
-        digests = json.loads((adapter / "files.json").read_text(encoding="utf-8"))
+        digests = reading.json_object(adapter / "files.json", 4 << 20)
         changed = [name for name in _OF_ADAPTER if rundir.sha256(adapter / name) != digests[name]["sha256"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found, fix = f"no digests to hold it to ({error})", "Copy the run's folder again from where it came."

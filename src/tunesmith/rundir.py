@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith import reading
 from tunesmith.errors import RunError, TunesmithError
 
 _DISK_ERRORS = (
@@ -138,6 +138,24 @@ def open_run(path: Path) -> RunDir:
     return run
 
 
+def read_manifest(run: RunDir) -> dict[str, Any]:
+    """What a run began with; raises RunError where the file does not say it."""
+    fix = "Delete it: `tunesmith resume` takes that of the newest checkpoint then."
+    try:
+        manifest = reading.json_object(run.manifest, _MANIFEST_BYTES)
+        parts = [manifest[name] for name in ("recipe", "sources", "plan", "data", "base", "template", "code")]
+        folder = Path(manifest["base"]["folder"])
+        if all(isinstance(part, dict) for part in parts) and folder.is_absolute() and ".." not in folder.parts:
+            return manifest
+        found = "no manifest of a run"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"no manifest of a run ({error})"
+    raise RunError(str(run.manifest), found, "the file that the run began with", fix)
+
+
+_MANIFEST_BYTES = 64 << 20  # with the name of every file of weights
+
+
 def newest_whole(run: RunDir) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is as it was written (None: there is none), and the damaged ones behind it."""
     damaged: list[Path] = []
@@ -237,12 +255,21 @@ def commit(final: Path, fix: str = _FREE_SOME) -> Iterator[Path]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a committed folder holds the files it was committed with, byte for byte."""
+    """Whether a committed folder holds the files it was committed with, byte for byte; names that lead out of it are
+    nobody's commit."""
     try:
-        digests = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-        return all(sha256(folder / name) == entry["sha256"] for name, entry in digests.items())
+        digests = reading.json_object(folder / "files.json", _LIST_BYTES)
+        return all(
+            reading.is_beside(name)
+            and (folder / name).stat().st_size == entry["bytes"]
+            and sha256(folder / name) == entry["sha256"]
+            for name, entry in digests.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+_LIST_BYTES = 4 << 20
 
 
 @contextmanager
@@ -320,8 +347,7 @@ def thin_out(run: RunDir, keep: int) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return reading.sha256(path)
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:

@@ -329,7 +329,7 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     Raises RunError when recipe.yaml is no longer what the run began with, or the manifest can not be read.
     """
     recipe, _ = recipes.resolve(run.recipe)
-    manifest = _read_manifest(run)
+    manifest = rundir.read_manifest(run)
     began_with = manifest["recipe"]
     given = recipe.model_dump()
     changed = [
@@ -353,17 +353,6 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     if manifest["base"]["source"] == "folder" and not Path(recipe.model.name).exists():
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": manifest["base"]["path"]})})
     return recipe, manifest["sources"], manifest
-
-
-def _read_manifest(run: RunDir) -> dict[str, Any]:
-    try:
-        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-        if manifest.keys() >= {"recipe", "sources", "plan", "data", "base", "template", "code"}:
-            return manifest
-    except (ValueError, AttributeError):
-        pass
-    fix = "Delete it: the one of the newest checkpoint is taken then."
-    raise RunError(str(run.manifest), "no manifest of a run", "the file that the run began with", fix)
 
 
 def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any], watcher: Watcher) -> None:
