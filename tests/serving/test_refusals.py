@@ -224,7 +224,9 @@ def test_another_address_needs_a_key(host: str, key: str | None, runs: dict[str,
         Serving([runs["base"]], host, 0, key)
 
 
-@pytest.mark.parametrize("key", ["sixteen letters and spaces", "ключ из шестнадцати", "a\nb", "s3cret", "fifteen-letters"])
+@pytest.mark.parametrize(
+    "key", ["sixteen letters and spaces", "ключ из шестнадцати", "a\nb", "s3cret", "fifteen-letters"]
+)
 def test_a_key_that_no_header_holds_or_that_is_short_is_refused(key: str, runs: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match="API key") as caught:
         Serving([runs["base"]], api_key=key, port=0)

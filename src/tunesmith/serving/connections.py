@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.serving.refusals import refusal
 
-PLACES, BACKLOG = 1000, 512
+_BACKLOG = 512  # connections that may wait to be taken
 _OTHER_FILES = 256  # that this process may have open
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -33,7 +33,7 @@ class Places:
     """The connections there are. When all places are taken, a new one is given the place of another that has waited
     longest without having sent a whole request, of the address that has the most connections."""
 
-    def __init__(self, seconds_to_ask: float, most: int = PLACES) -> None:
+    def __init__(self, seconds_to_ask: float, most: int) -> None:
         self.seconds_to_ask, self._most = seconds_to_ask, most
         self._all: dict[str, set[Connection]] = {}
         self._idle: dict[str, dict[Connection, None]] = {}
@@ -118,7 +118,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
-def places_and_backlog() -> tuple[int, int]:
+def places_and_backlog(places: int) -> tuple[int, int]:
     """How many connections there are places for and how many may wait for one, by the files this process may open.
 
     Raises that limit as far as it needs and may.
@@ -126,14 +126,14 @@ def places_and_backlog() -> tuple[int, int]:
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
-        return PLACES, BACKLOG
-    wanted = PLACES + 2 * BACKLOG + _OTHER_FILES
+        return places, _BACKLOG
+    wanted = places + 2 * _BACKLOG + _OTHER_FILES  # who waits is taken before those are closed whose places they get
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-        share = max(32, soft - _OTHER_FILES) / (wanted - _OTHER_FILES)
-        return int(PLACES * min(1.0, share)), max(8, int(BACKLOG * min(1.0, share)))
-    return PLACES, BACKLOG
+        share = min(1.0, max(32, soft - _OTHER_FILES) / (wanted - _OTHER_FILES))
+        return int(places * share), max(8, int(_BACKLOG * share))
+    return places, _BACKLOG

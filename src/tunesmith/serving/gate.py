@@ -37,9 +37,11 @@ _SMALL_BODY = 64 << 10  # bytes; such a body always has room, so that large ones
 
 @dataclass(frozen=True)
 class Limits:
-    """What a single request may take."""
+    """What those who ask may take."""
 
+    connections: int = 1000
     body_bytes: int = 4 << 20
+    """Of a single request."""
     bodies_bytes: int = 64 << 20
     """Of all large bodies that are held at a time."""
     seconds_to_ask: float = 30.0

@@ -61,18 +61,26 @@ class Reading:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
                     heapq.heapify(self._waiting)
-                else:  # its turn came as the client went
+                elif not mine[-1].cancelled():  # its turn came as the client went
                     self._next()
                 raise
         self._busy = True
         read = loop.run_in_executor(self._thread, work, body)
-        read.add_done_callback(lambda _: self._next())
+        read.add_done_callback(self._ended)
         return await asyncio.shield(read)  # what is being read is read to the end, whoever waits for it
 
+    def _ended(self, read: asyncio.Future[Any]) -> None:
+        if not read.cancelled():
+            read.exception()  # nobody may be there to ask for it
+        self._next()
+
     def _next(self) -> None:
-        self._busy = bool(self._waiting)
-        if self._waiting:
-            heapq.heappop(self._waiting)[-1].set_result(None)
+        self._busy = False
+        while self._waiting and not self._busy:
+            turn = heapq.heappop(self._waiting)[-1]
+            if not turn.done():  # else its client has just gone
+                turn.set_result(None)
+                self._busy = True
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -13,6 +13,8 @@ from starlette.responses import Response
 
 from tunesmith.serving import wire
 
+MAX_BRACKETS = 1 << 17
+"""In a body, those in texts too. Parsing holds up everybody else, and a million empty objects take half a second."""
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -82,6 +84,9 @@ def answer_errors(app: FastAPI) -> None:
 def parsed(body: bytes, kind: type[_Body]) -> _Body:
     """A body as what it should be; raises Refused."""
     where, reason = "body", "bytes that are no JSON"
+    if (brackets := body.count(b"[") + body.count(b"{")) > MAX_BRACKETS:
+        message = f"body: found {brackets:,} lists and objects; expected at most {MAX_BRACKETS:,}. Send less at once."
+        raise Refused(refusal(413, message, code="body_too_large"))
     try:
         return kind.model_validate(json.loads(body))
     except ValidationError as error:

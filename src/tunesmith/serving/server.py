@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from tunesmith.serving.app import application
 from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch
 from tunesmith.serving.connections import HEADERS, Connection, Places, places_and_backlog
 from tunesmith.serving.gate import Limits, is_loopback
+from tunesmith.serving.reading import Reading
 from tunesmith.serving.service import Served, Service
 
 _GRACE_SECONDS = 30.0
@@ -49,15 +51,15 @@ class Serving:
         grace_seconds: float = _GRACE_SECONDS,
         limits: Limits | None = None,
     ) -> None:
-        """`at_once` replies are written together and `queue_limit` more may wait; `cache_tokens` tokens may have keys
-        and values at a time (None: what half of the free memory holds); `grace_seconds` are left to what runs when it
-        is told to end.
+        """`at_once` replies are written together; `queue_limit` more may wait for that, and as many requests to be
+        read; `cache_tokens` tokens may have keys and values at a time (None: what half of the free memory holds);
+        `grace_seconds` are left to what runs when it is told to end.
         """
         if not runs:
             raise RecipeError("serve", "no run", "at least one run's folder", "Name the folder that training wrote.")
         key = _checked_key(api_key)
         if not is_loopback(host) and key is None:
-            fix = "Pass --api-key KEY or set TUNESMITH_API_KEY, or leave --host at 127.0.0.1."
+            fix = "Set TUNESMITH_API_KEY (or pass --api-key), or leave --host at 127.0.0.1."
             raise RecipeError("--host", f"{host} without a key", "a key where others can reach it", fix)
         self._tell = tell
         self._socket = _bound(host, port)
@@ -71,10 +73,10 @@ class Serving:
             self._socket.close()
             raise
         models = _named(runs, base, tuned, opened)
-        self.service = Service(models, batch, key, is_loopback(host), limits or Limits())
+        self.service = Service(models, batch, Reading(queue_limit), key, is_loopback(host), limits or Limits())
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        n_places, backlog = places_and_backlog()
+        n_places, backlog = places_and_backlog(self.service.limits.connections)
         config = uvicorn.Config(
             application(self.service),
             http=cast("Any", partial(Connection, places=Places(self.service.limits.seconds_to_ask, n_places))),
@@ -99,9 +101,12 @@ class Serving:
 
         self.service.batch.start()
         self._server.answering = answering
+        gc.collect()
+        gc.freeze()  # what was loaded stays; going through it now and then would keep everybody waiting
         try:
             self._server.run(sockets=[self._socket])
         finally:
+            gc.unfreeze()
             self._socket.close()
             self.service.reading.end()
             self.service.batch.end()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tunesmith.chat import Chat
-from tunesmith.serving.batching import QUEUE_LIMIT, Batch
+from tunesmith.serving.batching import Batch
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.reading import Reading
 from tunesmith.serving.refusals import Refused, refusal
@@ -31,6 +31,7 @@ class Service:
 
     models: Mapping[str, Served]
     batch: Batch
+    reading: Reading
     key: str | None = None
     loopback: bool = True
     limits: Limits = field(default_factory=Limits)
@@ -39,8 +40,6 @@ class Service:
     """By path and status."""
     following: int = 0
     """Requests whose replies are being written."""
-
-    reading: Reading = field(default_factory=lambda: Reading(QUEUE_LIMIT))
 
     def served(self, name: str) -> Served:
         """The model of that name; raises Refused."""
