@@ -350,14 +350,14 @@ class _Plain:
         """Ids of the text without the marks; None where the text holds a sentinel's character already."""
         if any(sentinel in text for sentinel in self._sentinels.values()):
             return None
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)  # as `encode`, but others may run
         parts, done = [], 0
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if i in self._sentinels:
                 parts += [text[done:start], self._sentinels[i]]
                 done = stop
         rewritten = "".join([*parts, text[done:]]).replace(mark, "")
-        ids = self._copy.encode(rewritten, add_special_tokens=False).ids
+        ids = self._copy.encode_batch([rewritten], add_special_tokens=False)[0].ids
         return [self._original_id.get(i, i) for i in ids]
 
 

@@ -106,8 +106,8 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             told = json.loads(process.stdout.readline())
             assert told["models"] == ["base"]
             url = told["url"]
+            assert httpx.get(f"{url}/health").status_code == 200  # it answers when it has said where
             body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
-            until(lambda: reached(url))
             with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
                 lines = answer.iter_lines()
                 assert next(lines).startswith("data: {")
@@ -121,8 +121,22 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             process.kill()
 
 
-def reached(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def test_a_key_in_the_command_line_and_a_way_without_tls_are_told(runs: dict[str, Path]) -> None:
+    key, seen = "a-key-of-16-letters", {}
+    for name, arguments, environment in [
+        ("argument", ["--api-key", key], {}),
+        ("variable", [], {"TUNESMITH_API_KEY": key}),
+        ("open", ["--host", "0.0.0.0"], {"TUNESMITH_API_KEY": key}),
+    ]:
+        with start("serve", runs["base"], "--port", "0", "--json", *arguments, environment=environment) as process:
+            try:
+                assert process.stdout is not None
+                json.loads(process.stdout.readline())
+                process.send_signal(signal.SIGTERM)
+                seen[name] = process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+    assert "TUNESMITH_API_KEY" in seen["argument"] and "list of processes" in seen["argument"]
+    assert "list of processes" not in seen["variable"] + seen["open"]
+    assert "no TLS" in seen["open"] and "no TLS" not in seen["argument"] + seen["variable"]
+    assert key not in "".join(seen.values())

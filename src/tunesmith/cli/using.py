@@ -140,6 +140,7 @@ def export(
 
 
 def serve(
+    context: typer.Context,
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN…", help="Folders of runs of one base, or one model.", show_default=False)
     ],
@@ -147,7 +148,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="TUNESMITH_API_KEY", help="The key that clients must send.", show_default=False),
+        typer.Option(
+            envvar="TUNESMITH_API_KEY",
+            help="The key that clients must send, of at least 16 characters; as a variable nobody sees it in the list "
+            "of processes.",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -157,9 +163,14 @@ def serve(
     require_extra("serve", "uvicorn")
     from tunesmith.serving.server import Serving
 
-    serving = Serving(
-        runs, host, port, api_key, tell=lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
-    )
-    if as_json:
-        print_json({"url": serving.url, "models": list(serving.service.models)})
-    serving.run()
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    source = context.get_parameter_source("api_key")
+    if api_key and source is not None and source.name == "COMMANDLINE":
+        tell(
+            "--api-key: everybody on this machine sees the key in the list of processes; set TUNESMITH_API_KEY instead."
+        )
+    serving = Serving(runs, host, port, api_key, tell)
+    told = {"url": serving.url, "models": list(serving.service.models)}
+    serving.run(lambda: print_json(told) if as_json else None)
