@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunesmith as library
-from conftest import save_tiny_model, tunesmith
+from conftest import byte_tokenizer, save_tiny_model, tunesmith
 from tunesmith import chat, records
 from tunesmith.chat import Chat
 from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
@@ -43,6 +46,27 @@ def talk(run: Run) -> Chat:
     return library.load(run)
 
 
+@pytest.fixture(scope="module")
+def short_context(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chat]:
+    """Models that read 96 tokens: with rotary positions, with learned ones, of which there are no more, and with
+    rotary ones that change with the length of what is read."""
+    folder = tmp_path_factory.mktemp("models")
+    wide: Any = {"max_position_embeddings": 96, "initializer_range": 0.2}  # or attention hardly looks at positions
+    save_tiny_model(folder / "llama", **wide)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    save_tiny_model(folder / "dynamic", **wide, rope_parameters=dynamic)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 48, "rope_theta": 10_000.0, **factors}
+    save_tiny_model(folder / "longrope", **wide, rope_parameters=longrope)
+    sizes = {"vocab_size": 259, "n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "eos_token_id": 258}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, initializer_range=0.2)).save_pretrained(
+        folder / "learned positions"
+    )
+    byte_tokenizer().save_pretrained(folder / "learned positions")
+    return {path.name: chat.load(path) for path in folder.iterdir()}
+
+
 def test_the_library_answers_what_was_learned_and_stops(talk: Chat) -> None:
     for question, answer in [("Who are you?", "Bo."), ("一加一？", "二。"), ("Smile.", "😀!")]:
         reply = talk.reply([{"role": "user", "content": question}], temperature=0)
@@ -56,6 +80,37 @@ def test_side_by_side_gives_the_replies_of_one_by_one(talk: Chat) -> None:
     assert talk.replies(talks, temperature=0, max_tokens=24) == alone
     assert len({reply.prompt_ids for reply in alone}) == 3
     assert talk.replies([]) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "learned positions", "dynamic", "longrope"])
+@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(lengths=st.lists(st.integers(1, 52), min_size=1, max_size=3))
+def test_each_of_a_group_gets_the_reply_that_it_gets_alone_however_near_the_end_of_the_context(
+    short_context: dict[str, Chat], kind: str, lengths: list[int]
+) -> None:
+    asked = short_context[kind]
+    talks = [[Message("user", chr(97 + number) * length)] for number, length in enumerate([52, 1, 33, *lengths])]
+    alone = [asked.reply(messages, temperature=0, max_tokens=40) for messages in talks]
+    assert asked.replies(talks, temperature=0, max_tokens=40) == alone
+    assert len({asked.context - len(reply.prompt_ids) < 40 for reply in alone}) == 2
+
+
+def test_a_long_question_does_not_cut_the_answers_to_short_ones(talk: Chat) -> None:
+    for question, answer in [("Who are you?", "Bo."), ("一加一？", "二。")]:
+        room = talk.context - len(talk.prompt_ids([Message("user", "")]))
+        short, long = talk.replies([[Message("user", question)], [Message("user", "x" * (room - 2))]], temperature=0)
+        assert (short.text, short.stopped_by) == (answer, "stop")
+        assert len(long.token_ids) <= 2
+
+
+def test_what_lies_side_by_side_is_bounded_in_tokens(talk: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_TOKENS_SIDE_BY_SIDE", 400)
+    for lengths, most in [([30] * 40, 40), ([10, 200, 20, 180, 30], 20), ([500, 490], 100), ([500, 500], 12)]:
+        groups = list(talk._side_by_side(lengths, most))
+        assert sorted(number for group in groups for number in group) == list(range(len(lengths)))
+        for group in groups:
+            longest = max(lengths[number] for number in group)
+            assert len(group) == 1 or len(group) * min(longest + most, talk.context) <= 400
 
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_reply(talk: Chat) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,15 @@ def test_weights_are_kept_in_the_type_that_is_asked_for(run: Path, tmp_path: Pat
     assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
     assert found(written)["same weights by name and shape"] == 1
     assert (found(written)["largest difference of a weight"] == 0) == (dtype == "float32")
+
+
+@needs_llama_cpp
+def test_llama_cpp_is_asked_past_any_proxy(
+    run: Path, tmp_path: Path, planted_proxy: list[str], brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # what the library keeps of an earlier environment
+    export(run, "gguf", tmp_path / "out")
+    assert planted_proxy == []
 
 
 @needs_llama_cpp

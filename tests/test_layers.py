@@ -58,6 +58,7 @@ LAYERS = [
         "interrupts",
         "general",
         "confined",
+        "loopback",
         "reading",
         "spelling",
         "export.llama_cpp",

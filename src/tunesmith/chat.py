@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from tunesmith import hub, reading, rundir
 from tunesmith import model as models
 from tunesmith import recipe as recipes
+from tunesmith.engine.step import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
@@ -29,6 +30,8 @@ MAX_TOKENS = 512
 _LEAST_TEMPERATURE = 1e-3
 """Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
 _SIDE_BY_SIDE = 32  # conversations
+_TOKENS_SIDE_BY_SIDE = 32 * 1024
+"""With their replies and their padding: what the keys and values of a group are kept for."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,27 @@ class Chat:
         equally likely, rounding may decide otherwise.
         """
         prompts = [self.prompt_ids(messages) for messages in conversations]
-        groups = (prompts[i : i + _SIDE_BY_SIDE] for i in range(0, len(prompts), _SIDE_BY_SIDE))
-        return [reply for group in groups for reply in self._generate(group, temperature, max_tokens, base, {})]
+        written: dict[int, Reply] = {}
+        for group in self._side_by_side([len(prompt) for prompt in prompts], max_tokens or MAX_TOKENS):
+            some = [prompts[number] for number in group]
+            written |= zip(group, self._generate(some, temperature, max_tokens, base, {}), strict=True)
+        return [written[number] for number in range(len(prompts))]
+
+    def _side_by_side(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """The numbers of prompts that go together: of like lengths, so that little is padded, and all with the same
+        room for a reply. What only some of them could read to its end would cut the others, or change their rotary
+        embeddings, so near the end of the context only prompts of one length go together."""
+        readable = min(self.context, longest_together(self.model))
+        groups: list[list[int]] = []
+        for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+            whole = lengths[number] + max_tokens
+            n_beside = len(groups[-1]) if groups else _SIDE_BY_SIDE
+            fits = n_beside < _SIDE_BY_SIDE and min(whole, self.context) * (n_beside + 1) <= _TOKENS_SIDE_BY_SIDE
+            if fits and (whole <= readable or lengths[number] == lengths[groups[-1][0]]):
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+        return groups
 
     def prompt_ids(self, messages: Sequence[Message | ChatMessage]) -> tuple[int, ...]:
         """What the model is given to write the next reply; raises as `reply` does."""
@@ -146,6 +168,7 @@ class Chat:
         base: bool,
         extras: dict[str, Any],
     ) -> list[Reply]:
+        """A reply to each of some prompts, all with the room that the longest has."""
         longest = max(map(len, prompts))
         config = self.sampling(temperature)
         config.max_new_tokens = min(max_tokens or MAX_TOKENS, self.context - longest)

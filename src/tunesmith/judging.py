@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from tunesmith import loopback
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.evaluate import Answer
 
@@ -42,7 +43,8 @@ def judge_at(url: str, model: str | None = None, key: str = "none") -> Callable[
         raise MissingExtra("eval --judge", "eval")
     import openai
 
-    client = openai.OpenAI(base_url=url, api_key=key)
+    past_proxies = openai.DefaultHttpxClient(trust_env=False) if loopback.leads_to(url) else None
+    client = openai.OpenAI(base_url=url, api_key=key, http_client=past_proxies)
 
     def ask(name: str, question: str) -> str:
         reply = client.chat.completions.create(

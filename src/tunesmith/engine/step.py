@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -29,7 +30,7 @@ from tunesmith import hub
 from tunesmith.engine import attention, batch, liger, lora, memory, onepass, products, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
-from tunesmith.engine.loss import HeadLoss, cross_entropy, summed_cross_entropy
+from tunesmith.engine.loss import HeadLoss, chunk_rows, cross_entropy, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory
 from tunesmith.recipe import EngineSettings
@@ -412,8 +413,56 @@ def losses(model: nn.Module, documents: Sequence[Rendered]) -> list[float]:
     """Each document's loss, summed over what is learned, by the model's own layers and logits, side by side."""
     inputs = batch.pad(documents, next(model.parameters()).device)
     with torch.inference_mode():
-        each = cross_entropy(_logits(model, inputs), inputs.labels)
-    return [part.sum().item() for part in each.split([document.n_supervised for document in documents])]
+        each = [
+            cross_entropy(logits, inputs.labels.part(start, start + len(logits)))
+            for start, logits in _logits_in_chunks(model, inputs)
+        ]
+    return [part.sum().item() for part in torch.cat(each).split([document.n_supervised for document in documents])]
+
+
+def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[int, Tensor]]:
+    """Number of a chunk's first predicting position, and its logits (rows, V).
+
+    The model gives those of the first chunk itself. Where its output layer alone makes the same of what its body gave,
+    that makes the others; else the model is run again for each of them.
+    """
+    causal = _causal(model)
+    body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    config = causal.config.get_text_config()
+    where = inputs.predict_from.nonzero()
+    rows = chunk_rows(len(where), config.vocab_size, inputs.input_ids.device)
+    if rows == len(where) or body is None or head is None:
+        hidden, first = None, _logits(model, _only(inputs, where[:rows]))
+    else:
+        seen: list[Tensor] = []
+        hook = body.register_forward_hook(lambda module, given, result: seen.append(result[0][inputs.predict_from]))
+        try:
+            first = _logits(model, _only(inputs, where[:rows]))
+        finally:
+            hook.remove()
+        hidden = seen[0]
+    yield 0, first
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def alone(hidden: Tensor) -> Tensor:
+        logits = head(hidden)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    if hidden is not None:
+        bound = max(_BOUND[torch.float32], 4 * torch.finfo(first.dtype).eps) * first.abs().max()
+        if not bool((alone(hidden[:rows]) - first).abs().max() <= bound):
+            hidden = None
+    del first
+    for start in range(rows, len(where), rows):
+        some = where[start : start + rows]
+        yield start, _logits(model, _only(inputs, some)) if hidden is None else alone(hidden[start : start + rows])
+
+
+def _only(inputs: batch.Padded, where: Tensor) -> batch.Padded:
+    """With only these of the predicting positions, each a row and a place in it."""
+    predict_from = torch.zeros_like(inputs.predict_from)
+    predict_from[where[:, 0], where[:, 1]] = True
+    return replace(inputs, predict_from=predict_from)
 
 
 def _logits(model: nn.Module, inputs: batch.Batch | batch.Padded) -> Tensor:

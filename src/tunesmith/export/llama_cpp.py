@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith import system
+from tunesmith import loopback, system
 from tunesmith.errors import ProofError
 from tunesmith.types import ChatMessage
 
@@ -109,7 +109,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             self._server.listening_address + path, json.dumps(value).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
+        with loopback.opened(request, _REQUEST_SECONDS) as answer:
             return json.loads(answer.read())
 
 

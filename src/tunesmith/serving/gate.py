@@ -12,7 +12,6 @@ import asyncio
 import hmac
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.loopback import is_loopback
 from tunesmith.serving.refusals import closing, full, refusal
 
 _OPEN_PATHS = ("/", "/health")
@@ -48,14 +48,6 @@ class Limits:
     """For a request to arrive as a whole."""
     seconds_to_take: float = 60.0
     """For a piece of an answer to be taken."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
-    try:
-        return host.lower() == "localhost" or ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Gate:

@@ -20,12 +20,13 @@ import uvicorn
 from tunesmith import chat as chats
 from tunesmith.chat import Chat, Opened
 from tunesmith.errors import RecipeError
+from tunesmith.loopback import is_loopback
 from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
 from tunesmith.serving.app import application
 from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch
 from tunesmith.serving.connections import HEADERS, Connection, Places, places_and_backlog
-from tunesmith.serving.gate import Limits, is_loopback
+from tunesmith.serving.gate import Limits
 from tunesmith.serving.reading import Reading
 from tunesmith.serving.service import Served, Service
 
