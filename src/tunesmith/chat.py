@@ -260,7 +260,7 @@ class Opened:
         """
         run = rundir.open_run(path)
         recipe, _ = recipes.resolve(run.recipe)
-        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        manifest = rundir.read_manifest(run)
         if not run.adapter.is_dir() and not base:
             found, fix = "no adapter/ (the run was interrupted)", "Train it to the end."
             raise ModelError(str(path), found, "a finished run", fix)
@@ -276,6 +276,15 @@ class Opened:
                 "another config.json than at training",
                 "the base that was trained on",
                 "Fetch that revision again, or train again.",
+            )
+        before, weights = manifest["base"].get("weights"), rundir.weights_of(located.folder)
+        if before is not None and before != weights:
+            names = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+            raise ProofError(
+                str(located.folder),
+                f"other weights than at training ({', '.join(names)})",
+                "the base that was trained on",
+                "Put them back or fetch that revision again; or train again.",
             )
         reader = run.adapter if run.adapter.is_dir() else located.folder
         template = recipe.template if reader is located.folder else TemplateSettings()
