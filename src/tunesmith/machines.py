@@ -67,7 +67,9 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
         free = free_bytes(torch.device("cuda"))
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
     runtime = psutil.Process().memory_info().rss
-    return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
+    # Processes that train together on a host are told their number by what started them.
+    free = runtime + (_free_bytes() - runtime) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Machine("cpu", memory_bytes or free, _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
 
 
 def free_bytes(device: torch.device) -> int:
