@@ -114,7 +114,19 @@ def measure(setting: Setting, model: str, data: Path, out: Path) -> dict[str, An
         **setting.sets,
     }
     flags = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "tunesmith", "train", "--model", model, "--data", str(data), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tunesmith",
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run([*command, *flags, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)

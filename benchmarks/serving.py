@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     hush_libraries()
     with subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "serve", str(arguments.run), "--port", "0", "--json"],
+        [sys.executable, "-P", "-m", "tunesmith", "serve", str(arguments.run), "--port", "0", "--json"],
         stdout=subprocess.PIPE,
         text=True,
     ) as server:

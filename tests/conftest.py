@@ -238,7 +238,7 @@ def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 
     ):
         return Ended(*_warm().run([str(argument) for argument in arguments], cwd, env, timeout))
     ended = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
+        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return Ended(ended.returncode, ended.stdout, ended.stderr)

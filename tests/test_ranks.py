@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import largest, tunesmith
+from conftest import ROOT, largest, tunesmith
 from tunesmith import rundir
 
 SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
@@ -40,7 +42,13 @@ def arguments(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
     return ["train", "--model", str(model), "--data", str(data), "--out", str(out), *flags]
 
 
-def processes(commands: Sequence[Sequence[str]], logs: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
+TUNESMITH = ("-P", "-m", "tunesmith")
+FAST_CLOCK = (str(Path(__file__).with_name("fast_clock.py")),)
+
+
+def processes(
+    commands: Sequence[Sequence[str]], logs: Path, program: Sequence[str] = TUNESMITH, **environment: str
+) -> list[subprocess.Popen[bytes]]:
     """One process per command line, joined as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,10 +61,23 @@ def processes(commands: Sequence[Sequence[str]], logs: Path, **environment: str)
             **environment,
         }  # fmt: skip
         with (logs / f"{rank}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen([sys.executable, "-m", "tunesmith", *command], env=env, stdout=log, stderr=log)
-            )
+            started.append(subprocess.Popen([sys.executable, *program, *command], env=env, stdout=log, stderr=log))
     return started
+
+
+def together(folder: Path, script: str, arguments: Sequence[str] = (), **environment: str) -> list[tuple[int, str]]:
+    """How two processes end that run a script, `r` being what they are joined by, and what they said."""
+    program = folder / "script.py"
+    program.write_text(
+        "import os, sys, torch\nfrom tunesmith.engine import ranks\nfrom tunesmith.errors import TunesmithError\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "try:\n    with ranks.joined() as r:\n"
+        + textwrap.indent(textwrap.dedent(script), " " * 8)
+        + "\nexcept TunesmithError as error:\n    print(error)\n    sys.exit(error.exit_code)\n"
+    )
+    started = processes([arguments] * 2, folder, [str(program)], **environment)
+    codes = [process.wait(120) for process in started]
+    return [(code, (folder / f"{rank}.log").read_text()) for rank, code in enumerate(codes)]
 
 
 def losses(run: Path) -> list[float]:
@@ -101,7 +122,7 @@ def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_pat
     out = tmp_path / "run"
     env = {**os.environ, "TUNESMITH_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
         "-m", "tunesmith", *arguments(tiny_model, sums, out), "--json",
     ]  # fmt: skip
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -120,6 +141,90 @@ def test_processes_with_different_data_all_end_with_one_message(tiny_model: Path
         assert "another data than process 0" in " ".join(text.split())
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_a_clock_that_runs_otherwise_in_one_process_parts_nobody(
+    tiny_model: Path, sums: Path, alone: Path, tmp_path: Path, fast: int
+) -> None:
+    """Process 0 alone looks at its clock; with a fast one there, all measure and save with it."""
+    out = tmp_path / "run"
+    command = arguments(tiny_model, sums, out, "eval.every=1 minutes", "train.save_every=1 minutes")
+    for process in processes([command] * 2, tmp_path, FAST_CLOCK, FAST_RANK=str(fast), FAST="1000000"):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+    measured = [line["step"] for line in rundir.read_lines(out / "held_out.jsonl")]
+    assert measured == ([*range(21)] if fast == 0 else [0, 20])
+    assert [point.name for point in rundir.RunDir(out).points()][-1] == "step-000020"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("r.add_up([], torch.zeros(())) if r.rank else r.gather(1)", "process 1: the sum of a loss"),
+        ("r.step = r.rank + 3\nr.gather(1)", "process 1: a word from each process in step 4"),
+        ("r.add_up([], *[torch.zeros(())] * (r.rank + 1))", "(2 numbers)"),
+    ],
+    ids=["other kinds", "other steps", "other sizes"],
+)
+def test_processes_that_are_not_at_the_same_point_all_end_with_one_message(
+    tmp_path: Path, script: str, said: str
+) -> None:
+    (code, first), (other, second) = together(tmp_path, script)
+    assert code == other == 3 and said in first
+    assert first == second and "Traceback" not in first
+
+
+def test_a_process_that_fails_says_why_to_those_that_wait_for_it(tmp_path: Path) -> None:
+    (code, text), (other, _) = together(tmp_path, "assert not r.rank, 'out of luck'\nr.from_main(1)")
+    assert (code, other) == (2, 1)
+    assert "process 1 of 2: found its end: out of luck" in text
+
+
+def test_a_process_that_is_gone_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+    script = "r.gather(1)\nos._exit(5) if r.rank else r.begin_pass()"
+    (code, text), (other, _) = together(tmp_path, script)
+    assert (code, other) == (2, 5) and "no answer from another process" in text
+
+
+def test_what_the_self_check_of_one_process_finds_all_take(tmp_path: Path) -> None:
+    script = """
+        import pytest
+        from test_self_check import FEW, checking, family, n_supervised, verdicts, wrong_rotation
+        from pathlib import Path
+        cache = Path(os.environ["TUNESMITH_CACHE"]) / str(r.rank)
+        os.environ["TUNESMITH_CACHE"] = str(cache)
+        with pytest.MonkeyPatch.context() as patch:
+            if r.rank == 1:
+                wrong_rotation(patch)
+            made = checking(family("Llama"), [])
+            made._ranks = r
+            made.gradient(FEW, n_supervised(FEW))
+        print(made.way, verdicts(cache))
+    """
+    assert together(tmp_path, script, TUNESMITH_CACHE=str(tmp_path)) == [(0, "tree []\n"), (0, "tree []\n")]
+
+
+def test_what_a_host_has_is_shared_out_among_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith import machines
+
+    whole = machines.this_machine()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shared = machines.this_machine()
+    if shared.device == "cpu":  # other programs come and go meanwhile
+        assert shared.available_bytes - shared.runtime_bytes < (whole.available_bytes - whole.runtime_bytes) / 2
+    script = "torch.set_num_threads(r.rank + 1) if 'OMP_NUM_THREADS' in os.environ else None; print(ranks.idle_cores())"
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    (_, first), _ = together(tmp_path, script, LOCAL_WORLD_SIZE="1")
+    assert first == "None\n"
+    (_, first), _ = together(tmp_path, script, LOCAL_WORLD_SIZE=str(max(2, n // 2)))
+    assert (f"OMP_NUM_THREADS={n // max(2, n // 2)}" in first) == (n >= 4)
+
+
+def test_nothing_that_python_would_run_goes_from_process_to_process() -> None:
+    """No pickles: numbers and JSON."""
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|\brpc\b", path.read_text("utf-8")), path
 
 
 def test_a_killed_process_ends_the_others_within_a_minute(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

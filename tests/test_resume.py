@@ -128,7 +128,7 @@ def in_terminal(out: Path, flags: list[str], *start: str) -> subprocess.Popen[by
     """A training in a terminal that closes behind its second step."""
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [*start, "setsid", "--ctty", sys.executable, "-m", "tunesmith", "train", *flags, "--out", str(out)],
+        [*start, "setsid", "--ctty", sys.executable, "-P", "-m", "tunesmith", "train", *flags, "--out", str(out)],
         stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
     )  # fmt: skip
     os.close(theirs)

@@ -69,7 +69,7 @@ def test_a_detached_run_outlives_the_terminal_and_can_be_watched(
     out = tmp_path / "run"
     arguments = ["train", *flags_of(tiny_model, talk, **{"train.epochs": 200}), "--out", str(out), "--detach"]
     shell = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *arguments],
+        [sys.executable, "-P", "-m", "tunesmith", *arguments],
         capture_output=True, text=True, start_new_session=True, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
         check=False, timeout=120,
     )  # fmt: skip

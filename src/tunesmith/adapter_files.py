@@ -55,7 +55,7 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
     Raises ProofError when a weight is not finite or the saved tokenizer does not give the ids of the training.
     """
     renderer = checked.renderer
-    with rundir.commit(run.adapter) as folder:
+    with rundir.commit(run.adapter, readers="all") as folder:
         models.save_adapter(model, folder, pissa_start)
         first_rows = [renderer.template.write(row.conversation.messages) for row in checked.rows[:50]]
         models.save_tokenizer(renderer, folder, first_rows)

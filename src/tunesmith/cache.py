@@ -61,7 +61,7 @@ def rendered(data: Records, renderer: Renderer, on_rows: Callable[[int], None] =
     with FileLock(f"{folder}.lock"):  # of several processes that train together one renders
         if not rundir.is_whole(folder):  # what a disk has damaged since would be trained on
             _forget_old(kept)
-            with rundir.commit(folder, _FIX) as partial:
+            with rundir.commit(folder, _FIX, "owner") as partial:
                 _render_into(partial, data, renderer, on_rows)
         os.utime(folder)
         return _mapped(folder)

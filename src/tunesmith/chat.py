@@ -299,6 +299,15 @@ class Opened:
                 "the base that was trained on",
                 "Fetch that revision again, or train again.",
             )
+        before, weights = manifest["base"].get("weights"), rundir.weights_of(located.folder)
+        if before is not None and before != weights:
+            names = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+            raise ProofError(
+                str(located.folder),
+                f"other weights than at training ({', '.join(names)})",
+                "the base that was trained on",
+                "Put them back or fetch that revision again; or train again.",
+            )
         reader = run.adapter if run.adapter.is_dir() else located.folder
         template = recipe.template if reader is located.folder else TemplateSettings()
         renderer = models.open_renderer(replace(located, folder=reader), template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -67,7 +68,9 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
         free = free_bytes(torch.device("cuda"))
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
     memory = system.memory()
-    available, whose = memory.free + system.own_bytes(), memory.whose
+    # Processes that train together on a host are told their number by what started them, and share what is free.
+    available = system.own_bytes() + memory.free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    whose = memory.whose
     if memory_bytes:
         available, whose = memory_bytes, system.MACHINE
     runtime = psutil.Process().memory_info().rss

@@ -201,7 +201,10 @@ class StepTrainer(Trainer):
         """A checkpoint of the state after the last step, with all that going on from it needs."""
         final = self._run.checkpoint(self.state.global_step)
         if not final.exists():
-            with rundir.commit(final) as folder:
+            for path in (self._run.metrics, self._run.held_out):  # a checkpoint has a name when its lines are on disk
+                if path.is_file():
+                    rundir.sync(path)
+            with rundir.commit(final, readers="owner") as folder:
                 models.save_adapter(self._tuned, folder / "adapter", self._pissa_start)
                 save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / _TRAINED)
                 self._save_optimizer_and_scheduler(str(folder))
@@ -310,6 +313,7 @@ class _Recorder(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
+        self._trainer._ranks.step = state.global_step + 1
         if state.global_step == 0:
             self._untrained = guards.signatures(self._trainer._tuned)
 
@@ -351,7 +355,7 @@ class _Recorder(TrainerCallback):
             self._measured = time.monotonic()
             trainer.measure()
         interrupts = trainer._interrupts
-        interrupts.asked = trainer._ranks.any(interrupts.asked, args.device)
+        interrupts.asked = trainer._ranks.any(interrupts.asked)
         if last or interrupts.asked or self._due(trainer._recipe.train.save_every, self._saved):
             self._saved = time.monotonic()
             trainer.save_point()
@@ -360,8 +364,8 @@ class _Recorder(TrainerCallback):
 
     def _due(self, every: str, since: float) -> bool:
         number, unit = every.split()
-        if unit.startswith("minute"):
-            return time.monotonic() - since >= 60 * int(number)
+        if unit.startswith("minute"):  # each process has a clock of its own
+            return self._trainer._ranks.from_main(time.monotonic() - since >= 60 * int(number))
         step = self._trainer.state.global_step
         return step % (int(number) * (len(self._trainer._steps) if unit.startswith("epoch") else 1)) == 0
 

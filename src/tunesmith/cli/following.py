@@ -10,7 +10,14 @@ import typer
 from tunesmith.cli.console import print_json, start
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
 
-_STATES = {"running": "cyan", "done": "green", "interrupted": "yellow", "failed": "red", "gone": "red"}
+_STATES = {
+    "running": "cyan",
+    "done": "green",
+    "interrupted": "yellow",
+    "failed": "red",
+    "gone": "red",
+    "silent": "yellow",
+}
 
 
 def runs(
@@ -18,7 +25,8 @@ def runs(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """The runs of a folder: running, done, interrupted, failed, or gone (its process was killed)."""
+    """The runs of a folder: running, done, interrupted, failed, gone (its process was killed), or silent (it is on
+    another machine and has not been heard of for minutes)."""
     console = start(verbose, as_json)
     from rich.table import Table
 
@@ -66,7 +74,7 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
     console.print(f"{run}: [{_STATES[state.state]}]{state.state}[/] after step {state.step}/{state.n_steps}")
     if state.reason:
         console.print(state.reason, highlight=False)
-    if state.state in ("interrupted", "gone", "failed"):
+    if state.state in ("interrupted", "gone", "silent", "failed"):
         console.print(f"Go on with: tunesmith resume {run}", highlight=False)
     if as_json:
         print_json(state.as_dict())

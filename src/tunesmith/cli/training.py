@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith import recipe as recipes
-from tunesmith import records, rundir
+from tunesmith import records, rundir, runs
 from tunesmith.cli.console import fetched, print_json, start
 from tunesmith.cli.options import DataOption, JsonOption, ModelOption, OutOption, RunArgument, SetOption, VerboseOption
 from tunesmith.errors import RecipeError
@@ -199,7 +199,7 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or killed, as if it never had been."""
     console = start(verbose, as_json)
-    rundir.check_resumable(run)
+    runs.check_resumable(run)
     epochs = _epochs(sets or [])
     if detach:
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
