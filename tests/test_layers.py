@@ -49,7 +49,17 @@ LAYERS = [
     {"hub.clients", "hub.package", "records.files"},
     {"hub.aliases", "hub.disk", "hub.files", "hub.network", "records.json_rows", "records.row"},
     {"records.found"},
-    {"errors", "types", "interrupts", "general", "confined", "export.llama_cpp", "export.go_template"},
+    {
+        "errors",
+        "types",
+        "interrupts",
+        "general",
+        "confined",
+        "terminal",
+        "screen",
+        "export.llama_cpp",
+        "export.go_template",
+    },
 ]
 COMMAND_LINE = LAYERS[:4]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
