@@ -61,6 +61,8 @@ LAYERS = [
         "loopback",
         "reading",
         "spelling",
+        "terminal",
+        "screen",
         "export.llama_cpp",
         "export.go_template",
     },
