@@ -260,7 +260,7 @@ def _plain_marks(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
     the beginning of a text come between any two, and only words say whose turn it is."""
     header = prompt[prompt.index(_USER) + len(_USER) :]
     begins = tokenizer("")["input_ids"]
-    anywhere = {*begins, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    anywhere: list[Any] = [*begins, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
     added = tokenizer.added_tokens_decoder
     marks = [i for i in _ids(tokenizer, header) if i in added and re.search(r"[^\w\s]", added[i].content)]
     return header if all(i in anywhere for i in marks) else None
