@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 
-from served import CONTEXT, ENDLESS, SURE, chat_with, copied, metrics, said, serving, until
+from served import CONTEXT, ENDLESS, SURE, chat_with, connected, copied, metrics, said, serving, until
 from small_runs import start
 from tunesmith import chat
 from tunesmith.chat import Chat
@@ -52,11 +51,6 @@ def test_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) 
         assert answer.json()["choices"][0]["message"]["content"] == "Mia, of the sea."
 
 
-def connected(server: Serving) -> socket.socket:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
-
-
 def test_who_sends_too_slowly_is_cut_off(runs: dict[str, Path]) -> None:
     with serving([runs["base"]], limits=Limits(seconds_to_ask=0.5)) as server:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Type: application/json\r\n"
@@ -83,6 +77,7 @@ def test_a_server_told_to_end_finishes_what_runs(runs: dict[str, Path], chats: d
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
         refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "closing")
+        assert refused.headers["x-content-type-options"] == "nosniff"
         read += list(lines)
     chunks = [json.loads(line.removeprefix("data: ")) for line in read if line and not line.endswith("[DONE]")]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

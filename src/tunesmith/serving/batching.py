@@ -262,7 +262,7 @@ class Batch:
         ever: in the part that is kept for short ones."""
         overtaking = False
         for reply in list(self._waiting):
-            if self._has_room(reply, overtaking):
+            if not (overtaking and not reply.asked.short) and self._has_room(reply, overtaking):
                 self._waiting.remove(reply)
                 self._running.append(reply)
                 with self._alone_at_fault(reply):
@@ -365,7 +365,8 @@ class Batch:
         for other in self._running:
             if other is reply or not n_read:
                 break
-            if other.asked is reply.asked and other.prompt_ids == reply.prompt_ids:
+            same = other.asked is reply.asked and other.adapter == reply.adapter
+            if same and other.prompt_ids == reply.prompt_ids:
                 if other.n_read < n_read:
                     return True
                 reply.kept = {
