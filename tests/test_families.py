@@ -97,9 +97,8 @@ def test_the_script_beside_the_adapter_prints_the_same(trained: Trained) -> None
     question = "How do you feel?"
     script = trained.run / "adapter" / "load_and_chat.py"
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        [sys.executable, str(script), question], capture_output=True, encoding="utf-8", env=environment, check=False
-    )
+    command = [sys.executable, str(script), "--base", str(trained.base), question]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == ROWS[question] + "\n"
     compile(script.read_text(encoding="utf-8"), str(script), "exec")

@@ -63,6 +63,8 @@ LAYERS = [
         "spelling",
         "terminal",
         "screen",
+        "places",
+        "regular",
         "export.llama_cpp",
         "export.go_template",
     },

@@ -1,5 +1,8 @@
 """What lies in a run's adapter/ folder, so that it can be used without tunesmith: weights, tokenizer, template,
-generation config, a card and a script of twenty lines."""
+generation config, a card and a script of twenty lines.
+
+People upload this folder: it says the names of files and folders and not where they lie on this machine.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,41 @@ from pathlib import Path
 import yaml
 from peft import PeftModel
 
-from tunesmith import hub, rundir
+from tunesmith import hub, places, rundir
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir
 
+_OF_PEFT = ("adapter_config.json", "adapter_model.safetensors", "files.json", "README.md", "load_and_chat.py")
+_FOR_ANY_READER = (
+    "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def known_names(*, merged: bool = False) -> frozenset[str]:
+    """What files may be called that lie in adapter/; of them, with `merged`, those that go with merged weights too."""
+    return frozenset(_FOR_ANY_READER if merged else (*_FOR_ANY_READER, *_OF_PEFT))
+
+
 _SCRIPT = '''\
-"""Prints the greedy reply of this adapter: python load_and_chat.py [--base ID_OR_FOLDER] "question" """
+"""Prints the greedy reply of this adapter: python load_and_chat.py {base_usage} "question" """
 import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 here = str(Path(__file__).resolve().parent)
 parser = argparse.ArgumentParser(description="Ask this adapter.")
 parser.add_argument("question")
-parser.add_argument("--base", default=PeftConfig.from_pretrained(here).base_model_name_or_path, help="hub id or folder")
+parser.add_argument("--base", default={base}, help="hub id or folder")
 arguments = parser.parse_args()
+if arguments.base is None:
+    parser.error({no_base})
 no_code = {{"trust_remote_code": False}}  # of a folder or a hub is ever run
 
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -60,48 +78,82 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
         first_rows = [renderer.template.write(row.conversation.messages) for row in checked.rows[:50]]
         models.save_tokenizer(renderer, folder, first_rows)
         models.generation_config(checked.found.folder, renderer.template).save_pretrained(folder)
-        (folder / "load_and_chat.py").write_text(_script(recipe, renderer.template.folds_system), encoding="utf-8")
-        (folder / "README.md").write_text(_card(model, checked, recipe), encoding="utf-8")
+        _name_base(folder / "adapter_config.json", checked.found)
+        for path in (folder / "tokenizer_config.json", folder / "generation_config.json"):
+            rundir.write_json(path, places.stripped(json.loads(path.read_text(encoding="utf-8"))))
+        (folder / "load_and_chat.py").write_text(_script(checked, recipe), encoding="utf-8")
+        (folder / "README.md").write_text(_card(checked, recipe), encoding="utf-8")
 
 
-def _script(recipe: Recipe, folds_system: bool) -> str:
+def _hub_id(found: hub.LocalModel) -> str | None:
+    """Of a base, as plain transformers finds it."""
+    at, _, name = found.source.partition(":")
+    return name if at == "hf" else found.alias.hf if at == "ms" and found.alias else None
+
+
+def _name_base(config: Path, found: hub.LocalModel) -> None:
+    """What the adapter's config says of its base: the hub's id, or the folder's name."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = _hub_id(found) or _plain_name(found)
+    rundir.write_json(config, settings)
+
+
+def _plain_name(found: hub.LocalModel) -> str:
+    return found.folder.resolve().name if found.source == "folder" else found.source.partition(":")[2]
+
+
+def _script(checked: Checked, recipe: Recipe) -> str:
     system = recipe.template.system
-    if system is None:
-        return _SCRIPT.format(system_messages=[], question="arguments.question")
-    if folds_system:
-        return _SCRIPT.format(system_messages=[], question=f"{system + chr(10) * 2!r} + arguments.question")
-    return _SCRIPT.format(system_messages=[{"role": "system", "content": system}], question="arguments.question")
+    base = _hub_id(checked.found)
+    no_base = f"name the base that this adapter was trained on, {_plain_name(checked.found)}: --base FOLDER"
+    filled = {
+        "base": repr(base),
+        "no_base": repr(no_base),
+        "base_usage": "[--base ID_OR_FOLDER]" if base else "--base FOLDER",
+        "system_messages": [],
+        "question": "arguments.question",
+    }
+    if system is not None and checked.renderer.template.folds_system:
+        filled["question"] = f"{system + chr(10) * 2!r} + arguments.question"
+    elif system is not None:
+        filled["system_messages"] = [{"role": "system", "content": system}]
+    return _SCRIPT.format(**filled)
 
 
-def _card(model: PeftModel, checked: Checked, recipe: Recipe) -> str:
+def _card(checked: Checked, recipe: Recipe) -> str:
     template, found = checked.renderer.template, checked.found
-    base = str(model.peft_config["default"].base_model_name_or_path)
-    where = base if found.source == "folder" else found.source
+    where = f"`{found.source}`"
+    if found.source == "folder":
+        where = f"`{_plain_name(found)}`, a folder where it was trained"
     revision = f", revision `{found.revision}`" if found.revision else ""
     licence = f" ({found.alias.licence})" if found.alias else ""
     stops = ", ".join(f"{i} `{template.tokenizer.convert_ids_to_tokens(i)}`" for i in template.stop_ids)
     adapted = ", ".join(f"{target.name} ({target.layers} layers)" for target in checked.targets)
+    source = " ".join(map(places.named, template.source.split(" ", 1)))
     system = "as the template writes it"
     if template.folds_system:
         system = "in front of the first user turn, a blank line between (the template has no place for it)"
     trained = len(hold_out(checked)[0])
-    settings = json.dumps({**recipe.lora.model_dump(), **recipe.train.model_dump()}, ensure_ascii=False)
+    used = {**recipe.lora.model_dump(), **recipe.train.model_dump()}
+    settings = json.dumps(used, ensure_ascii=False)
+    settings = places.without(settings, places.paths_in(used))
+    ask = "python load_and_chat.py" + ("" if _hub_id(found) else " --base FOLDER")
     return f"""---
 {yaml.safe_dump(_front_matter(found), sort_keys=False).strip()}
 ---
-# Adapter for {recipe.model.name}
+# Adapter for {places.named(recipe.model.name)}
 
 A LoRA adapter in peft's format, trained with tunesmith on {trained} rows of `{Path(checked.data.path).name}`
 (SHA-256 `{checked.data.digest[:16]}…`).
 
-    python load_and_chat.py "your question"
+    {ask} "your question"
 
 | | |
 |---|---|
-| base | `{where}`{revision}{licence} |
+| base | {where}{revision}{licence} |
 | adapted | {adapted} |
 | trained numbers | {sum(target.parameters for target in checked.targets):,} |
-| chat template | {template.source}, in `chat_template.jinja` |
+| chat template | {source}, in `chat_template.jinja` |
 | system text | {system} |
 | stop ids | {stops} (all in `generation_config.json`) |
 

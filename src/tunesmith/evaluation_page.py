@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
 from tunesmith import evaluate as evaluations
-from tunesmith import rundir
+from tunesmith import places, rundir
 from tunesmith.evaluate import Evaluation, Side
 from tunesmith.rundir import RunDir
 
@@ -20,12 +21,13 @@ def write(run: RunDir, evaluation: Evaluation) -> Path:
     """Writes all three; returns the page."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     shown: dict[str, Any] = {
-        **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "answers", "general", "judge")},
+        **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "general", "judge")},
         "data": Path(evaluation.data).name,
+        "answers": [replace(answer, where=places.named(answer.where)) for answer in evaluation.answers],
         "table": table(evaluation),
     }
     page = environment.get_template("eval.html.jinja").render(
-        **shown, title=f"{run.path.name}: {evaluation.verdict}", run=run.path, rules=evaluations.__doc__
+        **shown, title=f"{run.path.name}: {evaluation.verdict}", run=run.path.name, rules=evaluations.__doc__
     )
     rundir.write_json(run.path / "eval.json", evaluation.as_dict())
     rundir.write_text(run.path / "eval.html", page)

@@ -1,4 +1,5 @@
-"""The page of a run: one self-contained file that a person would send to a colleague."""
+"""The page of a run: one self-contained file that a person would send to a colleague, and that does not say where on
+this machine things lie."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from tunesmith import rundir
+from tunesmith import places, rundir
 from tunesmith.checking import Checked
 from tunesmith.rundir import RunDir
 from tunesmith.shown import Token, tokens
@@ -25,15 +26,16 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 56, 12, 12, 28
 def write_report(run: RunDir, result: Run, checked: Checked) -> None:
     """Writes report.html from the run's own files and `result`."""
     manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    lie = [str(run.path.absolute()), *places.paths_in(manifest)]
     lines, held_out = rundir.read_lines(run.metrics), rundir.read_lines(run.held_out)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     template = checked.renderer.template
     page = environment.get_template("report.html.jinja").render(
-        title=f"{Path(checked.data.path).name} → {checked.recipe.model.name}",
+        title=f"{Path(checked.data.path).name} → {places.named(checked.recipe.model.name)}",
         created=manifest["created"].replace("T", " ")[:16] + " UTC",
         summary=_summary(result, checked),
         figures=_figures(result, manifest["plan"]),
-        notes=[(line["step"], text) for line in lines for text in line.get("notes", ())],
+        notes=[(line["step"], places.without(text, lie)) for line in lines for text in line.get("notes", ())],
         loss_curve=_curve(
             [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
         ),
@@ -42,7 +44,7 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
         samples=result.samples,
         shown=[
             {
-                "where": str(row.conversation.origin),
+                "where": places.named(str(row.conversation.origin)),
                 "tokens": [_visible(token) for token in tokens(checked.renderer, row.documents[-1])],
             }
             for row in checked.rows[:3]
@@ -56,7 +58,7 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
             ("data", f"{Path(checked.data.path).name}, SHA-256 {checked.data.digest}"),
             (
                 "base",
-                f"{checked.found.source if checked.found.source != 'folder' else checked.recipe.model.name}"
+                places.named(checked.recipe.model.name if checked.found.source == "folder" else checked.found.source)
                 + (f", revision {checked.found.revision}" if checked.found.revision else ""),
             ),
             (
@@ -66,7 +68,7 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
             ),
             (
                 "template",
-                f"{template.source}, SHA-256 {template.digest[:16]}…; stops at "
+                f"{places.without(template.source, lie)}, SHA-256 {template.digest[:16]}…; stops at "
                 + ", ".join(f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids),
             ),
             (
@@ -76,14 +78,14 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
             ("versions", ", ".join(f"{name} {version}" for name, version in manifest["code"].items())),
             ("machine", f"{manifest['machine']}, {manifest['device']}, {manifest['threads']} threads"),
         ],
-        recipe=run.recipe.read_text(encoding="utf-8"),
-        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+        recipe=places.without(run.recipe.read_text(encoding="utf-8"), lie),
+        manifest=places.without(json.dumps(manifest, indent=2, ensure_ascii=False), lie),
     )
     rundir.write_text(run.report, page)
 
 
 def _summary(result: Run, checked: Checked) -> str:
-    text = f"{result.rows_trained} rows taught {checked.recipe.model.name} in {_minutes(result.seconds)}."
+    text = f"{result.rows_trained} rows taught {places.named(checked.recipe.model.name)} in {_minutes(result.seconds)}."
     if result.held_out_loss:
         before, after = result.held_out_loss
         text += f" On {result.rows_held_out} rows it never saw, the loss went from {before:.2f} to {after:.2f}"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import machines, rundir
+from tunesmith import adapter_files, machines, regular, rundir
 from tunesmith import model as models
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
@@ -69,12 +69,13 @@ def export(
     run = rundir.open_run(path)
     if not run.adapter.is_dir():
         raise RunError(str(path), "no adapter/", "a finished run", "Train it to the end: tunesmith resume.")
+    notes = _check_names(run.adapter)
     if not rundir.is_whole(run.adapter):
         found, fix = "an adapter that is not as it was written", "Copy it again from where it came."
         raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
-    opened, notes = Opened.of(path), list[str]()
+    opened = Opened.of(path)
     merged = Merged(opened.found.folder, run.adapter)
     held = opened.recipe.model
     if to != "adapter" and held.quantize != "none":
@@ -145,9 +146,22 @@ def _check_dtype(to: Form, dtype: str | None) -> None:
 
 def _adapter(run: RunDir, folder: Path) -> list[Compared]:
     """peft's folder: adapter_config.json and adapter_model.safetensors as peft, vLLM and SGLang read them."""
-    for path in run.adapter.iterdir():
-        if path.name != "files.json":
-            shutil.copyfile(path, folder / path.name)
     digests = json.loads((run.adapter / "files.json").read_text(encoding="utf-8"))
-    same = all(rundir.sha256(folder / name) == entry["sha256"] for name, entry in digests.items())
+    names = [name for name in sorted(adapter_files.known_names() & digests.keys()) if name != "files.json"]
+    for name in names:
+        regular.copy(run.adapter / name, folder / name)
+    same = all(rundir.sha256(folder / name) == digests[name]["sha256"] for name in names)
     return [at_least("same bytes", float(same), 1)]
+
+
+def _check_names(adapter: Path) -> list[str]:
+    """A sentence for what lies in adapter/ beside its own files, and stays there. Raises ProofError where one of its
+    own is a link, a pipe or a device: reading it would carry out what it leads to, or never end."""
+    own, others = adapter_files.known_names(), list[str]()
+    for path in sorted(adapter.iterdir()):
+        if path.name not in own:
+            others.append(path.name)
+        elif (found := regular.kind(path)) != "a file":
+            fix = "Copy it again from where it came, as files."
+            raise ProofError(str(path), found, "a file, as training wrote it", fix)
+    return [f"Not copied, for no part of an adapter is called so: {', '.join(others)}."] if others else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith import adapter_files, model_files, places, pretrained, regular, rundir
 from tunesmith import model as models
-from tunesmith import model_files, pretrained, rundir
 from tunesmith.export import merging
 from tunesmith.export.live import Answers, Compared, at_least, at_most, logits_of
 from tunesmith.export.merging import Merged
@@ -37,21 +37,18 @@ _BOUNDS = {
     torch.bfloat16: _Bounds(2.0, 0.9, 0.2),
 }
 
-# Of a run's adapter folder, what belongs to peft and to that folder alone.
-_OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "files.json", "README.md", "load_and_chat.py")
-
 
 def write_merged(
     merged: Merged, run: RunDir, folder: Path, dtype: torch.dtype | None, live: Answers, tell: Callable[[str], None]
 ) -> list[Compared]:
     kept = dtype or merged.dtype
     merging.write(merged, folder, dtype)
-    config = model_files.settings(merged.base / "config.json")
+    config = places.stripped(model_files.settings(merged.base / "config.json"))
     config.pop("torch_dtype", None)
     rundir.write_json(folder / "config.json", {**config, "dtype": str(kept).removeprefix("torch.")})
     for path in run.adapter.iterdir():
-        if path.name not in _OF_ADAPTER:
-            shutil.copyfile(path, folder / path.name)
+        if path.name in adapter_files.known_names(merged=True):
+            regular.copy(path, folder / path.name)
     card = (run.adapter / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(_merged_card(card), encoding="utf-8")
     tell("Opening them with plain transformers …")
@@ -89,9 +86,9 @@ def write_merged(
 
 def _merged_card(card: str) -> str:
     """The adapter's card for weights that hold it."""
+    card = re.sub(r"    python load_and_chat\.py .*\n\n", "", card)
     return (
         card.replace("library_name: peft", "library_name: transformers")
         .replace("# Adapter for", "# Merged from an adapter for")
         .replace("A LoRA adapter in peft's format, trained", "A base with a LoRA adapter added to its weights, trained")
-        .replace('    python load_and_chat.py "your question"\n\n', "")
     )
