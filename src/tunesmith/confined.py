@@ -92,11 +92,10 @@ def _work_and_exit(work: Callable[[], Any], descriptor: int, seconds: float, mor
         for number in (0, 1, 2):
             os.dup2(silence, number)
         sys.stdout = sys.stderr = os.fdopen(silence, "w")
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
+        _limit(resource.RLIMIT_CORE, 0)
+        _limit(resource.RLIMIT_CPU, int(seconds) + 2)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _limit(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + more_bytes)
         try:
             answer = {"returned": work()}
         except MemoryError:
@@ -109,3 +108,12 @@ def _work_and_exit(work: Callable[[], Any], descriptor: int, seconds: float, mor
             data = data[os.write(descriptor, data) :]
     finally:
         os._exit(0)
+
+
+def _limit(kind: int, bound: int) -> None:
+    """Sets a limit of this process; one that is there already and lower stays, for nobody but root may raise it."""
+    import resource
+
+    _, most = resource.getrlimit(kind)
+    bound = bound if most == resource.RLIM_INFINITY else min(bound, most)
+    resource.setrlimit(kind, (bound, bound))

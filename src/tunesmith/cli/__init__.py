@@ -13,10 +13,18 @@ from typing import Any
 
 import typer
 
-from tunesmith.cli import following, machine, training, using
+from tunesmith import system
 from tunesmith.cli.console import show_error
-from tunesmith.cli.options import SETTINGS
 from tunesmith.errors import TunesmithError
+
+try:
+    system.refuse_windows()
+except TunesmithError as error:  # before anything is imported that Windows does not have
+    show_error(error)
+    raise SystemExit(error.exit_code) from None
+
+from tunesmith.cli import following, machine, training, using
+from tunesmith.cli.options import SETTINGS
 from tunesmith.interrupts import Terminal
 
 app = typer.Typer(
