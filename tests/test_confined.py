@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -102,3 +103,26 @@ def test_the_copy_is_gone_with_its_object() -> None:
     del worker
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+LIMITED = """
+import os, resource, sys
+from tunesmith.confined import Ended, confined
+kind, bound = getattr(resource, sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(kind, (bound, bound))
+if os.getuid() == 0:
+    os.setuid(65534)  # root may raise a limit again, a user may not
+print(confined(lambda: 1 + 1))
+try:
+    confined(lambda: len(bytearray(3 << 30)))
+except Ended as ended:
+    print(ended)
+"""
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("RLIMIT_AS", 1 << 30), ("RLIMIT_CPU", 10)])
+def test_where_the_process_is_limited_already_work_is_done_and_ended(kind: str, bound: int) -> None:
+    """A limit of a shell (ulimit -v) or of SLURM, lower than the one for the work."""
+    command = [sys.executable, "-c", LIMITED, kind, str(bound)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["2", "more than 1,024 MiB"]

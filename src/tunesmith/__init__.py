@@ -64,4 +64,7 @@ def __getattr__(name: str) -> Any:
     """Loads a name's module when it is first asked for, so that `tunesmith --help` needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
+    from tunesmith.system import refuse_windows
+
+    refuse_windows()
     return getattr(importlib.import_module(f"tunesmith.{_HOMES[name]}"), name)

@@ -31,6 +31,13 @@ from tunesmith.render import Renderer
 LARGE = 8 * 2**20
 """Bytes of a file from which on its rows are kept; below, starting a process takes longer than rendering."""
 _DAYS_KEPT = 30
+# Of a process: what it takes before it works, and per byte of the pickled renderer, which is for the most part the
+# tokenizer; what rows take while they are rendered, and per byte of a file that is read as a whole. Measured
+# (2026-11): 78 MiB with a tokenizer of 32,000 tokens (1.3 MiB), 113 with one of 100,000 (3.0), 513 with Gemma's (25.8),
+# and at work 35 to 90 more; 2 to 3 per byte of a JSON array, and 5 where it has letters
+# of four bytes.
+_PROCESS_BYTES, _PER_PICKLED, _AT_WORK_BYTES, _PER_READ = 60 << 20, 18, 128 << 20, 5
+_SHARE_OF_MEMORY = 0.75
 _FIX = "Free some space there, or name another place with TUNESMITH_CACHE."
 
 
@@ -41,7 +48,8 @@ class _Task(NamedTuple):
     """What the processes are told."""
 
     records: Records
-    renderer: Renderer
+    renderer: bytes
+    """Pickled."""
     of: int
     folder: Path
 
@@ -78,7 +86,6 @@ def _name(data: Records, renderer_digest: str) -> str:
 
 
 def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Callable[[int], None]) -> None:
-    count = max(1, min(system.cores(), data.n_bytes // LARGE))
     # What this process can import, the others can; the tokenizer's own threads would only be in each other's way.
     environment = {
         **os.environ,
@@ -87,7 +94,9 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
     }
     workers: list[subprocess.Popen[bytes]] = []
     with tempfile.NamedTemporaryFile(suffix=".pickle") as task:
-        pickle.dump(_Task(data, renderer, count, folder), task)
+        pickled = pickle.dumps(renderer)
+        count = _count(data, len(pickled), system.memory().free, system.cores())
+        pickle.dump(_Task(data, pickled, count, folder), task)
         task.flush()
         command = [sys.executable, "-P", "-m", "tunesmith.cache", task.name]
         heard, said = os.pipe()
@@ -119,12 +128,21 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
         raise RunError(data.path, found, "every row rendered", fix)
 
 
+def _count(data: Records, pickled_bytes: int, free_bytes: int, n_cores: int) -> int:
+    """How many processes render: no more than there are cores, than there is work for, or than memory holds."""
+    each = _PROCESS_BYTES + _PER_PICKLED * pickled_bytes + _AT_WORK_BYTES
+    if data.format == "json":  # an array is read as a whole, by every one of them
+        each += _PER_READ * data.n_bytes
+    return max(1, min(n_cores, data.n_bytes // LARGE, int(free_bytes * _SHARE_OF_MEMORY) // each))
+
+
 def _work(task: _Task, number: int) -> None:
-    task.renderer.template.writer.stay()
+    renderer: Renderer = pickle.loads(task.renderer)
+    renderer.template.writer.stay()
     counts = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a count
     with pa.OSFile(str(task.folder / f"{number:04}.arrow"), "wb") as file, pa.ipc.new_file(file, rows.SCHEMA) as writer:
-        for batch in rows.render(task.records, task.renderer, number, task.of):
+        for batch in rows.render(task.records, renderer, number, task.of):
             writer.write_batch(batch)
             print(batch.num_rows, file=counts, flush=True)
 

@@ -202,12 +202,15 @@ def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, 
             if int(name) > 2 and int(name) not in (asked, answered, silence):
                 with contextlib.suppress(OSError):
                     os.close(int(name))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]  # a shell's or SLURM's, which nobody but root may raise
         with memory_limit(more_bytes), os.fdopen(asked, "rb") as requests, os.fdopen(answered, "wb") as answers:
             while head := requests.read(_LENGTH.size):
                 request = json.loads(requests.read(_LENGTH.unpack(head)[0]))
                 used = resource.getrusage(resource.RUSAGE_SELF)
-                resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 1, -1))
+                until = int(used.ru_utime + used.ru_stime) + seconds + 1
+                bound = until if most == resource.RLIM_INFINITY else min(until, most)
+                resource.setrlimit(resource.RLIMIT_CPU, (bound, most))
                 answer = _tried(work, request, more_bytes)
                 if isinstance(answer, Exception):
                     answer = {"ended" if isinstance(answer, Ended) else "failed": str(answer)}

@@ -81,6 +81,16 @@ def memories(root: Path = _ROOT) -> Iterator[Memory]:
                 yield Memory(max(0, bound - taken), bound, whose)
 
 
+def more_memory(whose: str) -> str:
+    """What there is to do where a limit leaves too little, in half a sentence."""
+    if "control group" in whose:
+        return (
+            "Ask for more memory where this process was started (SLURM: --mem, Docker: --memory, Kubernetes: "
+            "resources.limits.memory, systemd: MemoryMax), or end what else runs there"
+        )
+    return f"Raise {whose}" if "ulimit" in whose else "Close other programs"
+
+
 def own_bytes() -> int:
     """Memory that this process has taken and no other shares, so that `memory().free` has it no more: without the
     pages of files, which count as free."""
@@ -109,6 +119,18 @@ def _core_limits(root: Path) -> Iterator[Cores]:
             numbers = _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
         if len(numbers) == 2 and all(number.isdigit() for number in numbers) and int(numbers[1]):
             yield Cores(int(numbers[0]) / int(numbers[1]), name)
+
+
+def bound_threads() -> None:
+    """Lets libraries that are loaded later start no more threads than there are cores: by themselves they know a
+    process's affinity, but not the time that a control group has, and OMP_NUM_THREADS may say any number. 16 threads on
+    two cores take 1.4 times the time of the processor that two take (2026-11)."""
+    count, asked = cores(), os.environ.get("OMP_NUM_THREADS", "")
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked.isdigit() and int(asked) > count:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+    elif not asked and count < known:
+        os.environ["OMP_NUM_THREADS"] = str(min(count, psutil.cpu_count(logical=False) or count))
 
 
 def refuse_windows() -> None:

@@ -11,11 +11,19 @@ from typing import Any
 
 import typer
 
+from tunesmith import system
+from tunesmith.cli.console import show_error, show_usage
+from tunesmith.errors import RunError, TunesmithError
+
+try:
+    system.refuse_windows()
+except TunesmithError as error:  # before anything is imported that Windows does not have
+    show_error(error)
+    raise SystemExit(error.exit_code) from None
+
 from tunesmith import terminal
 from tunesmith.cli import following, machine, training, using
-from tunesmith.cli.console import show_error, show_usage
 from tunesmith.cli.options import SETTINGS
-from tunesmith.errors import RunError, TunesmithError
 
 app = typer.Typer(
     name="tunesmith",

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import terminal
+from tunesmith import system, terminal
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
     # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    system.bound_threads()
 
     if verbose:
         os.environ["TUNESMITH_VERBOSE"] = "1"
