@@ -30,6 +30,20 @@ from tunesmith.engine import products
 from tunesmith.training import Run
 from warm import Warm
 
+MACHINE = (
+    *("attention", "batching", "cli", "engine", "golden", "guards", "kernels", "lanes", "liger", "loss", "memory"),
+    *("planning", "products", "ranks", "resume", "self_check", "train"),
+)
+"""Files of the tests whose results a processor, its threads or what computes on it could change: they are marked
+`machine`, and `make test-machines` runs them once more on others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in MACHINE and item.path.parent.name == "tests":
+            item.add_marker("machine")
+
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -113,11 +113,13 @@ def test_a_lane_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     with_lanes(2, monkeypatch)
     expected = take(made)
     monkeypatch.setattr(Lanes, "hear", lambda self, numbers, what: None)
-    forward = layers.Linears.forward
+    forward, others = layers.Linears.forward, list[str]()
 
     def dawdling(*given: Any, **named: Any) -> None:
-        if threading.current_thread().name.endswith("0"):
-            time.sleep(0.005)
+        lane, until = threading.current_thread().name[-1], time.monotonic() + 2
+        others.extend("1" * (lane == "1"))
+        while lane == "0" and len(others) < 4 and time.monotonic() < until:  # the other one has seen its keys by then
+            time.sleep(0.001)
         forward(*given, **named)
 
     monkeypatch.setattr(layers.Linears, "forward", dawdling)
@@ -153,20 +155,21 @@ def test_a_lane_is_not_held_up_by_those_it_needs_nothing_of(monkeypatch: pytest.
     made = engine(adapted(base("llama", num_hidden_layers=4)).double(), "decoder")
     with_lanes(2, monkeypatch)
     take(made)
-    seen: list[tuple[str, Any]] = []
-    tell = Lanes.tell
+    last = {("keys", 0, 3): threading.Event(), ("key gradients", 1, 0): threading.Event()}
+    held = {("keys", 1, 1): last["keys", 0, 3], ("key gradients", 0, 2): last["key gradients", 1, 0]}
+    tell, ended = Lanes.tell, list[bool]()
 
     def telling(self: Lanes, number: int, what: Any) -> None:
-        if what[0] in ("keys", "key gradients"):
-            held_up = number == (1 if what[0] == "keys" else 0)
-            time.sleep(0.02 if held_up else 0)
-            seen.append((f"{what[0]} of {number}", what[-1]))
+        told = what[0], number, what[-1]
+        if told in held:  # until the other lane has told its last
+            ended.append(held[told].wait(30))
+        if told in last:
+            last[told].set()
         tell(self, number, what)
 
     monkeypatch.setattr(Lanes, "tell", telling)
     take(made)
-    assert seen.index(("keys of 0", 3)) < seen.index(("keys of 1", 1))
-    assert seen.index(("key gradients of 1", 0)) < seen.index(("key gradients of 0", 2))
+    assert ended == [True, True]
 
 
 def test_what_one_lane_tells_wakes_the_others() -> None:
