@@ -224,6 +224,12 @@ def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
+def tunesmith_with(streams: tuple[int, int, int], *arguments: str | Path, cwd: Path | None = None, **env: str) -> int:
+    """Runs the command line with these descriptors for standard input, output and error; its exit code."""
+    environment = {**os.environ, **_NO_NETWORK, **env}
+    return _warm().run_with(streams, [str(argument) for argument in arguments], cwd, environment, 300)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo's real model; fetched once if it is not here, and the test is skipped where that can not be."""

@@ -75,6 +75,25 @@ def hush_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """While it holds, transformers keeps its notes and its bars to itself, unless somebody has asked it for more or
+    for less than it says by itself. What matters of what it would say is checked here and raised."""
+    notes = transformers.logging
+    verbosity, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    hushed = verbosity == notes.WARNING and "TUNESMITH_VERBOSE" not in os.environ
+    if hushed:
+        notes.set_verbosity_error()
+        notes.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hushed:
+            notes.set_verbosity(verbosity)
+            if bars:
+                notes.enable_progress_bar()
+
+
 def device() -> torch.device:
     """The device that is trained and chatted on: a CUDA GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +112,7 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
     return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, found.alias)))
 
 
+@_quietly()
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; raises ModelError when there is none or it is broken."""
     try:
@@ -216,6 +236,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
+@_quietly()
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's config; raises ModelError when transformers does not build this architecture itself."""
     try:
@@ -240,6 +261,7 @@ def n_words(model: nn.Module) -> int:
     return int(embeddings.get_input_embeddings().weight.shape[0])
 
 
+@_quietly()
 def generation_config(folder: Path, template: Template) -> GenerationConfig:
     """The model's own sampling settings with all stop ids of the template."""
     try:
@@ -253,6 +275,7 @@ def generation_config(folder: Path, template: Template) -> GenerationConfig:
     return config
 
 
+@_quietly()
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights (meta device)."""
     with torch.device("meta"):
@@ -272,6 +295,7 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
     return config.dtype == torch.bfloat16
 
 
+@_quietly()
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
     """The frozen base model on this machine's device, in evaluation mode.
 
