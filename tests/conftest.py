@@ -258,6 +258,12 @@ def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
+def tunesmith_with(streams: tuple[int, int, int], *arguments: str | Path, cwd: Path | None = None, **env: str) -> int:
+    """Runs the command line with these descriptors for standard input, output and error; its exit code."""
+    environment = {**os.environ, **_NO_NETWORK, **env}
+    return _warm().run_with(streams, [str(argument) for argument in arguments], cwd, environment, 300)
+
+
 @pytest.fixture
 def planted_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The environment names a proxy that answers nothing; what it was asked for."""

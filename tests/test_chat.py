@@ -159,6 +159,7 @@ def test_sampling_follows_the_models_generation_config_and_zero_is_greedy(tmp_pa
         [{"role": "assistant", "content": "x"}],
         [{"role": "robot", "content": "x"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": "\ud83d"}],
     ],
 )
 def test_what_is_no_conversation_is_refused(talk: Chat, messages: list[object]) -> None:

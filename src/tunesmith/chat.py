@@ -23,6 +23,7 @@ from tunesmith.engine.step import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
+from tunesmith.terminal import what_is_no_text
 from tunesmith.types import ChatMessage, Message
 from tunesmith.writing import Text, reply_text
 
@@ -401,6 +402,8 @@ def _conversation(messages: Sequence[Message | ChatMessage], system: str | None)
                 "{'role': system, user or assistant, 'content': text}",
                 "Mend the message.",
             )
+        if half := what_is_no_text(content):
+            raise DataError(f"message {number}", half, "whole characters", "Decode the text anew, as what it is.")
         talk.append(Message(role, content))
     if not talk or talk[-1].role != "user":
         raise DataError("conversation", "no user turn at the end", "something to answer", "Add the question.")

@@ -227,9 +227,8 @@ def show_faults(console: Screen, faults: Sequence[Fault], at_most: int = 10) -> 
 def side_by_side(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
     """Questions with the answers before and after."""
     table = Table(box=ROUNDED, show_lines=True, expand=True, border_style="grey35")
-    table.add_column("question", style="bold", ratio=3)
-    table.add_column("before", style="grey62", ratio=5)
-    table.add_column("after", style="green", ratio=5)
+    for name, style, ratio in (("question", "bold", 3), ("before", "grey62", 5), ("after", "green", 5)):
+        table.add_column(name, style=style, ratio=ratio, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

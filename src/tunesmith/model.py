@@ -67,6 +67,25 @@ def hush_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """While it holds, transformers keeps its notes and its bars to itself, unless somebody has asked it for more or
+    for less than it says by itself. What matters of what it would say is checked here and raised."""
+    notes = transformers.logging
+    verbosity, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    hushed = verbosity == notes.WARNING and "TUNESMITH_VERBOSE" not in os.environ
+    if hushed:
+        notes.set_verbosity_error()
+        notes.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hushed:
+            notes.set_verbosity(verbosity)
+            if bars:
+                notes.enable_progress_bar()
+
+
 def device() -> torch.device:
     """The device that is trained and chatted on: a CUDA GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,6 +104,7 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
     return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, found.alias)))
 
 
+@_quietly()
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; raises ModelError when there is none, or it is broken or hostile."""
     model_files.check(folder)
@@ -206,6 +226,7 @@ def _stop_ids(folder: Path, alias: hub.Alias | None) -> list[int]:
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
+@_quietly()
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's config; raises ModelError when transformers does not build such a model itself."""
     return pretrained.config(folder)
@@ -222,6 +243,7 @@ def n_words(model: nn.Module) -> int:
     return int(embeddings.get_input_embeddings().weight.shape[0])
 
 
+@_quietly()
 def generation_config(folder: Path, template: Template) -> GenerationConfig:
     """The model's own sampling settings with all stop ids of the template."""
     config = pretrained.generation(folder)
@@ -232,6 +254,7 @@ def generation_config(folder: Path, template: Template) -> GenerationConfig:
     return config
 
 
+@_quietly()
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights (meta device)."""
     return pretrained.skeleton(config)
@@ -253,6 +276,7 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
 _MOST_PACKED = 16  # numbers of a few bits that a file holds as one
 
 
+@_quietly()
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
     """The frozen base model on this machine's device, in evaluation mode.
 

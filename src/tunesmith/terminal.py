@@ -29,6 +29,10 @@ _PLAINER = dict(zip("▁▂▃▄▅▆▇█✓✗›×⏎–�", "_.-~=+*#+x>
 }
 
 
+ERRORS = "plainer"
+"""The error handler that writes what an encoding lacks in ASCII: arrows, bars, and other scripts as escapes."""
+
+
 def safe(text: str) -> str:
     """The text with a visible sign for each control character, so that a terminal obeys none of it.
 
@@ -101,10 +105,9 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             _to_nowhere(number)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-    codecs.register_error("plainer", _plainer)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plainer")
+            stream.reconfigure(errors=ERRORS)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
@@ -154,6 +157,9 @@ def _plain(sign: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return _PLAINER.get(sign) or sign.encode("ascii", "backslashreplace").decode()
+
+
+codecs.register_error(ERRORS, _plainer)
 
 
 # --- bytes that are not text ------------------------------------------------------------------------------------------

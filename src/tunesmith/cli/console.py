@@ -35,6 +35,8 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
         import warnings
 
         warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that this one starts
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.disable(logging.WARNING)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -65,8 +67,9 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
         tasks: dict[str, Any] = {}
 
         def moved(file: str, done: int, total: int) -> None:
-            task = tasks.setdefault(file, bar.add_task(f"fetching {file}", total=total) if file not in tasks else None)
-            bar.update(task, completed=done, total=total)
+            if file not in tasks:
+                tasks[file] = bar.add_task(terminal.safe(f"fetching {file}"), total=total)
+            bar.update(tasks[file], completed=done, total=total)
 
         found = hub.locate(name, revision, weights=weights, on_progress=moved)
     from tunesmith import model as models
