@@ -303,7 +303,8 @@ def main() -> int:
             server.process.kill()
             errors = "killed"
     tracebacks = errors.count("Traceback")
-    (arguments.out / "abuse.err").write_text(errors)
+    if tracebacks:
+        print(errors, file=sys.stderr)
     result = {
         "what": "serve under abuse: longest /health, memory of the server, a small request meanwhile and after",
         "date": datetime.date.today().isoformat(),

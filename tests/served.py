@@ -49,7 +49,7 @@ def trained(base: Path, folder: Path, **flags: Any) -> Path:
 def serving(runs: Sequence[Path], **settings: Any) -> Iterator[Serving]:
     """A server that answers; closed at the end, and nothing may be left in it."""
     limits = settings.pop("limits", None) or Limits()
-    server = Serving(runs, port=0, tell=lambda line: None, limits=limits, **settings)
+    server = Serving(runs, port=0, **{"tell": lambda line: None, "limits": limits, **settings})
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def assert_same(run: Path, other: Path) -> None:
     assert numbers(run) == numbers(other)
 
 
-def start(*arguments: str | Path, environment: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TUNESMITH_OFFLINE": "1", **(environment or {})},
+        env={**os.environ, "TUNESMITH_OFFLINE": "1"},
         **more,
     )
 

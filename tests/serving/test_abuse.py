@@ -273,6 +273,23 @@ def test_connections_that_ask_nothing_give_way_to_new_ones(runs: dict[str, Path]
         answered.close()
 
 
+def test_an_address_with_many_connections_takes_no_place_from_one_with_few(runs: dict[str, Path]) -> None:
+    with serving([runs["base"]], limits=Limits(connections=20)) as server, contextlib.ExitStack() as stack:
+        port = int(server.url.rpartition(":")[2])
+        try:
+            few = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 60, ("127.0.0.2", 0)))
+                for _ in range(5)
+            ]
+        except OSError as error:
+            pytest.skip(f"no second address of this machine: {error}")
+        many = [stack.enter_context(connected(server)) for _ in range(60)]
+        assert all_of(many[0]) == b""
+        for connection in few:  # they have been idle for longest
+            connection.sendall(head(server, "Connection: close", path="/health", method="GET"))
+            assert all_of(connection).startswith(b"HTTP/1.1 200")
+
+
 def test_a_server_that_is_full_of_those_it_answers_takes_no_more(runs: dict[str, Path]) -> None:
     body = json.dumps(chat_with(model="base", messages=ENDLESS, max_tokens=CONTEXT - 100, stream=True)).encode()
     with serving([runs["base"]], limits=Limits(connections=4)) as server, contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from conftest import tunesmith
 from served import CONTEXT, ENDLESS, SURE, chat_with, connected, copied, metrics, said, serving, until
 from small_runs import start
 from tunesmith import chat
@@ -116,22 +117,20 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             process.kill()
 
 
-def test_a_key_in_the_command_line_and_a_way_without_tls_are_told(runs: dict[str, Path]) -> None:
-    key, seen = "a-key-of-16-letters", {}
-    for name, arguments, environment in [
-        ("argument", ["--api-key", key], {}),
-        ("variable", [], {"TUNESMITH_API_KEY": key}),
-        ("open", ["--host", "0.0.0.0"], {"TUNESMITH_API_KEY": key}),
-    ]:
-        with start("serve", runs["base"], "--port", "0", "--json", *arguments, environment=environment) as process:
-            try:
-                assert process.stdout is not None
-                json.loads(process.stdout.readline())
-                process.send_signal(signal.SIGTERM)
-                seen[name] = process.communicate(timeout=60)[1]
-            finally:
-                process.kill()
-    assert "TUNESMITH_API_KEY" in seen["argument"] and "list of processes" in seen["argument"]
-    assert "list of processes" not in seen["variable"] + seen["open"]
-    assert "no TLS" in seen["open"] and "no TLS" not in seen["argument"] + seen["variable"]
-    assert key not in "".join(seen.values())
+def test_a_key_in_the_command_line_is_warned_of(server: Serving) -> None:
+    """Said before anything is loaded; here the address can not be had."""
+    key, port = "a-key-of-16-letters", server.url.rpartition(":")[2]
+    argument = tunesmith("serve", "no-such-run", "--port", port, "--api-key", key)
+    variable = tunesmith("serve", "no-such-run", "--port", port, TUNESMITH_API_KEY=key)
+    for ended in (argument, variable):
+        assert ended.code == 2 and "can not be had" in ended.err
+        assert key not in ended.out + ended.err
+    assert "list of processes; set TUNESMITH_API_KEY" in " ".join((argument.out + argument.err).split())
+    assert "list of processes" not in variable.out + variable.err
+
+
+def test_a_way_without_tls_is_told_when_others_can_reach_it(runs: dict[str, Path]) -> None:
+    for host, expected in (("127.0.0.1", False), ("0.0.0.0", True)):
+        told: list[str] = []
+        with serving([runs["base"]], host=host, api_key="a-key-of-16-letters", tell=told.append):
+            assert any("no TLS" in line and "docs/how-to/serve.md" in line for line in told) is expected
