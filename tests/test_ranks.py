@@ -205,7 +205,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("other kinds", "process 1: the sum of a loss in step 0"),
+        ("other kinds", "process 1: the sum of a loss in step 0 (1 numbers)"),
         ("other steps", "process 1: a word from each process in step 4"),
         ("other sizes", "process 1: the sum of a loss in step 0 (2 numbers)"),
     ],
