@@ -47,7 +47,7 @@ def main() -> int:
         for name, sharded in (("added up", False), ("FSDP2", True)):
             run = folder / name.replace(" ", "-")
             command = arguments(model, data, run, "engine.tokens_per_micro_batch=100")
-            codes = [p.wait(240) for p in processes([command] * 2, folder, ACCELERATE_USE_FSDP=str(sharded))]
+            codes = [p.wait(1800) for p in processes([command] * 2, folder, ACCELERATE_USE_FSDP=str(sharded))]
             assert codes == [0, 0], (folder / "0.log").read_text()
             apart[name] = float(np.max([abs(a - b) for a, b in zip(losses(run), alone, strict=True)]))
         result = {
@@ -76,7 +76,7 @@ def with_fast_clock(model: Path, data: Path, folder: Path, fast: int) -> dict[st
         assert tunesmith(*arguments(model, data, plain, *settings)).code == 0
     command = arguments(model, data, run, *settings)
     started = processes([command] * 2, folder, FAST_CLOCK, FAST_RANK=str(fast), FAST="200")
-    codes = [process.wait(600) for process in started]
+    codes = [process.wait(1800) for process in started]
     ours, expected = losses(run), losses(plain)
     return {
         "exit_codes": codes,
@@ -96,7 +96,7 @@ def seconds_after_kill(model: Path, data: Path, folder: Path) -> float:
     second.send_signal(signal.SIGKILL)
     second.wait()
     began = time.monotonic()
-    first.wait(60)
+    first.wait(300)
     return time.monotonic() - began
 
 
