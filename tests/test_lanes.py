@@ -64,7 +64,7 @@ def test_any_number_of_threads_gives_the_same_gradient(n_tokens: int, lanes_of_1
     finally:
         torch.set_num_threads(before)
     assert lanes[0] == 1 and lanes[2] == lanes_of_16
-    assert largest(distance(step, found[0]) for step in found) < 1e-12  # observed PLACE
+    assert largest(distance(step, found[0]) for step in found) < 1e-12  # as of other lanes
     assert largest(abs(step.loss - found[0].loss) for step in found) < 1e-12
 
 

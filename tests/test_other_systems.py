@@ -13,7 +13,7 @@ from test_layers import modules
 
 # What other people's packages import of the real system comes first.
 LIGHT = "filelock jinja2 psutil pydantic rich.console typer yaml"
-ALL = f"{LIGHT} accelerate huggingface_hub numpy peft pyarrow torch transformers"
+ALL = f"{LIGHT} accelerate fastapi huggingface_hub numba.extending numpy peft pyarrow torch transformers uvicorn"
 PLAY = """
 import importlib, importlib.abc, importlib.util, mmap, os, signal, sys
 
