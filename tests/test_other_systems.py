@@ -45,7 +45,7 @@ MACOS = """
 linux_only = {
     os: [n for n in dir(os) if n.startswith(("sched_", "memfd_", "MFD_", "posix_fadvise", "POSIX_FADV", "eventfd",
                                              "EFD_", "timerfd_", "TFD_", "pidfd_", "splice", "getrandom", "setns",
-                                             "unshare", "O_TMPFILE", "O_PATH", "getxattr", "setxattr", "listxattr"))],
+                                             "unshare", "O_PATH", "getxattr", "setxattr", "listxattr"))],
     mmap: [n for n in dir(mmap) if n in ("MAP_POPULATE", "MAP_HUGETLB") or n in (
         "MADV_HUGEPAGE", "MADV_NOHUGEPAGE", "MADV_DONTFORK", "MADV_REMOVE", "MADV_DONTDUMP")],
     signal: ["SIGRTMIN", "SIGRTMAX", "SIGPWR", "SIGSTKFLT", "SIGPOLL"],
