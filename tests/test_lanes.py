@@ -20,7 +20,7 @@ from test_engine import adapted, base, distance, engine, family, ignored, take
 from test_trie import batches
 from tunesmith.engine import decoder, layers, loss, products
 from tunesmith.engine.lanes import Lanes, count_for, shares
-from tunesmith.types import Rendered
+from tunesmith.types import Origin, Rendered
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,26 @@ def test_lanes_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, dropou
         torch.manual_seed(3)
         found.append(take(made))
     assert largest(distance(step, found[0]) for step in found) < 1e-12  # observed 5.4e-16
+    assert largest(abs(step.loss - found[0].loss) for step in found) < 1e-12
+
+
+@pytest.mark.parametrize(("n_tokens", "lanes_of_16"), [(64, 1), (600, 4), (2048, 16)])
+def test_any_number_of_threads_gives_the_same_gradient(n_tokens: int, lanes_of_16: int) -> None:
+    """More threads than cores, more than lanes, or one for each."""
+    draw = random.Random(0)
+    ids = tuple(draw.randrange(20) for _ in range(n_tokens // 8))
+    documents = [Rendered((number, *ids[1:]), ((1, len(ids)),), Origin("rows", number)) for number in range(8)]
+    made = engine(adapted(base("llama", num_hidden_layers=2)).double(), "decoder")
+    before, found, lanes = torch.get_num_threads(), [], []
+    try:
+        for count in (1, 2, 16):
+            torch.set_num_threads(count)
+            lanes.append(count_for(n_tokens))
+            found.append(take(made, documents))
+    finally:
+        torch.set_num_threads(before)
+    assert lanes[0] == 1 and lanes[2] == lanes_of_16
+    assert largest(distance(step, found[0]) for step in found) < 1e-12  # as of other lanes
     assert largest(abs(step.loss - found[0].loss) for step in found) < 1e-12
 
 

@@ -259,10 +259,41 @@ def test_a_plan_in_a_real_control_group_has_its_memory(group: Callable[[], None]
 
 
 @pytest.mark.parametrize("group", [HALF], indirect=True, ids=["cpu"])
-def test_cores_are_what_a_real_control_group_gives(group: Callable[[], None]) -> None:
-    code = "from tunesmith import system\nfound = system.core_limit()\nprint(system.cores(), found.count, found.whose)"
+def test_cores_and_threads_are_what_a_real_control_group_gives(group: Callable[[], None]) -> None:
+    code = """
+import os
+from tunesmith import system
+found = system.core_limit()
+print(system.cores(), found.count, found.whose)
+for asked in ("", "1", "16"):
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if asked:
+        os.environ["OMP_NUM_THREADS"] = asked
+    system.bound_threads()
+    print(os.environ.get("OMP_NUM_THREADS"))
+"""
     ended = subprocess.run([sys.executable, "-c", code], preexec_fn=group, capture_output=True, text=True, check=True)
-    assert ended.stdout.startswith("1 0.5 the control group /") and "tunesmith-" in ended.stdout
+    limit, *threads = ended.stdout.splitlines()
+    assert limit.startswith("1 0.5 the control group /") and "tunesmith-" in limit
+    if len(os.sched_getaffinity(0)) > 1:
+        assert threads == ["1", "1", "1"]
+
+
+@pytest.mark.parametrize("group", [HALF], indirect=True, ids=["cpu"])
+def test_doctor_says_whose_limit_counts(group: Callable[[], None]) -> None:
+    command = [sys.executable, "-m", "tunesmith", "doctor", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "16", "TUNESMITH_OFFLINE": "1"}
+    ended = subprocess.run(command, preexec_fn=group, capture_output=True, text=True, check=False, env=environment)
+    found = {finding["name"]: finding["found"] for finding in json.loads(ended.stdout)["findings"]}
+    assert found["cores"].startswith(f"1 of {os.cpu_count()}, by the control group /")
+    assert found["cores"].endswith(", which has 0.5; 1 thread")
+
+
+def test_what_to_do_about_memory_is_true_of_the_limit() -> None:
+    groups = system.more_memory("the control group /slurm/job_7")
+    assert "--mem" in groups and "resources.limits.memory" in groups
+    assert system.more_memory(system.MACHINE) == "Close other programs"
+    assert system.more_memory("the limit of addresses (ulimit -v)") == "Raise the limit of addresses (ulimit -v)"
 
 
 def test_no_limit_of_addresses_is_said_where_there_is_none() -> None:
