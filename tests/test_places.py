@@ -1,4 +1,4 @@
-"""What leaves this machine says what things are called, and not where they lie; and it holds what it should, no more."""
+"""What leaves this machine says what things are called and not where they lie, and holds what it should, no more."""
 
 from __future__ import annotations
 
