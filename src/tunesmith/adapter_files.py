@@ -57,7 +57,7 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
         models.save_tokenizer(renderer, folder, first_rows)
         models.generation_config(checked.found.folder, renderer.template).save_pretrained(folder)
         (folder / "load_and_chat.py").write_text(_script(recipe, renderer.template.folds_system), encoding="utf-8")
-        (folder / "README.md").write_text(_card(model, checked, recipe), encoding="utf-8")
+        rundir.write_text(folder / "README.md", _card(model, checked, recipe))
 
 
 def _script(recipe: Recipe, folds_system: bool) -> str:
