@@ -234,7 +234,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(hostile_run: Path) -> None
     assert once.code == 0 and "␛]0;x␇�[/b]" in once.out
     assert not OBEYED.search(OWN.sub("", once.out))
     talk = on_terminal("chat", hostile_run, "--temperature", "0", typed=b"Hi\n/save no[/b]such/\x1b[2Jfolder\n")
-    assert talk.code == 0 and "␛]0;x␇�[/b]" in talk.out and "no[/b]such/␛[2Jfolder" in talk.out
+    assert talk.code == 0 and "␛]0;x␇�[/b]" in talk.out and "no[/b]such/" in talk.out
     assert not OBEYED.search(OWN.sub("", talk.out))
 
 
@@ -454,13 +454,16 @@ def test_an_option_that_is_no_text_is_refused_in_one_sentence(option: tuple[str,
     assert ended.err.startswith("Error  --")
 
 
+FREE = ("model", "data", "run_or_model", "runs", "host", "api_key")
+
+
 def test_every_option_that_is_text_is_looked_at() -> None:
-    """Those without a callback name files."""
+    """Those without a callback name files, or are the address and the key of a server."""
     for command in app.registered_commands:
         assert command.callback is not None
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             kind, *infos = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-            if {str, list[str]} & {kind, *get_args(kind)} and name not in ("model", "data", "run_or_model", "runs"):
+            if {str, list[str]} & {kind, *get_args(kind)} and name not in FREE:
                 (info,) = infos
                 assert info.callback is not None, f"{command.callback.__name__} --{name}"
 
@@ -478,15 +481,14 @@ def test_a_file_whose_name_is_no_text_is_trained_on(tiny_model: Path, rows: Path
         data = rows.rename(tmp_path / os.fsdecode(b"\xca\xfd\xbe\xdd.jsonl"))
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    out = tmp_path / os.fsdecode(b"run-\xc4\xe3")
-    arguments = ("--model", tiny_model, "--data", data, "--set", "train.epochs=1", "--out", out)
-    ended = on_terminal("train", *arguments, COLUMNS="300")
+    arguments = ("--model", tiny_model, "--data", data, "--set", "train.epochs=1", "--out")
+    ended = tunesmith("train", *arguments, tmp_path / os.fsdecode(b"run-\xc4\xe3\xba\xc3"))
+    assert ended.code == 2 and r"run-\xc4\xe3\xba\xc3" in ended.err and "GB18030" in ended.err
+    ended = on_terminal("train", *arguments, tmp_path / "run", COLUMNS="300")
     assert ended.code == 0, ended.out
-    assert r"\xca\xfd\xbe\xdd.jsonl:1" in ended.out and r"run-\xc4\xe3/adapter" in ended.out
-    ended = tunesmith("chat", out, "--prompt", "Hi", "--max-tokens", "2")
-    assert ended.code == 0, ended.err
-    ended = tunesmith("runs", tmp_path, "--json")
-    assert ended.code == 0 and ended.json["runs"][0]["run"].endswith("run-\udcc4\udce3")
+    assert r"\xca\xfd\xbe\xdd.jsonl:1" in ended.out
+    ended = tunesmith("runs", tmp_path)
+    assert ended.code == 0 and r"\xca\xfd\xbe\xdd.jsonl" in ended.out
 
 
 # --- libraries keep their notes to themselves -------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
         for path in (folder / "tokenizer_config.json", folder / "generation_config.json"):
             rundir.write_json(path, places.stripped(json.loads(path.read_text(encoding="utf-8"))))
         (folder / "load_and_chat.py").write_text(_script(checked, recipe), encoding="utf-8")
-        (folder / "README.md").write_text(_card(checked, recipe), encoding="utf-8")
+        rundir.write_text(folder / "README.md", _card(checked, recipe))
 
 
 def _hub_id(found: hub.LocalModel) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -73,12 +74,15 @@ def _quietly() -> Iterator[None]:
     for less than it says by itself. What matters of what it would say is checked here and raised."""
     notes = transformers.logging
     verbosity, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
-    hushed = verbosity == notes.WARNING and "TUNESMITH_VERBOSE" not in os.environ
+    hushed = verbosity == logging.WARNING and "TUNESMITH_VERBOSE" not in os.environ
     if hushed:
         notes.set_verbosity_error()
         notes.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            if hushed:  # peft asks for what transformers has renamed
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+            yield
     finally:
         if hushed:
             notes.set_verbosity(verbosity)
@@ -494,6 +498,7 @@ def targets(model: PreTrainedModel, settings: LoraSettings) -> list[Target]:
     return table
 
 
+@_quietly()
 def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> PeftModel:
     """The base with a fresh adapter; the adapter alone is trainable and kept in fp32.
 
@@ -517,6 +522,7 @@ def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: 
     return model
 
 
+@_quietly()
 def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """The base with a saved adapter, not trainable, in evaluation mode; with one more where it has some already.
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from tunesmith import reading
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.terminal import what_is_no_text
 
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
@@ -118,6 +119,8 @@ def free_name(parent: Path, stem: str) -> Path:
 
 def check_target(path: Path) -> None:
     """Raises RunError unless a new folder can be made at `path`; writes nothing."""
+    if found := what_is_no_text(str(path)):  # the library that writes tokenizers opens no such path
+        raise RunError(str(path), found, "a name in UTF-8", "Choose another --out.")
     with writing(path):
         if path.exists() and (not path.is_dir() or any(file.name != OUTPUT for file in path.iterdir())):
             found = "a file" if not path.is_dir() else "a folder that is not empty"
