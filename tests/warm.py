@@ -34,6 +34,9 @@ BEFORE_IMPORTS = {
 class Warm:
     """A process that has imported everything; `run` forks it."""
 
+    peak_bytes = 0
+    """The most memory that the last command took, and the processes that it waited for; what was imported counts."""
+
     def __init__(self, environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name) / "socket")
@@ -53,10 +56,11 @@ class Warm:
         self._folder.cleanup()
 
     def run(
-        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float
+        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, typed: str = ""
     ) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Exit code, standard output and standard error of a command to whose standard input something is typed."""
         with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as keys,
             tempfile.TemporaryFile("w+", encoding="utf-8") as out,
             tempfile.TemporaryFile("w+", encoding="utf-8") as err,
             socket.socket(socket.AF_UNIX) as connection,
@@ -64,11 +68,14 @@ class Warm:
             connection.settimeout(timeout)
             connection.connect(self._address)
             request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
-            socket.send_fds(connection, [request.encode() + b"\n"], [out.fileno(), err.fileno()])
+            keys.write(typed)
+            keys.seek(0)
+            descriptors = [keys.fileno(), out.fileno(), err.fileno()]
+            socket.send_fds(connection, [request.encode() + b"\n"], descriptors)
             answers = connection.makefile()
             pid = int(answers.readline() or self._died())
             try:
-                code = int(answers.readline() or self._died())
+                code, self.peak_bytes = map(int, (answers.readline() or self._died()).split())
             except TimeoutError:
                 os.kill(pid, signal.SIGKILL)
                 raise
@@ -91,7 +98,7 @@ def serve(address: str) -> None:
     listener.listen()
     while True:
         connection, _ = listener.accept()
-        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 2)
+        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
         while not message.endswith(b"\n") and (more := connection.recv(1 << 16)):
             message += more
         request = json.loads(message)
@@ -99,8 +106,7 @@ def serve(address: str) -> None:
         if not pid:
             listener.close()
             connection.close()  # the other end must see when the process above is gone
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            for descriptor, own in zip((nothing, *descriptors), (0, 1, 2), strict=True):
+            for descriptor, own in zip(descriptors, (0, 1, 2), strict=True):
                 os.dup2(descriptor, own)
             os.environ.clear()
             os.environ.update(request["environment"])
@@ -118,8 +124,8 @@ def serve(address: str) -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         connection.sendall(f"{pid}\n".encode())
-        _, status = os.waitpid(pid, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        _, status, used = os.wait4(pid, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}\n".encode())
         connection.close()
 
 

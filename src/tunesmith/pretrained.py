@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -137,7 +138,7 @@ def causal_lm(folder: Path, **how: Any) -> Any:
         raise ModelError(str(path), "an adapter beside a model's weights", "the model alone", fix)
     if model_files.settings(folder / "config.json").get("quantization_config", {}).get("quant_method") == "mxfp4":
         # Left as they are, those weights are multiplied by a kernel that is fetched from a hub; nor can they be tuned.
-        how.setdefault("quantization_config", transformers.Mxfp4Config(dequantize=True))
+        how.setdefault("quantization_config", Mxfp4Config(dequantize=True))
     with _nobody_is_asked():
         return AutoModelForCausalLM.from_pretrained(folder, **_HERE, **how)
 
