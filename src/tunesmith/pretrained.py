@@ -37,7 +37,7 @@ from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import ModelError
 
 _HERE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-_SECONDS = 6  # DeepSeek-V3 (671 billion numbers, 61 layers of 257 experts) is built in 0.3
+_SECONDS = 4  # DeepSeek-V3 (671 billion numbers, 61 layers of 257 experts) is built in 0.3
 _MORE_BYTES = 768 << 20
 _MOST_NUMBERS = 10**13
 _MOST_BUFFER_BYTES = 1 << 30  # what a model computes for itself when it is loaded: masks, angles
