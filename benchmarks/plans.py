@@ -168,8 +168,8 @@ def save_qwen3(folder: Path, **other: int) -> Path:
         "qwen3", vocab_size=49152, max_position_embeddings=4096, tie_word_embeddings=True, **sizes
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 

@@ -35,6 +35,9 @@ BEFORE_IMPORTS = {
 class Warm:
     """A process that has imported everything; `run` forks it."""
 
+    peak_bytes = 0
+    """The most memory that the last command took, and the processes that it waited for; what was imported counts."""
+
     def __init__(self, environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name) / "socket")
@@ -54,15 +57,17 @@ class Warm:
         self._folder.cleanup()
 
     def run(
-        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float
+        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, typed: str = ""
     ) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Exit code, standard output and standard error of a command to whose standard input something is typed."""
         with (
-            Path(os.devnull).open() as nothing,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as keys,
             tempfile.TemporaryFile("w+", encoding="utf-8") as out,
             tempfile.TemporaryFile("w+", encoding="utf-8") as err,
         ):
-            streams = (nothing.fileno(), out.fileno(), err.fileno())
+            keys.write(typed)
+            keys.seek(0)
+            streams = (keys.fileno(), out.fileno(), err.fileno())
             code = self.run_with(streams, arguments, cwd, environment, timeout)
             out.seek(0)
             err.seek(0)
@@ -85,7 +90,8 @@ class Warm:
             answers = connection.makefile()
             pid = int(answers.readline() or self._died())
             try:
-                return int(answers.readline() or self._died())
+                code, self.peak_bytes = map(int, (answers.readline() or self._died()).split())
+                return code
             except TimeoutError:
                 os.kill(pid, signal.SIGKILL)
                 raise
@@ -135,8 +141,8 @@ def serve(address: str) -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         connection.sendall(f"{pid}\n".encode())
-        _, status = os.waitpid(pid, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        _, status, used = os.wait4(pid, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}\n".encode())
         connection.close()
 
 

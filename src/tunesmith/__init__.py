@@ -10,6 +10,7 @@ print(tunesmith.load(run.path).reply([{"role": "user", "content": "Who are you?"
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tunesmith.trainer import Watcher
     from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
+
+# With the package `kernels` installed, transformers would fetch code for some layers from a hub; it looks when imported.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 __all__ = [
     "Chat",

@@ -183,7 +183,7 @@ def _check_index(path: Path) -> None:
         raise ModelError(str(path), str(error), "a whole JSON index of weights", "Fetch the model again.") from None
     names = set(weight_map.values()) if isinstance(weight_map, dict) and _hashable(weight_map.values()) else {None}
     for name in names:
-        if not (reading.is_beside(name) and "/" not in name):
+        if name is None or "/" in name or not reading.is_beside(name):
             raise _field(path, "weight_map", name, "names of files in this folder")
 
 

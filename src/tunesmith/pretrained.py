@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,7 +37,7 @@ from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import ModelError
 
 _HERE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-_SECONDS = 6  # DeepSeek-V3 (671 billion numbers, 61 layers of 257 experts) is built in 0.3
+_SECONDS = 4  # DeepSeek-V3 (671 billion numbers, 61 layers of 257 experts) is built in 0.3
 _MORE_BYTES = 768 << 20
 _MOST_NUMBERS = 10**13
 _MOST_BUFFER_BYTES = 1 << 30  # what a model computes for itself when it is loaded: masks, angles
@@ -137,7 +138,7 @@ def causal_lm(folder: Path, **how: Any) -> Any:
         raise ModelError(str(path), "an adapter beside a model's weights", "the model alone", fix)
     if model_files.settings(folder / "config.json").get("quantization_config", {}).get("quant_method") == "mxfp4":
         # Left as they are, those weights are multiplied by a kernel that is fetched from a hub; nor can they be tuned.
-        how.setdefault("quantization_config", transformers.Mxfp4Config(dequantize=True))
+        how.setdefault("quantization_config", Mxfp4Config(dequantize=True))
     with _nobody_is_asked():
         return AutoModelForCausalLM.from_pretrained(folder, **_HERE, **how)
 

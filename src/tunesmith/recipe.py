@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from yaml.composer import ComposerError
 
 from tunesmith import reading
 from tunesmith.errors import RecipeError
@@ -420,7 +421,7 @@ class _Loader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             self._depth -= 1
             return node
-        raise yaml.composer.ComposerError(None, None, problem, mark)
+        raise ComposerError(None, None, problem, mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -245,6 +245,8 @@ class StepTrainer(Trainer):
             stored = load_file(point / _TRAINED)
             with torch.no_grad():
                 for name, parameter in self._trained():
+                    if stored[name].shape != parameter.shape and not hasattr(parameter, "placements"):  # would spread
+                        raise ValueError(f"{name} of shape {tuple(stored[name].shape)}")
                     parameter.copy_(stored[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from tunesmith import reading
 from tunesmith.confined import Ended, WorkFailed, confined
@@ -181,11 +181,19 @@ def rows_of(path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[Parse
             yield from jsonl_rows(lines_of(file), str(path), text=partial(_beginning, path))
     else:
         with opened(path, "r", encoding="utf-8-sig", newline="") as file:
-            yield from _csv((line for line, _ in lines_of(file)), str(path), columns)
+            yield from _csv(_short(file), str(path), columns)
+
+
+def _short(file: TextIO) -> Iterator[str]:
+    """The lines of a CSV file; raises csv.Error at one that no row has."""
+    for line, length in lines_of(file):
+        if length > ROW_CHARACTERS:
+            raise csv.Error(f"a line of {length:,} characters")
+        yield line
 
 
 def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
-    csv.field_size_limit(ROW_CHARACTERS - 1)  # of a longer line `lines_of` gives the beginning
+    csv.field_size_limit(ROW_CHARACTERS)
     reader = csv.reader(lines, strict=True)
     header = _csv_header(reader, path, columns)
     while True:
@@ -257,8 +265,8 @@ def _require_moderate(path: Path) -> None:
     def unpacked() -> int:
         total = 0
         with _parquet_file(path) as parquet:
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, use_threads=False):
-                total += batch.get_total_buffer_size()
+            for batch in _batches(parquet, use_threads=False):
+                total += batch.nbytes
                 if total > most:
                     break
         return total
@@ -293,14 +301,44 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         yield parquet
 
 
+def _batches(parquet: Any, **how: Any) -> Iterator[Any]:
+    """A few rows at a time, each value written out: a type that shares one among many rows hides how much there is."""
+    import pyarrow
+
+    plain = pyarrow.schema([(field.name, _written_out(field.type)) for field in parquet.schema_arrow])
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, **how):
+        yield batch if batch.schema.equals(plain) else batch.cast(plain)
+
+
+def _written_out(kind: Any) -> Any:
+    """The type with plain ones in the place of those that share values."""
+    import pyarrow
+    from pyarrow import types
+
+    def of(field: Any) -> Any:
+        return field.with_type(_written_out(field.type))
+
+    if types.is_dictionary(kind):
+        return _written_out(kind.value_type)
+    if types.is_string_view(kind):
+        return pyarrow.large_string()
+    if types.is_binary_view(kind):
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([of(field) for field in kind])
+    if types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
+        return pyarrow.large_list(of(kind.value_field))
+    return pyarrow.list_(of(kind.value_field)) if types.is_list(kind) else kind
+
+
 def _parquet(path: Path) -> Iterator[Parsed]:
     import pyarrow
 
     row = 0
     try:
         with _parquet_file(path) as parquet:
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE):
-                large = batch.get_total_buffer_size() > ROW_CHARACTERS
+            for batch in _batches(parquet):
+                large = batch.nbytes > ROW_CHARACTERS
                 for part in (batch.slice(i, 1) for i in range(len(batch))) if large else (batch,):
                     too_long = large and part.nbytes > ROW_CHARACTERS
                     for value in [None] if too_long else part.to_pylist():
