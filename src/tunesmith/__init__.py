@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
 
-# With the package `kernels` installed, transformers would fetch code for some layers from a hub; it looks when imported.
+# Where the package `kernels` is installed, transformers would fetch code for some layers from a hub: it looks at this
+# when it is imported.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 __all__ = [
