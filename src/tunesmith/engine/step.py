@@ -446,7 +446,8 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     that makes the others; else the model is run again for each of them.
     """
     causal = _causal(model)
-    body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    body: Any = getattr(causal, causal.base_model_prefix, None)
+    head = cast("Any", causal.get_output_embeddings())
     config = causal.config.get_text_config()
     where = inputs.predict_from.nonzero()
     rows = chunk_rows(len(where), config.vocab_size, inputs.input_ids.device)
