@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
 
-# Where the package `kernels` is installed, transformers would fetch code for some layers from a hub: it looks at this
-# when it is imported.
+# With the package `kernels` installed, transformers would fetch code for some layers from a hub.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 __all__ = [
