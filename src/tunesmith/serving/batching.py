@@ -486,7 +486,7 @@ class Batch:
                 generation_config=config,
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([models.Cancelled(lambda: reply.cancelled)]),
-                **({"past_key_values": again.cache} if again else {}),
+                **({"cache": again.cache} if again else {}),
             )
         if again:
             again.token_ids = output[0].tolist()
