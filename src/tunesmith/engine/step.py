@@ -447,7 +447,7 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     """
     causal = _causal(model)
     body: Any = getattr(causal, causal.base_model_prefix, None)
-    head = cast("Any", causal.get_output_embeddings())
+    head: Any = causal.get_output_embeddings()
     config = causal.config.get_text_config()
     where = inputs.predict_from.nonzero()
     rows = chunk_rows(len(where), config.vocab_size, inputs.input_ids.device)
@@ -465,6 +465,7 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     softcap = getattr(config, "final_logit_softcapping", None)
 
     def alone(hidden: Tensor) -> Tensor:
+        assert head is not None  # or there is no `hidden`
         logits = head(hidden)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
