@@ -267,6 +267,8 @@ def commit(
     partial = final.with_name(f".{final.name}.partial")
     with writing(final, fix):
         shutil.rmtree(partial, ignore_errors=True)
+        if readers == "owner":
+            final.parent.mkdir(0o700, parents=True, exist_ok=True)
         partial.mkdir(parents=True)
         mode = {"all": 0o755, "owner": 0o700}.get(readers, partial.stat().st_mode & 0o777)
         try:
