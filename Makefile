@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 # The tests that depend on the machine, once more on others: see scripts/test_machines.py.
 test-machines: $(VENV)/.developing

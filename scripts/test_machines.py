@@ -107,7 +107,7 @@ def run(machine: Machine) -> tuple[str, bool]:
         python = machine.python()
     except subprocess.CalledProcessError as error:
         return f"| {machine.name} | could not be set up: exit {error.returncode} | | | |", False
-    command = [python, "-m", "pytest", "-m", machine.marked, "--numprocesses", "2", "--quiet"]
+    command = [python, "-m", "pytest", "-m", machine.marked, "--numprocesses", "2", "--dist", "worksteal", "--quiet"]
     with path.open("w", encoding="utf-8") as out:
         ended = subprocess.run(
             command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ, **machine.environment}, stdout=out,
