@@ -95,7 +95,7 @@ def test_gone_is_said_only_where_it_is_known(tmp_path: Path, seconds: float, whe
     assert runs.state_of(run.path).state == state
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["alive", "gone"])
 def test_where_a_disk_has_no_locks_a_process_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int
 ) -> None:
