@@ -3,17 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# uv installs in a sixth of the time; where it can not reach an index (it does not read pip's settings), pip does it.
-INSTALL = $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python --constraint constraints.txt --editable $(1) \
-	|| $(PIP) --constraint constraints.txt --editable $(1)
+PINS := $(VENV)/constraints.txt
+# uv installs in a sixth of the time, and compares every file with its digests: one that differs ends it. Where uv can
+# not reach an index (it does not read pip's settings), pip does it, by versions alone: it takes digests for all or none.
+define INSTALL
+	@$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --constraint constraints.txt --editable $(1) \
+		2> $(VENV)/uv.log || { cat $(VENV)/uv.log >&2; ! grep --quiet "Hash mismatch" $(VENV)/uv.log \
+		&& $(PIP) --constraint $(PINS) --editable $(1); }
+endef
 
-.PHONY: demo test check format reference clean
+.PHONY: demo test test-machines check format reference constraints clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
+
+# The tests that depend on the machine, once more on others: see scripts/test_machines.py.
+test-machines: $(VENV)/.developing
+	@$(BIN)/python scripts/test_machines.py $(ONLY)
 
 check: $(VENV)/.developing
 	$(BIN)/ruff check .
@@ -27,16 +36,22 @@ format: $(VENV)/.developing
 reference: $(VENV)/.developing
 	$(BIN)/python scripts/write_reference.py
 
+# Raises the named packages, or `--all`: make constraints RAISE="transformers peft"
+constraints: $(VENV)/.developing
+	$(BIN)/python scripts/write_constraints.py $(RAISE)
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing tunesmith into $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint constraints.txt uv
-	@$(call INSTALL,'.[cpu]')
+	@sed 's/ --hash=.*//' constraints.txt > $(PINS)
+	@grep '^uv==' constraints.txt > $(VENV)/uv.txt
+	@$(PIP) --require-hashes --requirement $(VENV)/uv.txt
+	$(call INSTALL,'.[cpu]')
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
-	@$(call INSTALL,'.[dev]')
+	$(call INSTALL,'.[dev]')
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist src/*.egg-info .pytest_cache .ruff_cache

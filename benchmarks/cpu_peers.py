@@ -343,7 +343,7 @@ def _python(peer: str, envs: Path, install: bool) -> str | Failure:
     print(f"Installing {peer} …", file=sys.stderr, flush=True)
     requirements = HERE / "peers" / f"{peer}.txt"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--requirement", str(requirements)]
-    for command in ([sys.executable, "-m", "venv", str(folder)], pip):
+    for command in ([sys.executable, "-P", "-m", "venv", str(folder)], pip):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             shutil.rmtree(folder, ignore_errors=True)

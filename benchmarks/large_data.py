@@ -83,7 +83,7 @@ def watched(command: list[str], environment: dict[str, str], run: Path | None = 
     """Seconds and peak memory of a command; with `run` it is stopped after so many steps."""
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", *command],
+        [sys.executable, "-P", "-m", "tunesmith", *command],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -41,7 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     names = [name for name in (SMOLLM2, *WIDER) if not arguments.only or any(word in name for word in arguments.only)]
     found: list[dict[str, Any]] = []
-    interpreter = peak_bytes([sys.executable, "-c", "import tunesmith.cli, tunesmith.export, transformers, peft"])
+    interpreter = peak_bytes([sys.executable, "-P", "-c", "import tunesmith.cli, tunesmith.export, transformers, peft"])
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             found.append(measure(name, Path(scratch), interpreter))
@@ -72,7 +72,7 @@ def measure(name: str, folder: Path, interpreter: int) -> dict[str, Any]:
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     sets = {"train.epochs": 1, "eval.hold_out": 0, "train.learning_rate": 1e-3}
     flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    tunesmith = [sys.executable, "-m", "tunesmith"]
+    tunesmith = [sys.executable, "-P", "-m", "tunesmith"]
     train = [*tunesmith, "train", "--model", model, "--data", str(folder / "rows.json"), "--out", str(folder / "run")]
     subprocess.run([*train, *flags, "--json"], stdout=subprocess.DEVNULL, check=True)
     export = [*tunesmith, "export", str(folder / "run"), "--to", "merged", "--dtype", "float32", "--json"]
@@ -90,7 +90,7 @@ def measure(name: str, folder: Path, interpreter: int) -> dict[str, Any]:
 
 def peak_bytes(command: list[str]) -> int:
     """Of the resident set of a process, its mapped files with it."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", MEASURED, *command], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 

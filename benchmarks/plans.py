@@ -114,7 +114,19 @@ def measure(setting: Setting, model: str, data: Path, out: Path) -> dict[str, An
         **setting.sets,
     }
     flags = [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "tunesmith", "train", "--model", model, "--data", str(data), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tunesmith",
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run([*command, *flags, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -156,8 +168,8 @@ def save_qwen3(folder: Path, **other: int) -> Path:
         "qwen3", vocab_size=49152, max_position_embeddings=4096, tie_word_embeddings=True, **sizes
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 

@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     hush_libraries()
     with subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "serve", str(arguments.run), "--port", "0", "--json"],
+        [sys.executable, "-P", "-m", "tunesmith", "serve", str(arguments.run), "--port", "0", "--json"],
         stdout=subprocess.PIPE,
         text=True,
     ) as server:
@@ -77,7 +77,6 @@ def main() -> int:
 
 def measured(url: str, models: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Both ways, turn about, with every repeat."""
-    until_answered(url)
     base, run = models
     texts = [one.question for one in questions()]
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600)
@@ -129,15 +128,6 @@ def equal(arguments: argparse.Namespace, texts: list[str], answers: list[str]) -
         for number in range(arguments.requests)
     ]
     return sum(a == b for a, b in zip(alone, answers, strict=True))
-
-
-def until_answered(url: str) -> None:
-    while True:
-        try:
-            httpx.get(f"{url}/health")
-            return
-        except httpx.TransportError:
-            time.sleep(0.1)
 
 
 def machine() -> dict[str, Any]:

@@ -14,18 +14,15 @@ import re
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from tunesmith import demo, display
 from tunesmith.checking import check
-from tunesmith.model import hush_libraries
+from tunesmith.screen import Screen
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def main() -> None:
     answers = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    hush_libraries()
     settings, _ = demo.recipe()
     console = _console()
     display.show_check(console, check(settings), 2)
@@ -37,11 +34,11 @@ def main() -> None:
     _save(console, "tunesmith demo", "demo")
 
 
-def _console() -> Console:
-    return Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+def _console() -> Screen:
+    return Screen(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
 
 
-def _save(console: Console, title: str, name: str) -> None:
+def _save(console: Screen, title: str, name: str) -> None:
     picture = console.export_svg(title=title)
     # A font of the reader's machine will do; the picture asks no server for one.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)

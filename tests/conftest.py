@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,13 +24,25 @@ import pytest
 import torch
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.engine import products
-from tunesmith.engine.memory import Take
 from tunesmith.training import Run
 from warm import Warm
+
+MACHINE = (
+    *("attention", "batching", "cli", "engine", "golden", "guards", "kernels", "lanes", "liger", "loss", "memory"),
+    *("planning", "products", "ranks", "resume", "self_check", "train"),
+)
+"""Files of the tests whose results a processor, its threads or what computes on it could change: they are marked
+`machine`, and `make test-machines` runs them once more on others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in MACHINE and item.path.parent.name == "tests":
+            item.add_marker("machine")
+
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +64,11 @@ def largest(numbers: Iterable[float]) -> float:
     return float(np.max([*numbers]))
 
 
+def shows(difference: float, tolerance: float) -> bool:
+    """Whether a planted fault is seen by a comparison with this tolerance: what is no number is."""
+    return not difference <= tolerance
+
+
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real tokenizers lie in ../shared, which is not here")
 
 
@@ -71,20 +88,32 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with weights that are bf16 numbers take the way of split ones. Where there is no AMX it ends in plain
-    ones."""
-    if products._amx() is not None:
+    """Products with weights that are bf16 numbers, and attention, take the way of AMX: by the processor's own
+    instructions, or where it has none by emulated ones."""
+    if products.amx_attention() is not None:
         return
+    pytest.importorskip("numba", reason="Numba is not installed")
+    import emulated_amx
 
-    def plainly(x: Tensor, weight: Tensor, out: Tensor, take: Take, *, add: bool = False) -> None:
-        of_parts, of_packed = products.rooms(len(x), x.shape[1], weight.shape[1])
-        take("parts 0", math.prod(of_parts) // 2), take("packed 0", math.prod(of_packed))
-        product = x @ weight.float()
-        out.copy_(out + product if add else product)
-
-    monkeypatch.setattr(products, "splits", lambda weight: weight.dtype in (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(products, "mm_of_split", plainly)
+    with FileLock(Path(tempfile.gettempdir()) / f"tunesmith-emulated-amx-{os.getuid()}"):  # one process compiles it
+        of_products, of_attention = emulated_amx.modules()
     monkeypatch.setattr(products, "has_units", lambda: True)
+    monkeypatch.setattr(products, "_amx", lambda: of_products)
+    monkeypatch.setattr(products, "amx_attention", lambda: of_attention)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product takes the way of AMX, as on a processor that has none."""
+    monkeypatch.setattr(products, "has_units", lambda: False)
+    monkeypatch.setattr(products, "_amx", lambda: None)
+    monkeypatch.setattr(products, "amx_attention", lambda: None)
+
+
+@pytest.fixture(params=["whole", "split"])
+def either(request: pytest.FixtureRequest) -> Any:
+    """Both ways."""
+    return request.getfixturevalue(request.param)
 
 
 def save_tiny_model(folder: Path, **config: Any) -> Path:
@@ -202,7 +231,7 @@ class Ended:
 
 
 _NO_NETWORK = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200"}
-_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE"}
+_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KEY"}
 """What no library looks at when it is imported, or is the same for all."""
 
 
@@ -223,10 +252,16 @@ def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 
     ):
         return Ended(*_warm().run([str(argument) for argument in arguments], cwd, env, timeout))
     ended = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
+        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def tunesmith_with(streams: tuple[int, int, int], *arguments: str | Path, cwd: Path | None = None, **env: str) -> int:
+    """Runs the command line with these descriptors for standard input, output and error; its exit code."""
+    environment = {**os.environ, **_NO_NETWORK, **env}
+    return _warm().run_with(streams, [str(argument) for argument in arguments], cwd, environment, 300)
 
 
 @pytest.fixture

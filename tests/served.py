@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ def trained(base: Path, folder: Path, **flags: Any) -> Path:
 def serving(runs: Sequence[Path], **settings: Any) -> Iterator[Serving]:
     """A server that answers; closed at the end, and nothing may be left in it."""
     limits = settings.pop("limits", None) or Limits()
-    server = Serving(runs, port=0, tell=lambda line: None, limits=limits, **settings)
+    server = Serving(runs, port=0, **{"tell": lambda line: None, "limits": limits, **settings})
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -58,6 +59,11 @@ def serving(runs: Sequence[Path], **settings: Any) -> Iterator[Serving]:
         server.stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+def connected(server: Serving) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def until(holds: Callable[[], bool], seconds: float = 60) -> None:

@@ -49,7 +49,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", *map(str, arguments)],
+        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

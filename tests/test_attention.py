@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import largest
+from conftest import largest, shows
 from test_trie import batches, seen
 from tunesmith.engine import attention, gather, products
 from tunesmith.engine.attention import Backend, Style
@@ -159,9 +159,11 @@ def test_a_tile_has_no_more_scores_than_are_planned() -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("heads", "size"), [((4, 2), 64), ((2, 2), 96), ((8, 1), 256)])
 @pytest.mark.parametrize("length", [1, 70, 3000])
-def test_a_walk_takes_the_memory_that_is_said(split: bool, heads: tuple[int, int], size: int, length: int) -> None:
-    if split and products.amx_attention() is None:
-        pytest.skip("no AMX here")
+def test_a_walk_takes_the_memory_that_is_said(
+    request: pytest.FixtureRequest, split: bool, heads: tuple[int, int], size: int, length: int
+) -> None:
+    if split:
+        request.getfixturevalue("split")
     tree = grow(0, (0, length), (length // 2, length // 2 + 30))
     rows, given = (
         range(len(tree.token_ids)),
@@ -208,7 +210,7 @@ def test_however_gather_cuts_it_is_the_reference(
         assert worst(results(tree, "gather", given, asked), expected) < 1e-12  # observed 1.1e-15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batches(letters=2),
     st.sampled_from(WINDOWS),
@@ -219,6 +221,7 @@ def test_however_gather_cuts_it_is_the_reference(
     st.sampled_from([((4, 2), 2), ((4, 2), 32), ((6, 1), 64), ((3, 3), 96)]),
 )
 def test_queries_can_be_dealt_out(
+    either: None,
     documents: list[Rendered],
     window: int | None,
     cuts: list[float],
@@ -227,8 +230,8 @@ def test_queries_can_be_dealt_out(
     dtype: torch.dtype,
     sizes: tuple[tuple[int, int], int],
 ) -> None:
-    """fp32 is computed by kernels, and where heads have multiples of 32 numbers by AMX. Memory that is kept has
-    anything in it."""
+    """fp32 is computed by kernels, and where heads have multiples of 32 numbers by AMX, with it. Memory that is kept
+    has anything in it."""
     heads, size = sizes
     tree, asked = lay_out(documents), style(heads, size, window=window)
     given, n = tensors(tree, heads, size, dtype), len(tree.token_ids)
@@ -262,8 +265,10 @@ def dealt_out(tree: Tree, given: Sequence[Tensor], style: Style, bounds: Sequenc
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("window", [None, 7, 100, 300])
 @pytest.mark.parametrize(("heads", "size"), [((4, 2), 32), ((6, 1), 64), ((3, 3), 96)])
-def test_rows_of_many_blocks_in_fp32(heads: tuple[int, int], size: int, window: int | None, kept: bool) -> None:
-    """By AMX where there is any: more rows and keys than are worked on together, and bounds where no block ends."""
+def test_rows_of_many_blocks_in_fp32(
+    either: None, heads: tuple[int, int], size: int, window: int | None, kept: bool
+) -> None:
+    """By AMX and without: more rows and keys than are worked on together, and bounds where no block ends."""
     given, asked = tensors(LONG, heads, size, torch.float32), style(heads, size, window=window)
     n, (query, key, value, _) = len(LONG.token_ids), given
     kind = gather.Walk if products.amx_attention() is None else gather.SplitWalk
@@ -274,7 +279,7 @@ def test_rows_of_many_blocks_in_fp32(heads: tuple[int, int], size: int, window: 
 
 
 @pytest.mark.parametrize("reason", ["soft-capped", "sinks", "fp64", "48 numbers", "longer values", "numbers apart"])
-def test_what_amx_does_not_attend_to(reason: str) -> None:
+def test_what_amx_does_not_attend_to(split: None, reason: str) -> None:
     heads, size = (4, 2), 48 if reason == "48 numbers" else 32
     dtype = torch.float64 if reason == "fp64" else torch.float32
     query, key, value, _ = tensors(SMALL, heads, size, dtype)
@@ -342,9 +347,8 @@ def test_an_end_that_is_off_by_one_is_seen(backend: Backend) -> None:
     fork = forked() - 1
     for wrong in (SMALL.end[fork] - 1, SMALL.end[fork] + 1):
         moved = replace(SMALL, end=(*SMALL.end[:fork], wrong, *SMALL.end[fork + 1 :]))
-        assert (
-            worst([attention.sight(moved, backend, CPU).attend(*given, asked)], [right]) > 1e-2
-        )  # observed 0.36 at least
+        found = attention.sight(moved, backend, CPU).attend(*given, asked)
+        assert shows(worst([found], [right]), 1e-2)  # observed 0.36 at least
 
 
 def test_a_segment_at_the_wrong_position_is_seen() -> None:
@@ -352,9 +356,8 @@ def test_a_segment_at_the_wrong_position_is_seen() -> None:
     given, asked = tensors(SMALL, heads, size), style(heads, size)
     start = forked()
     moved = replace(SMALL, position=(*SMALL.position[:start], SMALL.position[start] - 1, *SMALL.position[start + 1 :]))
-    assert (
-        worst(results(moved, "gather", given, asked), results(SMALL, "reference", given, asked)) > 1e-2
-    )  # observed 4.7
+    found, expected = results(moved, "gather", given, asked), results(SMALL, "reference", given, asked)
+    assert shows(worst(found, expected), 1e-2)  # observed 4.7, or NaN, by what lay in the memory
 
 
 def test_a_window_counted_along_the_layout_is_seen() -> None:
@@ -362,9 +365,8 @@ def test_a_window_counted_along_the_layout_is_seen() -> None:
     heads, size = (4, 2), 8
     given, asked = tensors(SMALL, heads, size), style(heads, size, window=3)
     moved = replace(SMALL, position=tuple(range(len(SMALL.position))))
-    assert (
-        worst(results(moved, "reference", given, asked), results(SMALL, "gather", given, asked)) > 1e-2
-    )  # observed 3.1
+    found, expected = results(moved, "reference", given, asked), results(SMALL, "gather", given, asked)
+    assert shows(worst(found, expected), 1e-2)  # observed 3.1
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

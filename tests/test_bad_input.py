@@ -419,7 +419,7 @@ def test_a_disk_that_fills_up_during_training_leaves_nothing_half_written(
     sets = (f"train.save_every={save_every}", "train.epochs=100000", "eval.hold_out=0.25", "eval.every=1 steps")
     arguments = ["--model", str(tiny_model), "--data", str(rows), "--out", str(run), "--json"]
     arguments += [part for text in sets for part in ("--set", text)]
-    command = [sys.executable, "-m", "tunesmith", "train", *arguments]
+    command = [sys.executable, "-P", "-m", "tunesmith", "train", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     until = time.monotonic() + 200
     while len(rundir.read_lines(run / "metrics.jsonl")) < 5 and process.poll() is None and time.monotonic() < until:

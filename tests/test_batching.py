@@ -369,6 +369,91 @@ def test_no_more_tokens_have_keys_than_there_is_room_for() -> None:
     assert batch.reserved == batch.running == batch.waiting == 0
 
 
+def of_one(n_replies: int, n_prompt: int, max_tokens: int, seed: int = 0) -> list[Asked]:
+    """Several replies to one prompt."""
+    prompt = tuple(prompt_of(n_prompt, seed))
+    return [reply(prompt, max_tokens, number=number) for number in range(n_replies)]
+
+
+def steps_of(batch: Batch) -> list[tuple[list[Reply], int]]:
+    """Fills as the batch goes on: who is running in a step, and how many tokens have been read before it."""
+    steps: list[tuple[list[Reply], int]] = []
+    step = batch._step
+    batch._step = lambda: (steps.append((list(batch._running), batch.n_prompt)), step())[1]  # type: ignore[method-assign]
+    return steps
+
+
+def test_a_short_prompt_is_read_beside_long_ones_at_once() -> None:
+    batch = Batch(endless())
+    long, short = [of_one(2, 900, 20, seed) for seed in range(3)], of_one(1, 60, 1)
+    for asked in [*long, short]:
+        batch.submit([one.reply for one in asked])
+    steps = steps_of(batch)
+    batch.start()
+    try:
+        written = [[one.ids() for one in asked] for asked in [*long, short]]
+    finally:
+        batch.end()
+    n_steps = sum(short[0].reply in running for running, _ in steps)
+    assert n_steps == 1  # 64 tokens are a quarter of a step's
+    assert [[len(ids) for ids in asked] for asked in written] == [[20] * 2] * 3 + [[1]]
+
+
+def test_the_prompt_of_several_replies_is_read_once() -> None:
+    model = made("llama")
+    with at_work(model) as batch:
+        asked = of_one(6, 300, 8)
+        assert together(batch, asked) == [alone(model, asked[0].reply.prompt_ids, 8)] * 6
+        assert batch.n_prompt == 300 + 5  # and the last token of each
+
+
+def test_room_is_kept_for_short_requests() -> None:
+    """Long ones take three of four places and three quarters of the tokens; a short one comes in between."""
+    batch = Batch(endless(), at_once=4, budget=4000)
+    assert batch.share == 3000
+    long = [of_one(2, 250, 50, seed) for seed in range(5)]  # 600 tokens each
+    short = of_one(1, 20, 2)
+    for asked in [*long, short]:
+        batch.submit([one.reply for one in asked])
+    steps = steps_of(batch)
+    batch.start()
+    try:
+        written = [[len(one.ids()) for one in asked] for asked in [*long, short]]
+    finally:
+        batch.end()
+    assert written == [[50, 50]] * 5 + [[2]]
+    assert short[0].reply in steps[0][0]
+    assert max(sum(not one.asked.short for one in running) for running, _ in steps) == 3
+
+
+def test_whoever_waits_is_begun_in_the_end_and_the_room_is_kept_to() -> None:
+    """Short ones without end do not keep a long one out, nor long ones a short one, whatever comes in which order."""
+    for seed in range(8):
+        chance = torch.Generator().manual_seed(seed)
+        drawn: list[int] = torch.randint(0, 4, (24,), generator=chance).tolist()
+        requests = [of_one((1, 1, 2, 4)[kind], (5, 40, 90, 30)[kind], (3, 10, 30, 20)[kind], kind) for kind in drawn]
+        batch = Batch(endless(), at_once=4, budget=400)
+        for asked in requests:
+            batch.submit([one.reply for one in asked])
+        steps = steps_of(batch)
+        batch.start()
+        try:
+            for asked in requests:
+                for one in asked:
+                    assert one.end().reason == "length"
+        finally:
+            batch.end()
+        for running, _ in steps:
+            assert len(running) <= 4
+            assert sum(one.longest for one in running) <= 400
+        begun: list[Reply] = []
+        for running, _ in steps:
+            begun += [one for one in running if one not in begun]
+        for short in (True, False):  # each kind in the order in which it came
+            came = [one.reply for asked in requests for one in asked if one.reply.asked.short is short]
+            assert [one for one in begun if one.asked.short is short] == came
+
+
 def test_a_queue_that_is_full_takes_nobody_and_goes_on() -> None:
     with at_work(endless(), at_once=1, queue_limit=2) as batch:
         running = reply(PROMPTS[1], 900)

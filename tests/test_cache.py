@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from conftest import byte_tokenizer
-from tunesmith import cache, records, rows
+from tunesmith import cache, records, rows, system
 from tunesmith.errors import DataError, RunError
 from tunesmith.render import Renderer
 from tunesmith.rows import Rows
@@ -61,7 +61,39 @@ def test_processes_render_what_one_renders(large: Path, renderer: Renderer, own_
     assert table.equals(alone(data, renderer))
     assert table.num_rows == 4 * rows.CHUNK + 100 == heard[-1]
     (folder,) = (path for path in own_cache.iterdir() if path.is_dir())
-    assert len(list(folder.glob("*.arrow"))) == min(2, cache._cores())
+    assert len(list(folder.glob("*.arrow"))) == min(2, system.cores())
+
+
+def test_as_many_processes_render_as_memory_holds(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "one", "output": "two"}\n')
+    large = dataclasses.replace(records.open_file(path), n_bytes=4 << 30)
+    gemma, gib = 26 << 20, 1 << 30  # a process took 602 MiB (2026-11)
+    assert cache._count(large, gemma, 8 * gib, 64) == 9
+    assert cache._count(large, gemma, 8 * gib, 2) == 2
+    assert cache._count(large, gemma, 256 << 20, 64) == 1
+    assert cache._count(large, 1 << 20, 64 * gib, 64) == 64
+    assert cache._count(dataclasses.replace(large, n_bytes=20 << 20), 1 << 20, 64 * gib, 64) == 2
+    assert cache._count(dataclasses.replace(large, format="json"), 1 << 20, 64 * gib, 64) == 2  # each reads all of it
+
+
+def test_long_rows_are_rendered_a_few_at_a_time(
+    large: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = records.open_file(large)
+    expected = alone(data, renderer)
+    monkeypatch.setattr(rows, "_LETTERS", 1000)
+    chunk = list(data.rows())[: rows.CHUNK]
+    parts = list(rows._parts(chunk))
+    assert [row for part in parts for row in part] == chunk and len(parts) > 20
+    letters = [
+        sum(len(message.content) for row in part if isinstance(row, rows.Conversation) for message in row.messages)
+        for part in parts
+    ]
+    assert max(letters) <= 1000
+    found = list(rows.render(data, renderer))
+    assert pa.Table.from_batches(found, rows.SCHEMA).equals(expected)
+    assert [batch.num_rows for batch in found] == [rows.CHUNK] * 4 + [100]  # those of the file's places, still
 
 
 def test_a_second_run_finds_what_the_first_rendered(large: Path, renderer: Renderer, own_cache: Path) -> None:

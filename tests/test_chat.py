@@ -159,6 +159,7 @@ def test_sampling_follows_the_models_generation_config_and_zero_is_greedy(tmp_pa
         [{"role": "assistant", "content": "x"}],
         [{"role": "robot", "content": "x"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": "\ud83d"}],
     ],
 )
 def test_what_is_no_conversation_is_refused(talk: Chat, messages: list[object]) -> None:
@@ -204,7 +205,7 @@ def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_pa
     saved = tmp_path / "talk.jsonl"
     lines = ["/help", "Who are you?", f"/save {saved}", "/reset", "/system Be brief.", "/base", "/tuned", "Smile."]
     lines += [f"/save {saved}", "/quit", "never read"]
-    command = [sys.executable, "-m", "tunesmith", "chat", str(run.path), "--temperature", "0"]
+    command = [sys.executable, "-P", "-m", "tunesmith", "chat", str(run.path), "--temperature", "0"]
     ended = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[0] == "Bo."
@@ -221,7 +222,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(TERM="xterm", COLUMNS="100", LINES="40", TUNESMITH_OFFLINE="1")
-            os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *arguments])
+            os.execv(sys.executable, [sys.executable, "-P", "-m", "tunesmith", *arguments])
         self.seen = ""
 
     def wait_for(self, pattern: str, seconds: float = 90) -> str:

@@ -20,7 +20,7 @@ def test_ligers_kernels_are_right_where_they_are_interpreted() -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     tests = Path(__file__).with_name("interpreted_liger.py")
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import largest
+from conftest import largest, shows
 from tunesmith.engine import loss, memory
 from tunesmith.engine.loss import HeadLoss, Labels, chunk_rows, loss_and_gradient, summed_cross_entropy
 
@@ -191,4 +191,4 @@ def test_a_missing_target_is_seen() -> None:
     once = replace(labels, count=labels.count.clamp(max=6), row_count=labels.row_count)
     for wrong in (missing, once):
         found = loss_and_gradient(given.hidden, given.weight, wrong)
-        assert off(found, expected(given)) > 1e-3  # observed 0.066
+        assert shows(off(found, expected(given)), 1e-3)  # observed 0.066

@@ -471,7 +471,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(zipped: bool, tiny_model: Pat
 def test_a_bin_that_holds_no_weights_is_refused(state: Any, tiny_model: Path, tmp_path: Path, cache: Path) -> None:
     folder = as_bins(copied(tiny_model, tmp_path / "m"))
     torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="something else than weights"):
+    with pytest.raises(ModelError, match="something else than tensors"):
         model.prepared(located(folder))
 
 

@@ -265,12 +265,12 @@ def test_a_phone_shows_all_of_it(browser: Browser, server: Serving, faults: list
 
 
 def test_a_server_with_a_key_is_asked_with_it(browser: Browser, run: Path) -> None:
-    with serving([run], api_key="open-sesame") as server:
+    with serving([run], api_key="open-sesame-open-sesame") as server:
         context = browser.new_context(locale="en-US")
         page = context.new_page()
         page.goto(server.url)
         expect(page.locator("#problem")).to_contain_text("wants its key")
-        page.fill("#key", "open-sesame")
+        page.fill("#key", "open-sesame-open-sesame")
         page.press("#key", "Tab")
         expect(page.locator("#model-0 option")).to_have_count(2)
         expect(page.locator("#problem")).to_be_hidden()
@@ -278,7 +278,7 @@ def test_a_server_with_a_key_is_asked_with_it(browser: Browser, run: Path) -> No
         page.select_option("#model-1", "")
         ask(page, QUESTION)
         assert KNOWS["bo"][QUESTION] in answers(page)[0]
-        assert "open-sesame" not in page.evaluate("JSON.stringify(localStorage)")
+        assert "open-sesame-open-sesame" not in page.evaluate("JSON.stringify(localStorage)")
         context.close()
 
 

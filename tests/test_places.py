@@ -15,7 +15,7 @@ import pytest
 from conftest import tunesmith
 from small_runs import settings
 from test_gguf import save_model
-from tunesmith import adapter_files, evaluation_page, places, regular, rundir
+from tunesmith import adapter_files, evaluation_page, places, reading, rundir
 from tunesmith.errors import ProofError
 from tunesmith.evaluate import evaluate
 from tunesmith.export import FORMS, export
@@ -136,11 +136,11 @@ def test_what_becomes_a_link_meanwhile_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "link").symlink_to("secret")
     with pytest.raises(OSError, match="link"):
-        regular.copy(tmp_path / "link", tmp_path / "copied")
+        reading.copy(tmp_path / "link", tmp_path / "copied")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="pipe is no file"):
-        regular.copy(tmp_path / "pipe", tmp_path / "copied")
-    assert not (tmp_path / "copied").exists() and regular.kind(Path(os.devnull)) == "a device"
+        reading.copy(tmp_path / "pipe", tmp_path / "copied")
+    assert not (tmp_path / "copied").exists() and reading.kind(Path(os.devnull)) == "a device"
 
 
 def test_the_command_says_which_part_is_a_link(finished: Path, tmp_path: Path) -> None:

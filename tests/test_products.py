@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,21 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
+from tunesmith import engine
 from tunesmith.engine import memory, onepass, products
 from tunesmith.engine.lanes import Lanes
 
-by_openblas = pytest.mark.skipif(
-    products._openblas() is None, reason="no processor or numpy on which OpenBLAS is taken"
-)
-split = pytest.mark.skipif(products._amx() is None, reason="no AMX or no Numba")
+by_openblas, split = pytest.mark.usefixtures("openblas"), pytest.mark.usefixtures("split")
+
+
+@pytest.fixture
+def openblas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS is taken, as on an AMD processor."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(products, "_processor", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(products, "_openblas", products._openblas.__wrapped__)
+    if products._openblas() is None:
+        pytest.skip("this numpy has no OpenBLAS")
 
 
 @pytest.fixture
@@ -199,32 +209,90 @@ def test_what_is_no_finite_number_spoils_its_row_alone(by_column: bool) -> None:
     assert spoilt.nonzero().flatten().tolist() == [3, 33, 34] and (out[~spoilt] == 64).all()
 
 
-def test_products_are_split_for_fp32_and_bfloat16_on_a_cpu() -> None:
-    may = products._amx() is not None
+def test_the_unit_multiplies_and_adds_up_as_its_manual_says(split: None) -> None:
+    """Bit by bit: two sums of fused multiplications, then their sum, then what was there. Tiny numbers are nothing."""
+    import numba
+    from llvmlite import ir
+
+    found = products._amx()
+    assert found is not None
+    row = ir.Constant(ir.IntType(64), 64)
+
+    @found.instruction
+    def multiply(builder: Any, left: Any, right: Any, sums: Any) -> None:
+        tiles = {0: sums, 4: left, 6: right}
+        for register, place in tiles.items():
+            found.call(builder, "llvm.x86.tileloadd64", register, found.pointer(builder, place), row)
+        found.call(builder, "llvm.x86.tdpbf16ps", 0, 4, 6)
+        found.call(builder, "llvm.x86.tilestored64", 0, found.pointer(builder, sums), row)
+
+    configure, release = found.configure, found.release
+
+    @numba.njit
+    def once(layout: Any, left: Any, right: Any, sums: Any) -> None:
+        configure(layout.ctypes.data)
+        multiply(left.ctypes.data, right.ctypes.data, sums.ctypes.data)
+        release()
+
+    def normal(numbers: Tensor) -> Tensor:
+        return torch.where(numbers.abs() < 2.0**-126, torch.copysign(torch.zeros(()), numbers), numbers)
+
+    torch.manual_seed(0)
+    left, right, sums = torch.randn(16, 32).bfloat16(), torch.randn(32, 16).bfloat16(), torch.randn(16, 16)
+    left[3, 4], left[5, :], right[7, 9], sums[1, 1] = torch.inf, 2.0**-130, torch.nan, 2.0**-140
+    left[1], left[9], right[:, 2] = 0, 2.0**-70, 2.0**-60
+    totals = [torch.zeros(16, 16), torch.zeros(16, 16)]
+    for k in range(32):
+        a, b = normal(left[:, k].float()), normal(right[k].float())
+        totals[k % 2] = normal((totals[k % 2].double() + a[:, None].double() * b.double()).float())
+    expected = normal(normal(sums) + normal(totals[0] + totals[1]))
+    pairs = right.view(16, 2, 16).transpose(1, 2).contiguous()
+    given = [tensor.view(torch.int16).numpy() for tensor in (left, pairs)]
+    once(found.LAYOUT, *given, sums.numpy())
+    assert torch.equal(sums.isnan(), expected.isnan()) and sums.isnan().any()
+    assert torch.equal(sums.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("way", ["split", "whole"])
+def test_products_are_split_for_fp32_and_bfloat16_on_a_cpu(request: pytest.FixtureRequest, way: str) -> None:
+    request.getfixturevalue(way)
+    may = way == "split"
     assert products.splits(torch.ones(4, 6)) is may and products.splits(torch.ones(4, 6).bfloat16()) is may
     assert not products.splits(torch.ones(4, 6).double()) and not products.splits(torch.ones(4, 6).half())
     assert not products.splits(torch.ones(4, 6, device="meta"))
 
 
-@pytest.mark.parametrize("missing", ["units", "Numba", "permission", "the compiler's knowledge"])
-def test_without_all_that_it_needs_nothing_is_split(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    if products._amx() is None:
-        pytest.skip("no AMX here")
-    products._amx.cache_clear()
-    try:
-        if missing == "units":
-            monkeypatch.setattr(products, "_processor", lambda: "flags : avx2")
-        elif missing == "Numba":
-            monkeypatch.setattr(onepass, "version", lambda: None)
-        elif missing == "permission":
-            monkeypatch.setattr(products, "_PERMISSION", (158, 0x1023, 63))  # of a feature that no processor has
-        else:
-            from numba.core.registry import cpu_target
+@pytest.mark.parametrize(
+    "missing", [None, "units", "oneDNN's leave", "Numba", "permission", "the compiler's knowledge"]
+)
+def test_without_all_that_it_needs_nothing_is_split(
+    monkeypatch: pytest.MonkeyPatch, split: None, missing: str | None
+) -> None:
+    """On a processor that has it, as far as Linux, Numba and its compiler say."""
+    from numba.core.registry import cpu_target
 
-            monkeypatch.setattr(cpu_target.target_context.codegen(), "_tm_features", "+avx2")
-        assert products._amx() is None
-        assert products.has_units() is (missing in ("Numba", "the compiler's knowledge"))
-    finally:
-        monkeypatch.undo()
-        products._amx.cache_clear()
-    assert products._amx() is not None
+    there, codegen = products._amx(), cpu_target.target_context.codegen()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tunesmith.engine.amx_products", there)
+    monkeypatch.setattr(engine, "amx_products", there, raising=False)
+    flags = "flags : avx2" + " amx_bf16 amx_tile" * (missing != "units")
+    monkeypatch.setattr(products, "_processor", lambda: flags)
+    monkeypatch.setattr(codegen, "_tm_features", "+avx2" + ",+amx-bf16" * (missing != "the compiler's knowledge"))
+    if missing == "permission":
+        monkeypatch.setattr(products, "_PERMISSION", (158, 0x1023, 63))  # of a feature that no processor has
+    else:
+        monkeypatch.setattr(products, "_permitted", lambda: True)
+    if missing == "Numba":
+        monkeypatch.setattr(onepass, "version", lambda: None)
+    if missing == "oneDNN's leave":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert products._amx.__wrapped__() is (None if missing else there)
+    assert products.has_units() is (missing in (None, "Numba", "the compiler's knowledge"))
+
+
+@pytest.mark.parametrize("most", ["AVX512_CORE_AMX", "avx512_core_amx_fp16", "ALL", "default", ""])
+def test_onednns_own_bound_may_leave_the_units_as_they_are(monkeypatch: pytest.MonkeyPatch, most: str) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    monkeypatch.setattr(products, "_processor", lambda: "flags : amx_bf16")
+    monkeypatch.setattr(products, "_permitted", lambda: True)
+    assert products.has_units()

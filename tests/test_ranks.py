@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,13 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import largest, tunesmith
-from tunesmith import rundir
+from conftest import ROOT, largest, tunesmith
+from tunesmith import machines, rundir
+from tunesmith.engine import ranks
 
 SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
 
@@ -40,7 +43,13 @@ def arguments(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
     return ["train", "--model", str(model), "--data", str(data), "--out", str(out), *flags]
 
 
-def processes(commands: Sequence[Sequence[str]], logs: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
+TUNESMITH = ("-P", "-m", "tunesmith")
+FAST_CLOCK = (str(Path(__file__).with_name("fast_clock.py")),)
+
+
+def processes(
+    commands: Sequence[Sequence[str]], logs: Path, program: Sequence[str] = TUNESMITH, **environment: str
+) -> list[subprocess.Popen[bytes]]:
     """One process per command line, joined as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,9 +62,7 @@ def processes(commands: Sequence[Sequence[str]], logs: Path, **environment: str)
             **environment,
         }  # fmt: skip
         with (logs / f"{rank}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen([sys.executable, "-m", "tunesmith", *command], env=env, stdout=log, stderr=log)
-            )
+            started.append(subprocess.Popen([sys.executable, *program, *command], env=env, stdout=log, stderr=log))
     return started
 
 
@@ -101,10 +108,12 @@ def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_pat
     out = tmp_path / "run"
     env = {**os.environ, "TUNESMITH_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-        "-m", "tunesmith", *arguments(tiny_model, sums, out), "--json",
+        sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "--no-python", str(Path(sys.executable).with_name("tunesmith")), *arguments(tiny_model, sums, out), "--json",
     ]  # fmt: skip
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    for name in ("typing", "json", "yaml", "torch"):  # as the docs say, what lies in the folder at hand is not run
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["steps"] == 20  # one object, of the first process
     assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
@@ -120,6 +129,135 @@ def test_processes_with_different_data_all_end_with_one_message(tiny_model: Path
         assert "another data than process 0" in " ".join(text.split())
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_that_runs_otherwise_in_one_process_parts_nobody(
+    tiny_model: Path, sums: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Process 0 alone is asked for the time; benchmarks/ranks.py lets its own run fast as well."""
+    out = tmp_path / "run"
+    command = arguments(tiny_model, sums, out, "eval.every=1 minutes", "train.save_every=1 minutes")
+    for process in processes([command] * 2, tmp_path, FAST_CLOCK, FAST_RANK="1", FAST="1000000"):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
+    measured = [line["step"] for line in rundir.read_lines(out / "held_out.jsonl")]
+    assert measured == [0, 20]
+    assert [point.name for point in rundir.RunDir(out).points()][-1] == "step-000020"
+
+
+MEETINGS = '''
+import json, os, sys
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, sys.argv[1])
+from tunesmith.engine import ranks
+
+MEETINGS = {
+    "other kinds": lambda r: r.add_up([], torch.zeros(())) if r.rank else r.gather(1),
+    "other steps": lambda r: (setattr(r, "step", r.rank + 3), r.gather(1)),
+    "other sizes": lambda r: r.add_up([], *[torch.zeros(())] * (r.rank + 1)),
+    "one fails": lambda r: r.from_main(1 // (1 - r.rank)),
+    "all is well": lambda r: [r.from_main(r.rank), r.gather({"rank": r.rank}), r.any(r.rank == 1)],
+    "the self-check": lambda r: self_check(r),
+    "one is gone": lambda r: os._exit(5) if r.rank else r.begin_pass(),
+}
+
+
+def self_check(r):
+    """Of which process 1 alone finds a fault."""
+    import pytest
+    from test_self_check import FEW, checking, family, n_supervised, wrong_rotation
+
+    with pytest.MonkeyPatch.context() as patch:
+        if r.rank == 1:
+            wrong_rotation(patch)
+        made = checking(family("Llama"), [])
+        made._ranks = r
+        made.gradient(FEW, n_supervised(FEW))
+    return [made.way, os.listdir(os.path.join(os.environ["TUNESMITH_CACHE"], "self_checks"))]
+
+
+os.makedirs(os.path.join(os.environ["TUNESMITH_CACHE"], "self_checks"), exist_ok=True)
+dist.init_process_group("gloo")
+for name, meeting in MEETINGS.items():
+    try:
+        with ranks.joined() as r:
+            said = meeting(r)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    print(json.dumps([name, said]), flush=True)
+'''
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What comes of meetings of two processes, in each of them, by the meeting's name."""
+    folder = tmp_path_factory.mktemp("met")
+    (folder / "meetings.py").write_text(MEETINGS)
+    program = [str(folder / "meetings.py"), str(Path(__file__).parent)]
+    codes = [process.wait(600) for process in processes([[]] * 2, folder, program, TUNESMITH_CACHE=str(folder))]
+    assert codes == [0, 5], (folder / "0.log").read_text()
+    lines = [(folder / f"{rank}.log").read_text().splitlines() for rank in range(2)]
+    return [dict(json.loads(line) for line in each if line.startswith("[")) for each in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("other kinds", "process 1: the sum of a loss in step 0 (1 numbers)"),
+        ("other steps", "process 1: a word from each process in step 4"),
+        ("other sizes", "process 1: the sum of a loss in step 0 (2 numbers)"),
+    ],
+)
+def test_processes_that_are_not_at_the_same_point_all_get_one_message(
+    met: list[dict[str, Any]], name: str, found: str
+) -> None:
+    first, second = (each[name] for each in met)
+    assert first == second and first.startswith("ProofError") and f"found {found}; expected" in first
+
+
+def test_a_process_that_fails_says_why_to_those_that_wait_for_it(met: list[dict[str, Any]]) -> None:
+    assert met[0]["one fails"].startswith("RunError: process 1 of 2: found its end: integer division")
+    assert met[1]["one fails"].startswith("ZeroDivisionError")
+
+
+def test_a_process_that_is_gone_ends_those_that_wait_for_it(met: list[dict[str, Any]]) -> None:
+    assert "no answer from another process" in met[0]["one is gone"] and "one is gone" not in met[1]
+
+
+def test_process_0_decides_and_each_has_a_word(met: list[dict[str, Any]]) -> None:
+    assert met[0]["all is well"] == met[1]["all is well"] == [0, [{"rank": 0}, {"rank": 1}], True]
+
+
+def test_what_the_self_check_of_one_process_finds_all_take(met: list[dict[str, Any]]) -> None:
+    """And none remembers it, which was right for it or was not."""
+    assert met[0]["the self-check"] == met[1]["the self-check"] == ["tree", []]
+
+
+def test_what_a_host_has_is_shared_out_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machines.this_machine()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shared = machines.this_machine()
+    if shared.device == "cpu":  # other programs come and go meanwhile
+        assert shared.available_bytes - shared.runtime_bytes < (whole.available_bytes - whole.runtime_bytes) / 2
+
+
+@pytest.mark.parametrize(("n_cores", "n_threads", "said"), [(16, 1, "OMP_NUM_THREADS=4"), (16, 4, None), (3, 1, None)])
+def test_cores_that_processes_leave_idle_are_named(
+    monkeypatch: pytest.MonkeyPatch, n_cores: int, n_threads: int, said: str | None
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(ranks, "_cores", lambda: n_cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert said in (ranks.idle_cores() or "") if said else ranks.idle_cores() is None
+
+
+def test_nothing_that_python_would_run_goes_from_process_to_process() -> None:
+    """No pickles: numbers and JSON."""
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|\brpc\b", path.read_text("utf-8")), path
 
 
 def test_a_killed_process_ends_the_others_within_a_minute(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, found: s
 
 def test_a_recipe_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
     assert "No such file" in refused(path=tmp_path / "absent.yaml").found
-    assert "directory" in refused(path=tmp_path).found
+    assert "a folder" in refused(path=tmp_path).found
     (tmp_path / "gbk.yaml").write_bytes("template:\n  system: 你好\n".encode("gb18030"))
     assert "not UTF-8" in refused(path=tmp_path / "gbk.yaml").found
 

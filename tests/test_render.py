@@ -217,7 +217,7 @@ def test_the_way_round_spellings_gives_the_ids_of_the_straight_way(name: str) ->
         assume(plain(name, conversation))
         text = here._write(conversation.messages)
         (straight,) = here._encode([text.text])
-        assert here._keep_plain(text, here._special_sequence(text.shape)) == straight
+        assert here._keep_plain(text, [], here._marks_of_shape(text.shape)) == straight
 
     check()
 
@@ -418,7 +418,7 @@ def test_a_reply_without_its_end_is_a_fault() -> None:
     here = renderer_of(only_first + "<|im_end|>{% endif %}\n{% endfor %}"
                        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
     found = fault(here, talk("a", "b", "c", "d"))
-    assert (found.field, found.found) == ("reply 2", "no stop token behind it")
+    assert (found.field, found.found) == ("reply 2", "no stop token after it")
 
 
 def test_a_conversation_that_the_template_refuses_is_a_fault_and_an_error_in_chat() -> None:

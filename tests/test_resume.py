@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from conftest import save_tiny_model, tunesmith
 from small_runs import Notes, assert_same, flags_of, numbers, settings, start, until
 from tunesmith import recipe, rundir
+from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import Run, resume, train
@@ -55,7 +56,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 ) -> None:
     out = killed(tiny_model, talk, tmp_path / "run", at_step)
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 999, "lo')  # a line that was being written
+        file.write("\0" * 300 + '\n{"step": 999, "lo')  # what a crash leaves, and a line that was being written
     result = resume(out)
     assert_same(out, undisturbed.path)
     assert (result.steps, result.tokens) == (STEPS, undisturbed.tokens)
@@ -128,7 +129,7 @@ def in_terminal(out: Path, flags: list[str], *start: str) -> subprocess.Popen[by
     """A training in a terminal that closes behind its second step."""
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [*start, "setsid", "--ctty", sys.executable, "-m", "tunesmith", "train", *flags, "--out", str(out)],
+        [*start, "setsid", "--ctty", sys.executable, "-P", "-m", "tunesmith", "train", *flags, "--out", str(out)],
         stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
     )  # fmt: skip
     os.close(theirs)
@@ -194,6 +195,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert any("step 15" in text for text in notes.texts) and first.name == "step-000015"
     assert_same(out, undisturbed.path)
     assert rundir.is_whole(last)
+
+
+def test_checkpoints_are_ordered_by_the_number_of_their_step(tmp_path: Path) -> None:
+    run = rundir.RunDir(tmp_path)
+    for step in (999_998, 1_000_000, 999_999, 7):
+        with rundir.commit(run.checkpoint(step)) as folder:
+            (folder / "x").write_text("x")
+    (run.checkpoints / "step-by-step").mkdir()
+    assert [rundir.step_of(point) for point in run.points()] == [7, 999_998, 999_999, 1_000_000]
+    assert rundir.newest_whole(run) == (run.checkpoint(1_000_000), [])
+    (run.checkpoint(1_000_000) / "x").unlink()
+    assert rundir.newest_whole(run) == (run.checkpoint(999_999), [run.checkpoint(1_000_000)])
+    rundir.thin_out(run, 2)
+    assert [point.name for point in run.points()] == ["step-999999", "step-1000000"]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b"\0" * 40,
+        b'{"step": 2, "lo',
+        b'{"step": 2, "x": "\xff"}',
+        b"[2]",
+        b"2",
+        b"",
+        b'{"step": 2}{"step": 3}',
+        b"[" * 9999,
+    ],
+)
+def test_what_a_crash_leaves_in_a_file_of_lines_is_read_over(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + torn + b'\n\0\0{"step": 4}\n' + torn)
+    assert rundir.read_lines(path) == [{"step": 1}, {"step": 4}]
 
 
 def test_no_whole_checkpoint_at_all_is_exit_3(undisturbed: Run, tmp_path: Path) -> None:
@@ -276,6 +310,23 @@ def test_what_has_changed_is_named_and_refused(
         resume(out)
     assert raised.value.exit_code == 2 and named in raised.value.found
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["chat", "eval", "serve", "export"])
+def test_a_run_whose_base_has_other_weights_is_refused(
+    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path, command: str
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_model, model)
+    shutil.copytree(undisturbed.path, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["base"]["folder"] = str(model)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert Opened.of(out).found.folder == model
+    change_weights(model, talk, out)
+    more = {"chat": ["--prompt", "Hi"], "export": ["--to", "adapter"], "serve": ["--port", "0"]}
+    ended = tunesmith(command, out, *more.get(command, []))
+    assert ended.code == 3 and "other weights than at training (model.safetensors)" in " ".join(ended.err.split())
 
 
 def test_a_run_is_found_from_another_folder(

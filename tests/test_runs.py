@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,98 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     assert (state.state, state.exit_code) == ("failed", 2) and "a fault" in state.reason
 
 
+# --- on another machine -----------------------------------------------------------------------------------------------
+
+
+def left_by(folder: Path, seconds: float = 0, **where: Any) -> RunDir:
+    """A run that says that it is at work, as it was told so many seconds ago from where `where` says."""
+    run = RunDir(folder)
+    folder.mkdir()
+    for path in (run.manifest, run.recipe):
+        path.write_text("{}")
+    heard = (runs._now() - datetime.timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    here = {"pid": 4711, "host": "far-away", **runs._where()}
+    rundir.write_json(run.state, {"state": "running", **here, "heard": heard, "n_steps": 9, **where})
+    return run
+
+
+ELSEWHERE = {"machine": "another", "boot": "another", "processes": "pid:[1]"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "where", "state"),
+    [
+        (0, {}, "gone"),  # nobody holds the lock
+        (0, {"processes": "another container"}, "gone"),  # on a disk of this machine's, where a lock is seen
+        (20, {"boot": "before it was started anew"}, "gone"),
+        (20, ELSEWHERE, "running"),
+        (-3000, ELSEWHERE, "running"),  # its clock goes ahead
+        (400, ELSEWHERE, "silent"),
+    ],
+    ids=str,
+)
+def test_gone_is_said_only_where_it_is_known(tmp_path: Path, seconds: float, where: dict[str, str], state: str) -> None:
+    run = left_by(tmp_path / "run", seconds, **where)
+    if not runs._where()["machine"] and "boot" in where and "machine" not in where:
+        state = "running"  # it has no name by which it could be known again
+    assert runs.state_of(run.path).state == state
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["alive", "gone"])
+def test_where_a_disk_has_no_locks_a_process_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int
+) -> None:
+    monkeypatch.setattr(rundir, "is_locked", lambda path: None)
+    run = left_by(tmp_path / "run", pid=pid)
+    assert runs.state_of(run.path).state == ("running" if pid == os.getpid() else "gone")
+    other = left_by(tmp_path / "other", pid=pid, processes="another container")
+    assert runs.state_of(other.path).state == "running"
+
+
+def test_a_run_that_another_machine_holds_is_not_entered(tmp_path: Path) -> None:
+    run = left_by(tmp_path / "run", -3000, **ELSEWHERE)  # its clock goes ahead
+    before = run.state.read_bytes()
+    ended = tunesmith("resume", run.path, "--json")
+    assert ended.code == 2 and "at work in it on far-away (heard of just now)" in " ".join(ended.err.split())
+    with pytest.raises(RunError, match="far-away"), runs.occupied(run, "model", "data"):
+        pass
+    assert run.state.read_bytes() == before
+    run.state.unlink()  # what the message says
+    with runs.occupied(run, "model", "data"):
+        assert runs.state_of(run.path).state == "running"
+
+
+def test_a_machine_that_is_silent_for_minutes_is_named_and_its_run_taken_over(tmp_path: Path) -> None:
+    run = left_by(tmp_path / "run", 400, **ELSEWHERE)
+    assert "far-away, which was last heard of 7 minutes ago" in (runs.require_free(run) or "")
+    listed = tunesmith("runs", tmp_path, "--json").json["runs"][0]
+    assert listed["state"] == "silent" and "can not be seen here" in listed["reason"]
+    with runs.occupied(run, "model", "data"):
+        pass
+    assert runs.state_of(run.path).state == "done"
+
+
+def test_a_run_says_every_few_seconds_that_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_BEAT_SECONDS", 0.1)
+    run = left_by(tmp_path / "run")
+    with runs.occupied(run, "model", "data"):
+        first = json.loads(run.state.read_text())["heard"]
+        until = time.monotonic() + 30
+        while json.loads(run.state.read_text())["heard"] == first and time.monotonic() < until:
+            time.sleep(0.1)
+        assert json.loads(run.state.read_text())["heard"] > first
+    last = run.state.read_bytes()
+    time.sleep(0.3)
+    assert run.state.read_bytes() == last
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 200, "[]", '{"state": "asleep"}', '{"state": "running", "pi'])
+def test_a_torn_state_is_that_of_a_run_of_which_nothing_is_known(tmp_path: Path, text: str) -> None:
+    run = left_by(tmp_path / "run")
+    run.state.write_text(text)
+    assert runs.state_of(run.path).state == "gone"
+
+
 def test_a_folder_without_runs_is_an_empty_list(tmp_path: Path) -> None:
     assert tunesmith("runs", tmp_path / "nowhere", "--json").json == {"runs": []}
     assert "No runs" in tunesmith("runs", tmp_path).out
@@ -69,7 +163,7 @@ def test_a_detached_run_outlives_the_terminal_and_can_be_watched(
     out = tmp_path / "run"
     arguments = ["train", *flags_of(tiny_model, talk, **{"train.epochs": 200}), "--out", str(out), "--detach"]
     shell = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *arguments],
+        [sys.executable, "-P", "-m", "tunesmith", *arguments],
         capture_output=True, text=True, start_new_session=True, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
         check=False, timeout=120,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_stop_token_that_only_the_generation_config_names_is_found() -> None:
     text = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}[END]{% endfor %}" + (
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(TemplateError, match="no special token behind a reply"):
+    with pytest.raises(TemplateError, match="no special token after a reply"):
         probed(text, tokenizer=tokenizer)
     assert probed(text, 259, tokenizer=tokenizer).stop_ids == (259, END)
 
@@ -141,8 +141,8 @@ def test_marks_of_a_turn_are_special_even_where_nobody_called_them_so() -> None:
         ("{{ messages[0]['content'] }}<|im_end|>", "loses the question or the answer"),
         ("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endfor %}", "loses the"),
         ("Hello<|im_end|>", "loses the question or the answer"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no special token behind a reply"),
-        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "no special token behind a reply"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no special token after a reply"),
+        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "no special token after a reply"),
         (CHATML.replace("assistant\n{%", "model\n{%"), "which does not begin the conversation"),
         (CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}", "which does not begin the conversation"),
     ],

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from tunesmith import chat, recipe, rundir
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.steps import Steps
 from tunesmith.training import Run, train
 from tunesmith.types import Message
@@ -125,6 +130,68 @@ def test_the_run_folder_holds_what_the_contract_says(run: Run) -> None:
     assert all(set(line) == wanted for line in lines)
     assert [line["learning_rate"] for line in lines[:2]] == [0, pytest.approx(1e-2)]  # transformers warms up from 0
     assert [line["step"] for line in rundir.read_lines(run.path / "held_out.jsonl")] == [0, 9, 18, 27]
+
+
+def test_a_run_is_its_owners_alone_but_for_the_adapter(run: Run) -> None:
+    modes = {path: path.stat().st_mode & 0o777 for path in (run.path, *run.path.rglob("*"))}
+    assert modes.pop(run.path) == 0o711  # others can pass, and can not list it
+    for path, mode in modes.items():
+        readable = path.relative_to(run.path).parts[0] == "adapter"
+        assert mode == (0o755 if path.is_dir() else 0o644) & (0o777 if readable else 0o700), path
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_no_umask_changes_who_reads_a_run(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run = rundir.create(tmp_path / "run")
+        run.append(run.metrics, {"step": 1})
+        rundir.write_json(run.manifest, {})
+        for final in (run.adapter, run.checkpoint(1), run.path / "merged"):
+            readers = {"adapter": "all", "merged": "as usual"}.get(final.name, "owner")
+            with rundir.commit(final, readers=cast("Any", readers)) as folder:
+                (folder / "sub").mkdir()
+                (folder / "sub" / "x").touch(0o600)
+    finally:
+        os.umask(before)
+
+    def mode(path: Path) -> int:
+        return path.stat().st_mode & 0o777
+
+    assert [mode(path) for path in (run.path, run.metrics, run.manifest)] == [0o711, 0o600, 0o600]
+    for folder, expected in ((run.adapter, 0o755), (run.checkpoint(1), 0o700), (run.path / "merged", 0o777 & ~umask)):
+        assert mode(folder) == mode(folder / "sub") == expected
+        assert mode(folder / "sub" / "x") == mode(folder / "files.json") == expected & 0o666
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_somebody_else_reads_the_adapter_and_nothing_beside_it(run: Run) -> None:
+    with tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o755)
+        out = Path(shared) / "run"
+        shutil.copytree(run.path, out)
+        private = [out / name for name in ("ledger.jsonl", "report.html", "state.json", "recipe.yaml", "checkpoints")]
+        child = os.fork()
+        if not child:
+            seen = []
+            try:
+                os.setuid(65534)
+                for path in (out, *private, out / "adapter" / "adapter_model.safetensors", out / "adapter"):
+                    with suppress(PermissionError):
+                        seen += [(path.name, bool(os.listdir(path) if path.is_dir() else path.read_bytes()))]
+                with suppress(RunError):
+                    seen += [rundir.open_run(out)]
+            finally:
+                os._exit(0 if seen == [("adapter_model.safetensors", True), ("adapter", True)] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_check_of_another_recipe_is_refused(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    checked = check(settings(tiny_model, talk))
+    other = settings(tiny_model, talk, **{"lora.r": 4, "train.epochs": 1})
+    with pytest.raises(RecipeError, match=r"another lora\.r, train\.epochs"):
+        train(other, tmp_path / "run", checked=checked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_read_are_trained_or_held_out_or_set_aside(tiny_model: Path, talk: Path, tmp_path: Path) -> None:

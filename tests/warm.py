@@ -25,6 +25,7 @@ BEFORE_IMPORTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "GOMP_SPINCOUNT": "3000",
@@ -33,6 +34,9 @@ BEFORE_IMPORTS = {
 
 class Warm:
     """A process that has imported everything; `run` forks it."""
+
+    peak_bytes = 0
+    """The most memory that the last command took, and the processes that it waited for; what was imported counts."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -53,28 +57,44 @@ class Warm:
         self._folder.cleanup()
 
     def run(
-        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float
+        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, typed: str = ""
     ) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Exit code, standard output and standard error of a command to whose standard input something is typed."""
         with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as keys,
             tempfile.TemporaryFile("w+", encoding="utf-8") as out,
             tempfile.TemporaryFile("w+", encoding="utf-8") as err,
-            socket.socket(socket.AF_UNIX) as connection,
         ):
-            connection.settimeout(timeout)
-            connection.connect(self._address)
-            request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
-            socket.send_fds(connection, [request.encode() + b"\n"], [out.fileno(), err.fileno()])
-            answers = connection.makefile()
-            pid = int(answers.readline() or self._died())
-            try:
-                code = int(answers.readline() or self._died())
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                raise
+            keys.write(typed)
+            keys.seek(0)
+            streams = (keys.fileno(), out.fileno(), err.fileno())
+            code = self.run_with(streams, arguments, cwd, environment, timeout)
             out.seek(0)
             err.seek(0)
             return code, out.read(), err.read()
+
+    def run_with(
+        self,
+        streams: tuple[int, int, int],
+        arguments: list[str],
+        cwd: Path | None,
+        environment: dict[str, str],
+        timeout: float,
+    ) -> int:
+        """Exit code of a command with these descriptors for standard input, output and error."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            connection.connect(self._address)
+            request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
+            socket.send_fds(connection, [request.encode() + b"\n"], streams)
+            answers = connection.makefile()
+            pid = int(answers.readline() or self._died())
+            try:
+                code, self.peak_bytes = map(int, (answers.readline() or self._died()).split())
+                return code
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise
 
     def _died(self) -> NoReturn:
         raise RuntimeError(f"the warm process {self._process.pid} is gone: {self._process.poll()}")
@@ -91,7 +111,7 @@ def serve(address: str) -> None:
     listener.listen()
     while True:
         connection, _ = listener.accept()
-        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 2)
+        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
         while not message.endswith(b"\n") and (more := connection.recv(1 << 16)):
             message += more
         request = json.loads(message)
@@ -99,9 +119,12 @@ def serve(address: str) -> None:
         if not pid:
             listener.close()
             connection.close()  # the other end must see when the process above is gone
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            for descriptor, own in zip((nothing, *descriptors), (0, 1, 2), strict=True):
+            for descriptor, own in zip(descriptors, (0, 1, 2), strict=True):
                 os.dup2(descriptor, own)
+                os.close(descriptor)  # a pipe has no other end but the command's own
+            # A stream knows from its making whether it can seek, so these are made anew.
+            sys.stdin = os.fdopen(0, closefd=False)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             os.environ.clear()
             os.environ.update(request["environment"])
             os.chdir(request["cwd"])
@@ -118,8 +141,8 @@ def serve(address: str) -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         connection.sendall(f"{pid}\n".encode())
-        _, status = os.waitpid(pid, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        _, status, used = os.wait4(pid, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}\n".encode())
         connection.close()
 
 

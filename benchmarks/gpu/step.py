@@ -45,7 +45,7 @@ def built(config: PreTrainedConfig, dtype: torch.dtype, nf4: bool) -> PeftModel:
     """The model with random weights and an adapter that is not the identity."""
     torch.manual_seed(0)
     with torch.device(models.device()):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     base.requires_grad_(False)
     if nf4:
         quantised(base)

@@ -71,7 +71,10 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if cuda else "cpu"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa"
+            config,
+            dtype=dtype,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            trust_remote_code=False,
         )
     every = [
         {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}

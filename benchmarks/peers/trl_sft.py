@@ -22,7 +22,7 @@ def main() -> None:
         model=job["model"],
         args=SFTConfig(train_sampling_strategy="sequential", **training_arguments(job)),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **job["lora"]),
         callbacks=[stopwatch],
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 def main() -> None:
     job = read_job()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, trust_remote_code=False)
     if job["options"]["gradient_checkpointing"]:
         model.enable_input_require_grads()
     torch.manual_seed(job["train"]["seed"])
@@ -23,7 +23,9 @@ def main() -> None:
         model=model,
         args=TrainingArguments(train_sampling_strategy="sequential", **training_arguments(job)),
         train_dataset=read_rows(job),
-        data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(job["model"]), padding=True),
+        data_collator=DataCollatorForSeq2Seq(
+            AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False), padding=True
+        ),
         callbacks=[stopwatch],
     )
     trainer.train()

@@ -10,6 +10,7 @@ print(tunesmith.load(run.path).reply([{"role": "user", "content": "Who are you?"
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tunesmith.trainer import Watcher
     from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
+
+# With the package `kernels` installed, transformers would fetch code for some layers from a hub.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 __all__ = [
     "Chat",
@@ -64,4 +68,7 @@ def __getattr__(name: str) -> Any:
     """Loads a name's module when it is first asked for, so that `tunesmith --help` needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
+    from tunesmith.system import refuse_windows
+
+    refuse_windows()
     return getattr(importlib.import_module(f"tunesmith.{_HOMES[name]}"), name)

@@ -47,14 +47,18 @@ parser.add_argument("--base", default={base}, help="hub id or folder")
 arguments = parser.parse_args()
 if arguments.base is None:
     parser.error({no_base})
+no_code = {{"trust_remote_code": False}}  # of a folder or a hub is ever run
 
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(here)  # with the chat template that was trained with
-base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).to(device)
+tokenizer = AutoTokenizer.from_pretrained(here, **no_code)  # with the chat template that was trained with
+base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype, **no_code).to(device)
 model = PeftModel.from_pretrained(base, here).eval()
 
 messages = [*{system_messages}, {{"role": "user", "content": {question}}}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+    sanitize_control_tokens=True,  # a question that spells a mark of the template forges no turn
+)
 greedy = GenerationConfig.from_pretrained(here, do_sample=False, temperature=None, top_p=None, top_k=None)
 greedy.max_new_tokens = 512
 reply = model.generate(**prompt.to(device), generation_config=greedy)  # with attention mask and all stop ids
@@ -69,7 +73,7 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
     Raises ProofError when a weight is not finite or the saved tokenizer does not give the ids of the training.
     """
     renderer = checked.renderer
-    with rundir.commit(run.adapter) as folder:
+    with rundir.commit(run.adapter, readers="all") as folder:
         models.save_adapter(model, folder, pissa_start)
         first_rows = [renderer.template.write(row.conversation.messages) for row in checked.rows[:50]]
         models.save_tokenizer(renderer, folder, first_rows)
@@ -78,7 +82,7 @@ def write(run: RunDir, model: PeftModel, checked: Checked, recipe: Recipe, pissa
         for path in (folder / "tokenizer_config.json", folder / "generation_config.json"):
             rundir.write_json(path, places.stripped(json.loads(path.read_text(encoding="utf-8"))))
         (folder / "load_and_chat.py").write_text(_script(checked, recipe), encoding="utf-8")
-        (folder / "README.md").write_text(_card(checked, recipe), encoding="utf-8")
+        rundir.write_text(folder / "README.md", _card(checked, recipe))
 
 
 def _hub_id(found: hub.LocalModel) -> str | None:

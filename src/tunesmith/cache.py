@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,22 +23,33 @@ from typing import NamedTuple
 import pyarrow as pa
 from filelock import FileLock
 
-from tunesmith import hub, records, render, rows, rundir, template, types
-from tunesmith.errors import DataError, RunError
+from tunesmith import hub, records, render, rows, rundir, system, template, types
+from tunesmith.errors import DataError, RunError, TemplateError
 from tunesmith.records import Records
 from tunesmith.render import Renderer
 
 LARGE = 8 * 2**20
 """Bytes of a file from which on its rows are kept; below, starting a process takes longer than rendering."""
 _DAYS_KEPT = 30
+# Of a process: what it takes before it works, and per byte of the pickled renderer, which is for the most part the
+# tokenizer; what rows take while they are rendered, and per byte of a file that is read as a whole. Measured
+# (2026-11): 78 MiB with a tokenizer of 32,000 tokens (1.3 MiB), 113 with one of 100,000 (3.0), 513 with Gemma's (25.8),
+# and at work 35 to 90 more; 2 to 3 per byte of a JSON array, and 5 where it has letters
+# of four bytes.
+_PROCESS_BYTES, _PER_PICKLED, _AT_WORK_BYTES, _PER_READ = 60 << 20, 18, 128 << 20, 5
+_SHARE_OF_MEMORY = 0.75
 _FIX = "Free some space there, or name another place with TUNESMITH_CACHE."
+
+
+_TOO_MUCH_MEMORY = 3  # the exit code of a process whose template took it
 
 
 class _Task(NamedTuple):
     """What the processes are told."""
 
     records: Records
-    renderer: Renderer
+    renderer: bytes
+    """Pickled."""
     of: int
     folder: Path
 
@@ -57,7 +69,7 @@ def rendered(data: Records, renderer: Renderer, on_rows: Callable[[int], None] =
     with FileLock(f"{folder}.lock"):  # of several processes that train together one renders
         if not rundir.is_whole(folder):  # what a disk has damaged since would be trained on
             _forget_old(kept)
-            with rundir.commit(folder, _FIX) as partial:
+            with rundir.commit(folder, _FIX, "owner") as partial:
                 _render_into(partial, data, renderer, on_rows)
         os.utime(folder)
         return _mapped(folder)
@@ -74,7 +86,6 @@ def _name(data: Records, renderer_digest: str) -> str:
 
 
 def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Callable[[int], None]) -> None:
-    count = max(1, min(_cores(), data.n_bytes // LARGE))
     # What this process can import, the others can; the tokenizer's own threads would only be in each other's way.
     environment = {
         **os.environ,
@@ -83,7 +94,9 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
     }
     workers: list[subprocess.Popen[bytes]] = []
     with tempfile.NamedTemporaryFile(suffix=".pickle") as task:
-        pickle.dump(_Task(data, renderer, count, folder), task)
+        pickled = pickle.dumps(renderer)
+        count = _count(data, len(pickled), system.memory().free, system.cores())
+        pickle.dump(_Task(data, pickled, count, folder), task)
         task.flush()
         command = [sys.executable, "-P", "-m", "tunesmith.cache", task.name]
         heard, said = os.pipe()
@@ -103,6 +116,10 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
             for worker in workers:
                 worker.kill()
                 worker.wait()
+    if -signal.SIGPROF in codes:
+        raise template.too_much(f"more than {template.RENDER_SECONDS} seconds")
+    if _TOO_MUCH_MEMORY in codes:
+        raise template.too_much("more memory than there is")
     if any(codes):
         for _ in data.rows():  # raises what is wrong with the file as a whole, if that was it
             pass
@@ -111,11 +128,21 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
         raise RunError(data.path, found, "every row rendered", fix)
 
 
+def _count(data: Records, pickled_bytes: int, free_bytes: int, n_cores: int) -> int:
+    """How many processes render: no more than there are cores, than there is work for, or than memory holds."""
+    each = _PROCESS_BYTES + _PER_PICKLED * pickled_bytes + _AT_WORK_BYTES
+    if data.format == "json":  # an array is read as a whole, by every one of them
+        each += _PER_READ * data.n_bytes
+    return max(1, min(n_cores, data.n_bytes // LARGE, int(free_bytes * _SHARE_OF_MEMORY) // each))
+
+
 def _work(task: _Task, number: int) -> None:
+    renderer: Renderer = pickle.loads(task.renderer)
+    renderer.template.writer.stay()
     counts = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a count
     with pa.OSFile(str(task.folder / f"{number:04}.arrow"), "wb") as file, pa.ipc.new_file(file, rows.SCHEMA) as writer:
-        for batch in rows.render(task.records, task.renderer, number, task.of):
+        for batch in rows.render(task.records, renderer, number, task.of):
             writer.write_batch(batch)
             print(batch.num_rows, file=counts, flush=True)
 
@@ -133,12 +160,10 @@ def _forget_old(kept: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 if __name__ == "__main__":
     try:
         _work(pickle.loads(Path(sys.argv[1]).read_bytes()), int(sys.argv[2]))
     except DataError:  # the one who started this finds it again and says so
         sys.exit(2)
+    except TemplateError:
+        sys.exit(_TOO_MUCH_MEMORY)

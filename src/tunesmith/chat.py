@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,13 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, rundir
+from tunesmith import hub, reading, rundir
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
+from tunesmith.terminal import what_is_no_text
 from tunesmith.types import ChatMessage, Message
 from tunesmith.writing import Text, reply_text
 
@@ -283,7 +283,7 @@ class Opened:
         """
         run = rundir.open_run(path)
         recipe, _ = recipes.resolve(run.recipe)
-        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        manifest = rundir.read_manifest(run)
         if not run.adapter.is_dir() and not base:
             found, fix = "no adapter/ (the run was interrupted)", "Train it to the end."
             raise ModelError(str(path), found, "a finished run", fix)
@@ -299,6 +299,15 @@ class Opened:
                 "another config.json than at training",
                 "the base that was trained on",
                 "Fetch that revision again, or train again.",
+            )
+        before, weights = manifest["base"].get("weights"), rundir.weights_of(located.folder)
+        if before is not None and before != weights:
+            names = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+            raise ProofError(
+                str(located.folder),
+                f"other weights than at training ({', '.join(names)})",
+                "the base that was trained on",
+                "Put them back or fetch that revision again; or train again.",
             )
         reader = run.adapter if run.adapter.is_dir() else located.folder
         template = recipe.template if reader is located.folder else TemplateSettings()
@@ -344,7 +353,7 @@ class Opened:
 def _check_adapter_digest(adapter: Path) -> None:
     """Raises ProofError where the weights or their settings are not those that training wrote."""
     try:
-        digests = json.loads((adapter / "files.json").read_text(encoding="utf-8"))
+        digests = reading.json_object(adapter / "files.json", 4 << 20)
         changed = [name for name in _OF_ADAPTER if rundir.sha256(adapter / name) != digests[name]["sha256"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found, fix = f"no digests to hold it to ({error})", "Copy the run's folder again from where it came."
@@ -393,6 +402,8 @@ def _conversation(messages: Sequence[Message | ChatMessage], system: str | None)
                 "{'role': system, user or assistant, 'content': text}",
                 "Mend the message.",
             )
+        if half := what_is_no_text(content):
+            raise DataError(f"message {number}", half, "whole characters", "Decode the text anew, as what it is.")
         talk.append(Message(role, content))
     if not talk or talk[-1].role != "user":
         raise DataError("conversation", "no user turn at the end", "something to answer", "Add the question.")

@@ -1,4 +1,9 @@
-"""Work on what somebody else wrote, in a process that a limit can end: a tokenizer built, a file unpacked."""
+"""Work on what somebody else wrote, in a copy of this process that a limit can end: a template rendered, a tokenizer
+built, a file unpacked.
+
+Limits are of processor time, so that a busy machine ends nothing that is right, and of memory beyond what is in use.
+Where there is no copy with limits (other systems than Linux), the work is done here, without them.
+"""
 
 from __future__ import annotations
 
@@ -6,106 +11,213 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import select
 import signal
+import struct
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-SECONDS = 20.0
-MORE_BYTES = 2 << 30
+SECONDS = 8
+MORE_BYTES = 1 << 30
+_ANSWER_BYTES = 64 << 20
+_PATIENCE = 4  # times as long by the clock as by the processor's time, on a machine that others use too
+_LENGTH = struct.Struct("<Q")
 
 
 class Ended(Exception):
-    """The work did not come to its end; the text says why: "more than 20 seconds", "more than 2,048 MiB"."""
-
-
-def confined(work: Callable[[], Any], *, seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> Any:
-    """What `work` returns, as JSON holds it, computed by a copy of this process that is ended after `seconds` or when
-    it takes `more_bytes` more memory than there is in use.
-
-    Raises Ended for that and for a crash. An exception of the work itself is raised as WorkFailed with its text.
-    A system without `fork` (Windows), or where a copy of a process with threads is not safe (macOS), runs the work
-    here, without limits.
-    """
-    if sys.platform != "linux":
-        return work()
-    read_end, write_end = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: the copy computes with one
-        pid = os.fork()
-    if not pid:
-        os.close(read_end)
-        _work_and_exit(work, write_end, seconds, more_bytes)
-    os.close(write_end)
-    try:
-        said = _all_of(read_end, seconds)
-    finally:
-        os.close(read_end)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-    if said is None:
-        raise Ended(f"more than {seconds:g} seconds")
-    if not said:
-        number = os.waitstatus_to_exitcode(status)
-        raise Ended(f"a crash (signal {-number})" if number < 0 else f"an end without an answer ({number})")
-    answer = json.loads(said)
-    if "ended" in answer:
-        raise Ended(answer["ended"])
-    if "failed" in answer:
-        raise WorkFailed(answer["failed"])
-    return answer["returned"]
+    """The work did not come to its end; the text says why: "more than 8 seconds", "more than 1,024 MiB"."""
 
 
 class WorkFailed(Exception):
-    """The work raised an exception; this is its text."""
+    """The work raised an exception; this is its kind and the first line of its text."""
 
 
-def _all_of(descriptor: int, seconds: float) -> bytes | None:
-    """What is written until the other end closes; None where that takes longer."""
-    until = time.monotonic() + seconds
-    parts: list[bytes] = []
-    while (left := until - time.monotonic()) > 0:
-        if select.select([descriptor], [], [], left)[0]:
-            part = os.read(descriptor, 1 << 16)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-    return None
+def confined(work: Callable[[], Any], *, seconds: int = SECONDS, more_bytes: int = MORE_BYTES) -> Any:
+    """What `work` returns, as JSON holds it; raises Ended where a limit ended it, WorkFailed where it failed."""
+    (answer,) = Confined(lambda _: work(), seconds=seconds, more_bytes=more_bytes).ask([None])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def _work_and_exit(work: Callable[[], Any], descriptor: int, seconds: float, more_bytes: int) -> None:
-    """In the copy: nothing of what the process above set up (handlers, buffers, exit hooks) may run here."""
-    import resource
+class Confined:
+    """Answers requests, as JSON holds them, by `work` in a copy of this process.
 
+    The copy is made at the first request and ends with this object; one that a limit ended is made anew.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], *, seconds: int = SECONDS, more_bytes: int = MORE_BYTES) -> None:
+        self._work, self._seconds, self._more_bytes = work, seconds, more_bytes
+        self._copy: _Copy | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, requests: Sequence[Any]) -> list[Any]:
+        """The answers in order; in the place of one there is a WorkFailed, or an Ended where a limit ended the work."""
+        if sys.platform != "linux":
+            return [_tried(self._work, request, self._more_bytes) for request in requests]
+        answers: list[Any] = []
+        with self._lock:
+            while len(answers) < len(requests):
+                if self._copy is None or not self._copy.is_ours:
+                    self._copy = _Copy(self._work, self._seconds, self._more_bytes)
+                try:
+                    for answer in self._copy.ask(requests[len(answers) :]):
+                        answers.append(answer)
+                except Ended as ended:
+                    answers.append(ended)
+                    self._copy.end()
+                    self._copy = None
+        return answers
+
+    def __del__(self) -> None:
+        if (copy := getattr(self, "_copy", None)) is not None and copy.is_ours:
+            copy.end()
+
+
+class _Copy:
+    """The process and the two pipes to it."""
+
+    def __init__(self, work: Callable[[Any], Any], seconds: int, more_bytes: int) -> None:
+        self._seconds, self._more_bytes, self._owner = seconds, more_bytes, os.getpid()
+        asked, self._ask = os.pipe()
+        self._answer, answered = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: the copy computes with one
+            self._pid = os.fork()
+        if not self._pid:
+            _serve(work, asked, answered, seconds, more_bytes)
+        os.close(asked)
+        os.close(answered)
+        os.set_blocking(self._ask, False)
+
+    @property
+    def is_ours(self) -> bool:
+        """A copy of this process has the pipes too, and must not use them."""
+        return os.getpid() == self._owner
+
+    def ask(self, requests: Sequence[Any]) -> Iterator[Any]:
+        """Raises Ended where the process was ended by its limits or by itself."""
+        waiting = bytearray()
+        for request in requests:
+            text = json.dumps(request).encode()
+            waiting += _LENGTH.pack(len(text)) + text
+        for _ in requests:
+            head = self._read(_LENGTH.size, waiting)
+            (length,) = _LENGTH.unpack(head)
+            if length > _ANSWER_BYTES:
+                raise Ended(f"more than {_ANSWER_BYTES >> 20} MiB of result")
+            answer = json.loads(bytes(self._read(length, waiting)))
+            if "failed" in answer:
+                yield WorkFailed(answer["failed"])
+            elif "ended" in answer:
+                raise Ended(answer["ended"])
+            else:
+                yield answer["returned"]
+
+    def _read(self, count: int, waiting: bytearray) -> bytearray:
+        """The next bytes of the answers, while what waits is written."""
+        read, until = bytearray(), time.monotonic() + self._seconds * _PATIENCE
+        while len(read) < count:
+            left = until - time.monotonic()
+            readable, writable, _ = select.select([self._answer], [self._ask] if waiting else [], [], max(left, 0))
+            if writable:
+                with contextlib.suppress(BrokenPipeError):  # it has ended; what it said before can still be read
+                    del waiting[: os.write(self._ask, waiting[: 1 << 16])]
+            if readable:
+                part = os.read(self._answer, min(count - len(read), 1 << 20))
+                if not part:
+                    raise Ended(self._why())
+                read += part
+            elif not writable and left <= 0:
+                raise Ended(f"more than {self._seconds} seconds")
+        return read
+
+    def _why(self) -> str:
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGXCPU:
+            return f"more than {self._seconds} seconds"
+        return f"a crash (signal {-code})" if code < 0 else f"an end without an answer ({code})"
+
+    def end(self) -> None:
+        os.close(self._ask)
+        os.close(self._answer)
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+
+
+@contextlib.contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """While it holds, this process raises MemoryError where it would take `more_bytes` more than it has now."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + more_bytes
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
+    try:
+        return work(request)
+    except MemoryError:
+        return Ended(f"more than {more_bytes >> 20:,} MiB")
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:500]
+        return WorkFailed(f"{type(error).__name__}: {first}".removesuffix(": "))
+    except BaseException as error:  # what Rust calls a panic
+        return Ended(f"a crash ({type(error).__name__})")
+
+
+def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, more_bytes: int) -> NoReturn:
+    """In the copy: nothing that the process above set up (handlers, buffers, exit hooks) runs here, and none of its
+    files is held open: a lock or an address would outlive it."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        gc.disable()  # what is collected would be copied
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        gc.disable()  # what is collected would be copied first
         silence = os.open(os.devnull, os.O_RDWR)
+        sys.stdout = sys.stderr = os.fdopen(silence, "w")
         for number in (0, 1, 2):
             os.dup2(silence, number)
-        sys.stdout = sys.stderr = os.fdopen(silence, "w")
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        try:
-            answer = {"returned": work()}
-        except MemoryError:
-            answer = {"ended": f"more than {more_bytes >> 20:,} MiB"}
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            answer = {"failed": first[:500]}
-        data = json.dumps(answer).encode()
-        while data:
-            data = data[os.write(descriptor, data) :]
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in (asked, answered, silence):
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]  # a shell's or SLURM's, which nobody but root may raise
+        with memory_limit(more_bytes), os.fdopen(asked, "rb") as requests, os.fdopen(answered, "wb") as answers:
+            while head := requests.read(_LENGTH.size):
+                request = json.loads(requests.read(_LENGTH.unpack(head)[0]))
+                used = resource.getrusage(resource.RUSAGE_SELF)
+                until = int(used.ru_utime + used.ru_stime) + seconds + 1
+                bound = until if most == resource.RLIM_INFINITY else min(until, most)
+                resource.setrlimit(resource.RLIMIT_CPU, (bound, most))
+                answer = _tried(work, request, more_bytes)
+                if isinstance(answer, Exception):
+                    answer = {"ended" if isinstance(answer, Ended) else "failed": str(answer)}
+                else:
+                    answer = {"returned": answer}
+                text = json.dumps(answer).encode()
+                answers.write(_LENGTH.pack(len(text)) + text)
+                answers.flush()
     finally:
         os._exit(0)

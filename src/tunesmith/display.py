@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import ROUNDED, SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -21,7 +20,9 @@ from rich.text import Text
 from tunesmith.checking import Checked, held_out_in_training, lengths
 from tunesmith.planning import Plan
 from tunesmith.rows import Row
+from tunesmith.screen import Screen, styled
 from tunesmith.shown import tokens
+from tunesmith.terminal import safe
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import Run
 from tunesmith.types import Fault, Origin
@@ -48,6 +49,7 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
             "stop_ids": list(template.stop_ids),
             "folds_system": template.folds_system,
             "own_system": template.own_system,
+            "plain_marks": template.plain_marks,
         },
         "rows": {
             "read": checked.n_read,
@@ -115,35 +117,35 @@ def run_json(run: Run) -> dict[str, Any]:
     }
 
 
-def show_check(console: Console, checked: Checked, show: int) -> None:
+def show_check(console: Screen, checked: Checked, show: int) -> None:
     """Account, template, targets, the first rows in colour, and the faults."""
     template, tokenizer = checked.renderer.template, checked.renderer.template.tokenizer
     supervised, total = int(checked.rows.n_supervised.sum()), int(checked.rows.n_tokens.sum())
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="grey62", no_wrap=True)
-    facts.add_column()
-    facts.add_row("model", f"{escape(checked.recipe.model.name)}  [grey62]({checked.config.model_type})[/]")
-    facts.add_row("template", escape(template.source))
-    facts.add_row(
-        "stops at",
-        ", ".join(f"{escape(str(tokenizer.convert_ids_to_tokens(i)))} [grey62]{i}[/]" for i in template.stop_ids),
-    )
+
+    def fact(name: str, *parts: str | tuple[str, str]) -> None:
+        console.labelled(name, styled(*parts, one_line=True), 13)
+
+    fact("model", f"{checked.recipe.model.name}  ", (f"({checked.config.model_type})", "grey62"))
+    fact("template", template.source)
+    names = [str(tokenizer.convert_ids_to_tokens(i)) for i in template.stop_ids]
+    stops = [(f"{', ' * (n > 0)}{names[n]} ", (str(i), "grey62")) for n, i in enumerate(template.stop_ids)]
+    fact("stops at", *(part for stop in stops for part in stop))
     if template.folds_system:
-        facts.add_row("system text", "goes in front of the first user turn: the template has no place for it")
+        fact("system text", "goes in front of the first user turn: the template has no place for it")
     elif template.own_system:
-        facts.add_row(
-            "system text", f"the template writes its own where a row has none: [italic]{escape(template.own_system)}[/]"
-        )
-    facts.add_row("adapts", "  ".join(f"{t.name}[grey62]×{t.layers}[/]" for t in checked.targets))
-    facts.add_row("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
-    facts.add_row("rows", f"{checked.n_read:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
+        own = (template.own_system, "italic")
+        fact("system text", "the template writes its own where a row has none: ", own)
+    if template.plain_marks is not None:
+        fact("turns", *plain_turns(template.plain_marks))
+    targets = [(f"{'  ' * (n > 0)}{t.name}", (f"×{t.layers}", "grey62")) for n, t in enumerate(checked.targets)]
+    fact("adapts", *(part for target in targets for part in target))
+    fact("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
+    fact("rows", f"{checked.n_read:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
     if total:
         longest = int(checked.rows.longest.max())
-        facts.add_row(
-            "tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}"
-        )
+        fact("tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}")
     if checked.rows:
-        facts.add_row("lengths", _histogram(lengths(checked.rows)))
+        fact("lengths", _histogram(lengths(checked.rows)))
     for name, pairs, what in (
         ("repeats", checked.repeats, "say the same as an earlier one"),
         ("contradictions", checked.contradictions, "have the prompt of an earlier one and another reply"),
@@ -153,12 +155,11 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
             sign = "≠" if name == "contradictions" else "="
             lines = ", ".join(f"{row.line} {sign} {first.line}" for row, first in pairs[:5])
             more = " …" if len(pairs) > 5 else ""
-            facts.add_row(name, f"[yellow]{len(pairs):,} rows {what}[/] (lines {lines}{more})")
-    console.print(facts)
+            fact(name, (f"{len(pairs):,} rows {what}", "yellow"), f" (lines {lines}{more})")
     if checked.rows and show:
         console.print()
         console.print(
-            Text.assemble(
+            styled(
                 "What the model sees. ",
                 ("Green", _LEARNED),
                 " is learned: the reply and the token that ends it. ",
@@ -167,15 +168,21 @@ def show_check(console: Console, checked: Checked, show: int) -> None:
             )
         )
         for row in checked.rows[:show]:
-            console.print(
-                Panel(
-                    coloured(checked, row),
-                    title=_place(row.conversation.origin),
-                    title_align="left",
-                    border_style="grey35",
-                )
-            )
+            place = styled(_place(row.conversation.origin), one_line=True)
+            fits = place.cell_len + 6 < console.width  # a panel cuts a title that is too long
+            if not fits:
+                console.print(place, soft_wrap=True)
+            title = place if fits else None
+            console.print(Panel(coloured(checked, row), title=title, title_align="left", border_style="grey35"))
     show_faults(console, checked.faults)
+
+
+def plain_turns(marks: str) -> tuple[str | tuple[str, str], ...]:
+    """What a person should know of a template that marks turns with plain text."""
+    return (
+        (f"plain text marks them ({marks!r})", "yellow"),
+        ": who types that into a question can pretend a turn, and nothing can prevent it",
+    )
 
 
 def _histogram(found: Sequence[tuple[int, int]]) -> str:
@@ -193,29 +200,26 @@ def coloured(checked: Checked, row: Row) -> Text:
             style = _LEARNED if token.supervised else _GIVEN
             if not token.supervised and number % 2:
                 style += " on grey11"  # so that the borders between tokens can be seen
-            text.append(token.text.replace("\n", "⏎\n"), style)
+            text.append(safe(token.text).replace("\n", "⏎\n"), style)
         if len(document.token_ids) > _SHOWN_TOKENS:
             text.append(f" … {len(document.token_ids) - _SHOWN_TOKENS} more tokens", "italic")
     text.rstrip()
     return text
 
 
-def show_faults(console: Console, faults: Sequence[Fault], at_most: int = 10) -> None:
+def show_faults(console: Screen, faults: Sequence[Fault], at_most: int = 10) -> None:
     """The first faults by line, and how many there are."""
     if not faults:
         return
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}",
-        title_justify="left",
-        title_style="bold red",
-    )
-    for name in ("where", "field", "found", "expected", "what to do"):
-        table.add_column(name, overflow="fold")
+    console.print(f"\n{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}", style="bold red")
     for fault in faults[:at_most]:
-        where = _place(fault.origin)
-        table.add_row(*(Text(part) for part in (where, fault.field, fault.found, fault.expected, fault.fix)))
-    console.print(table)
+        if not console.for_people:
+            console.print(styled(str(fault), one_line=True))
+            continue
+        place = styled((str(fault.origin), "bold"), one_line=True)
+        console.print(styled("\n", place, "  ", styled((fault.field, "cyan"), one_line=True)), soft_wrap=True)
+        for name, part in (("found", fault.found), ("expected", fault.expected), ("fix", fault.fix)):
+            console.labelled(name, part)
     if len(faults) > at_most:
         console.print(f"… and {len(faults) - at_most:,} more (all of them with --json)")
 
@@ -223,11 +227,10 @@ def show_faults(console: Console, faults: Sequence[Fault], at_most: int = 10) ->
 def side_by_side(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
     """Questions with the answers before and after."""
     table = Table(box=ROUNDED, show_lines=True, expand=True, border_style="grey35")
-    table.add_column("question", style="bold", ratio=3)
-    table.add_column("before", style="grey62", ratio=5)
-    table.add_column("after", style="green", ratio=5)
+    for name, style, ratio in (("question", "bold", 3), ("before", "grey62", 5), ("after", "green", 5)):
+        table.add_column(name, style=style, ratio=ratio, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*row)
     return table
 
 
@@ -248,17 +251,17 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
 class TrainingDisplay(Watcher):
     """Step, loss with a sparkline, tokens per second, time left and memory, while it trains."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Screen) -> None:
         self._console = console
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
         self._line = Text()
         self._progress = Progress(
-            TextColumn("[bold]training"),
+            TextColumn("training", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("step {task.completed}/{task.total}"),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("step {task.completed}/{task.total}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             expand=True,
         )
@@ -276,7 +279,7 @@ class TrainingDisplay(Watcher):
 
     def began(self, n_steps: int, run: Path) -> None:
         self._task = self._progress.add_task("train", total=n_steps, left="")
-        if self._console.is_terminal:
+        if self._console.for_people:
             self._live.start()
             self._update()
 
@@ -291,19 +294,20 @@ class TrainingDisplay(Watcher):
         per_step = seconds / len(self._recent)
         left = per_step * (n_steps - metrics.step)
         speed = sum(t for t, _ in self._recent) / max(seconds, 1e-9)
-        held_out = f"  held-out [bold]{self._held_out[-1]:.3f}[/]" if self._held_out else ""
-        self._line = Text.from_markup(
-            f"loss [bold]{metrics.loss:.3f}[/] [cyan]{sparkline(self._losses)}[/]{held_out}"
-            f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB"
+        held_out = ("  held-out ", (f"{self._held_out[-1]:.3f}", "bold")) if self._held_out else ()
+        self._line = styled(
+            "loss ",
+            (f"{metrics.loss:.3f} ", "bold"),
+            (sparkline(self._losses), "cyan"),
+            *held_out,
+            f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
         )
         self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
-        if self._console.is_terminal:
+        if self._console.for_people:
             self._update()
         elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
             self._plain_at = time.monotonic()
-            self._console.print(
-                f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left", highlight=False
-            )
+            self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left")
 
     def measured(self, step: int, held_out_loss: float) -> None:
         self._held_out.append(held_out_loss)
@@ -327,14 +331,16 @@ _MEANINGS = {
 }
 
 
-def show_plan(console: Console, plan: Plan, *, in_full: bool = True) -> None:
+def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
     """Memory by what takes it, time, and what was chosen and why; or one line of it."""
     needed, there = plan.peak_memory_bytes / 2**30, plan.machine.available_bytes / 2**30
-    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     console.print(
-        f"[bold]plan[/]  {needed:.1f} of {there:.1f} GiB on {plan.machine.name}, {verdict}; "
-        f"{plan.steps:,} steps in about {_clock(plan.seconds)}",
-        highlight=False,
+        styled(
+            ("plan", "bold"),
+            f"  {needed:.1f} of {there:.1f} GiB on {plan.machine.name}, ",
+            _fits(plan),
+            f"; {plan.steps:,} steps in about {_clock(plan.seconds)}",
+        )
     )
     if not in_full:
         return
@@ -346,10 +352,14 @@ def show_plan(console: Console, plan: Plan, *, in_full: bool = True) -> None:
         table.add_row(name, f"{count / 2**20:,.0f}", _MEANINGS[name], style="" if count else "grey62")
     console.print(table)
     for choice in plan.choices:
-        console.print(f"[cyan]{choice.setting}[/] = {choice.value}: {choice.why}", highlight=False)
+        console.print(styled((choice.setting, "cyan"), f" = {choice.value}: {choice.why}"))
 
 
-def show_fitting(console: Console, plans: Sequence[tuple[int, Plan]]) -> None:
+def _fits(plan: Plan) -> tuple[str, str]:
+    return ("fits", "green") if plan.fits else ("does not fit", "red")
+
+
+def show_fitting(console: Screen, plans: Sequence[tuple[int, Plan]]) -> None:
     """How a training fits cards of different memories."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("card", "", "needs", "micro-batch", "recomputed", "weights"):
@@ -358,7 +368,7 @@ def show_fitting(console: Console, plans: Sequence[tuple[int, Plan]]) -> None:
         chosen = plan.chosen
         table.add_row(
             f"{gib} GiB",
-            "[green]fits[/]" if plan.fits else "[red]does not fit[/]",
+            styled(_fits(plan)),
             f"{plan.peak_memory_bytes / 2**30:.1f} GiB",
             f"{chosen.get('engine.tokens_per_micro_batch', '')} tokens",
             f"{chosen.get('engine.recompute_layers', '')} layers",
@@ -367,10 +377,10 @@ def show_fitting(console: Console, plans: Sequence[tuple[int, Plan]]) -> None:
     console.print(table)
 
 
-def show_evaluation(console: Console, evaluation: Evaluation, lines: Sequence[Sequence[str]], page: Path) -> None:
+def show_evaluation(console: Screen, evaluation: Evaluation, lines: Sequence[Sequence[str]], page: Path) -> None:
     """The verdict, the table, and the answers that changed most."""
     colour = {"better": "green", "worse": "red"}.get(evaluation.verdict, "yellow")
-    console.print(f"[bold {colour}]{escape(evaluation.sentence)}[/]", highlight=False)
+    console.print(evaluation.sentence, style=f"bold {colour}")
     table = Table(box=SIMPLE_HEAD)
     table.add_column(f"{evaluation.rows} rows")
     for name in ("base", "tuned"):
@@ -378,35 +388,34 @@ def show_evaluation(console: Console, evaluation: Evaluation, lines: Sequence[Se
     for name, _, base, tuned in lines:
         table.add_row(name, base, tuned)
     console.print(table)
-    console.print(f"Answers side by side, worst first: {page}", highlight=False, soft_wrap=True)
+    console.print(f"Answers side by side, worst first: {page}", soft_wrap=True)
 
 
-def show_export(console: Console, export: Export) -> None:
+def show_export(console: Screen, export: Export) -> None:
     """Where it is, and what it was compared with."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("compared with the live adapter", "found", "bound"):
         table.add_column(name, justify="left" if name.startswith("compared") else "right")
     for check in export.checks:
-        table.add_row(check.name, f"[green]{check.value:.4g}[/]", f"{check.bound:.4g}")
+        table.add_row(check.name, styled((f"{check.value:.4g}", "green")), f"{check.bound:.4g}")
     console.print(table)
     for note in export.notes:
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
-    console.print(f"{export.to}: {export.path}", highlight=False, soft_wrap=True)
+        console.print(styled(("note ", "yellow"), note))
+    console.print(f"{export.to}: {export.path}", soft_wrap=True)
 
 
-def show_run(console: Console, run: Run) -> None:
+def show_run(console: Screen, run: Run) -> None:
     """Where everything is, and how it went."""
     if run.interrupted:
-        console.print(f"[yellow]Stopped after step {run.steps}.[/] The state is in {run.checkpoint}")
+        stopped = (f"Stopped after step {run.steps}.", "yellow")
+        console.print(styled(stopped, f" The state is in {run.checkpoint}"), soft_wrap=True)
         return
-    held_out = (
-        f", held-out loss {run.held_out_loss[0]:.3f} → [bold]{run.held_out_loss[1]:.3f}[/]" if run.held_out_loss else ""
-    )
-    console.print(
-        f"[green]Done[/]: {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}{held_out}"
-    )
+    before_after = run.held_out_loss
+    held_out = (f", held-out loss {before_after[0]:.3f} → ", (f"{before_after[1]:.3f}", "bold")) if before_after else ()
+    steps = f": {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}"
+    console.print(styled(("Done", "green"), steps, *held_out))
     console.print(f"{run.rows_trained} rows trained + {run.rows_held_out} held out + {run.rows_set_aside} set aside")
-    console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", highlight=False)
+    console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", soft_wrap=True)
 
 
 def _place(origin: Origin) -> str:

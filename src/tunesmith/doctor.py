@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunesmith import hub
+from tunesmith import hub, system
 from tunesmith.engine import onepass, products
 
 
@@ -51,15 +51,8 @@ def _findings() -> Iterator[Finding]:
         True,
     )
     yield _accelerator()
-    memory = psutil.virtual_memory()
-    enough = memory.available > 3 * 2**30
-    yield Finding(
-        "memory",
-        f"{_gib(memory.available)} of {_gib(memory.total)} free, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        enough,
-        "" if enough else "Close other programs; the demo needs about 3 GiB.",
-    )
+    yield _memory()
+    yield _cores()
     cache = hub.cache_dir()
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -79,6 +72,28 @@ def _findings() -> Iterator[Finding]:
     )
     here = Path(hub.cache_dir() / "models" / "smollm2").is_dir()
     yield Finding("demo model", "here" if here else "not here yet", True, "" if here else "tunesmith fetch smollm2")
+
+
+def _memory() -> Finding:
+    memory = system.memory()
+    fix = ""
+    if memory.free <= 3 * 2**30:
+        fix = f"{system.more_memory(memory.whose)}; the demo needs about 3 GiB."
+    found = f"{_gib(memory.free)} of {_gib(memory.most)} free"
+    if memory.whose != system.MACHINE:
+        found += f", by {memory.whose} (the machine has {_gib(psutil.virtual_memory().total)})"
+    return Finding("memory", found, not fix, fix)
+
+
+def _cores() -> Finding:
+    limit, n_threads = system.core_limit(), torch.get_num_threads()
+    found = f"{system.cores()} of {os.cpu_count()}"
+    if limit.whose != system.MACHINE:
+        found += f", by {limit.whose}" + ("" if float(limit.count).is_integer() else f", which has {limit.count:g}")
+    fix = ""
+    if n_threads > system.cores():  # the command line sees to it; a program that imports tunesmith may not have
+        fix = f"Call torch.set_num_threads({system.cores()}): more threads than cores only wait for each other."
+    return Finding("cores", f"{found}; {n_threads} thread" + "s" * (n_threads != 1), True, fix)
 
 
 def _accelerator() -> Finding:

@@ -8,6 +8,7 @@
     ├── RunError      (OSError)    a run folder can not be written or is not what it should be
     ├── OutOfMemory   (MemoryError) a single row is too much
     ├── MissingExtra  (ImportError) an optional package is not installed
+    ├── UnsupportedSystem (ImportError) an operating system that tunesmith does not run on
     └── ProofError                 what must hold does not: not-a-number, parity, digest; exit code 3
 
 Anything else that reaches the command line is a bug of ours and keeps its traceback (exit code 1).
@@ -69,6 +70,10 @@ class MissingExtra(TunesmithError, ImportError):
             f"the extra '{extra}'",
             f"Install it with: pip install 'tunesmith[{extra}]'",
         )
+
+
+class UnsupportedSystem(TunesmithError, ImportError):
+    """An operating system that tunesmith does not run on."""
 
 
 class ProofError(TunesmithError):

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith.chat import Chat
 from tunesmith.errors import RecipeError
+from tunesmith.recipe import read_yaml
 
 
 def require() -> None:
@@ -25,7 +24,8 @@ def require() -> None:
 def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
     """`{"TASK METRIC": {"base": …, "tuned": …}}`. A task is a name that the harness knows, or a YAML file of its kind.
 
-    Prompts are written with the chat template. Raises RecipeError for a task that is not known.
+    Prompts are written with the chat template. Raises RecipeError for a task that is not known. A task's file is a
+    program of its author: the harness renders what stands in it without limits.
     """
     require()
     lm_eval, models, catalogue = (
@@ -35,7 +35,7 @@ def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
     wanted: list[Any] = []
     for task in tasks:
         if Path(task).is_file():
-            wanted.append(yaml.safe_load(Path(task).read_text(encoding="utf-8")))
+            wanted.append(read_yaml(task)[0])
         elif task in known.all_tasks:
             wanted.append(task)
         else:

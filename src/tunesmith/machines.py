@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
+from tunesmith import system
 from tunesmith.errors import RecipeError
 
 Device = Literal["cpu", "cuda"]
@@ -58,6 +57,8 @@ class Machine:
     name: str
     runtime_bytes: int = 0
     """What interpreter and libraries take of it before they compute."""
+    whose: str = system.MACHINE
+    """Limit `available_bytes` is."""
 
 
 def this_machine(memory_bytes: int | None = None) -> Machine:
@@ -66,15 +67,21 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
     if torch.cuda.is_available():
         free = free_bytes(torch.device("cuda"))
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
+    memory = system.memory()
+    # Processes that train together on a host are told their number by what started them, and share what is free.
+    available = system.own_bytes() + memory.free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    whose = memory.whose
+    if memory_bytes:
+        available, whose = memory_bytes, system.MACHINE
     runtime = psutil.Process().memory_info().rss
-    return Machine("cpu", memory_bytes or _free_bytes(), _measured_flops("cpu"), f"{os.cpu_count()} cores", runtime)
+    return Machine("cpu", available, _measured_flops("cpu"), f"{system.cores()} cores", runtime, whose)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that may still be taken on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(0, _free_bytes() - psutil.Process().memory_info().rss)
+    return system.memory().free
 
 
 def card(name: str, memory_bytes: int | None = None) -> Machine:
@@ -99,17 +106,6 @@ def parse_bytes(text: str) -> int:
         if text.strip().lower().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number):
             return int(float(number) * factor)
     raise RecipeError("--memory", repr(text), "a number with a unit", "Write for instance --memory 24GiB.")
-
-
-def _free_bytes() -> int:
-    """What this process may still take and what it has: of the machine, its control group and its limits."""
-    own = psutil.Process().memory_info().rss
-    free = [psutil.virtual_memory().available + own]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            free.append(int(text))
-    free += [limit for limit, _ in [resource.getrlimit(resource.RLIMIT_DATA)] if limit > 0]
-    return min(free)
 
 
 @functools.cache

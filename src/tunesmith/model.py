@@ -5,14 +5,13 @@ Remote code is never run. Weights come from safetensors; GGUF and `.bin` are con
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,23 +28,17 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import hub
+from tunesmith import hub, model_files, pretrained, tokenizer_trial
+from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
 from tunesmith.render import Renderer
+from tunesmith.spelling import nearest
 from tunesmith.template import Template, probe
 
 SHIPPED_TEMPLATES = Path(__file__).parent / "templates"
@@ -75,6 +68,28 @@ def hush_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """While it holds, transformers keeps its notes and its bars to itself, unless somebody has asked it for more or
+    for less than it says by itself. What matters of what it would say is checked here and raised."""
+    notes = transformers.logging
+    verbosity, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    hushed = verbosity == logging.WARNING and "TUNESMITH_VERBOSE" not in os.environ
+    if hushed:
+        notes.set_verbosity_error()
+        notes.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            if hushed:  # peft asks for what transformers has renamed
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+            yield
+    finally:
+        if hushed:
+            notes.set_verbosity(verbosity)
+            if bars:
+                notes.enable_progress_bar()
+
+
 def device() -> torch.device:
     """The device that is trained and chatted on: a CUDA GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,16 +108,25 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
     return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, found.alias)))
 
 
+@_quietly()
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; raises ModelError when there is none or it is broken."""
+    """The tokenizer of a model's folder; raises ModelError when there is none, or it is broken or hostile."""
+    model_files.check(folder)
+    tokenizer_trial.require_bounded(folder, _read_tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _read_tokenizer(folder)
+    except ModelError:
+        raise
     except Exception as error:
         if absent := [part for part in hub.missing_parts(folder, weights=False) if "token" in part]:
             fix = "Copy the tokenizer's files beside config.json."
             raise ModelError(str(folder), "no tokenizer", ", ".join(absent), fix) from None
         found = f"a tokenizer that can not be read ({_first_line(error)})"
         raise ModelError(str(folder), found, "a tokenizer that transformers reads", "Fetch the model again.") from error
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return pretrained.tokenizer(folder)
 
 
 def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> None:
@@ -130,7 +154,7 @@ def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> No
     for amendment in ({}, {"legacy": True}, {"tokenizer_class": "TokenizersBackend"}):
         amended = json.dumps({**written, **amendment}, indent=2, ensure_ascii=False)
         config_path.write_text(amended + "\n", encoding="utf-8")
-        again = load_tokenizer(folder)
+        again = _read_tokenizer(folder)
         if behaviour(again) == expected and again.chat_template == template.text:
             return
     found = "a saved tokenizer that gives other ids than the one trained with"
@@ -198,35 +222,18 @@ def _stop_ids(folder: Path, alias: hub.Alias | None) -> list[int]:
     """What the model's generation config, its config and its alias call the end of a reply."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / name).get("eos_token_id")
-        ids += eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
+        eos = model_files.settings(folder / name).get("eos_token_id")
+        ids += [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
     return [*ids, *(alias.stop_ids if alias else ())]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(str(path), f"no JSON ({error})", "a whole JSON file", "Fetch the model again.") from None
-    if not isinstance(read, dict):
-        raise ModelError(str(path), f"a JSON {type(read).__name__}", "an object", "Fetch the model again.")
-    return read
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
+@_quietly()
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's config; raises ModelError when transformers does not build this architecture itself."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelError(
-            str(folder),
-            f"a config that can not be read ({_first_line(error)})",
-            f"an architecture that transformers {transformers.__version__} builds itself",
-            "Remote code is never run; a newer transformers may know the model.",
-        ) from error
+    """The model's config; raises ModelError when transformers does not build such a model itself."""
+    return pretrained.config(folder)
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -240,12 +247,10 @@ def n_words(model: nn.Module) -> int:
     return int(embeddings.get_input_embeddings().weight.shape[0])
 
 
+@_quietly()
 def generation_config(folder: Path, template: Template) -> GenerationConfig:
     """The model's own sampling settings with all stop ids of the template."""
-    try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        config = GenerationConfig()
+    config = pretrained.generation(folder)
     config.eos_token_id = list(template.stop_ids)
     pad = template.tokenizer.pad_token_id
     config.pad_token_id = pad if isinstance(pad, int) else template.stop_ids[0]
@@ -253,10 +258,10 @@ def generation_config(folder: Path, template: Template) -> GenerationConfig:
     return config
 
 
+@_quietly()
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights (meta device)."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return pretrained.skeleton(config)
 
 
 def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
@@ -272,6 +277,10 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
     return config.dtype == torch.bfloat16
 
 
+_MOST_PACKED = 16  # numbers of a few bits that a file holds as one
+
+
+@_quietly()
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
     """The frozen base model on this machine's device, in evaluation mode.
 
@@ -281,20 +290,17 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     if absent := hub.missing_parts(folder, weights=True):
         fix = "Fetch it again, or name the right folder."
         raise ModelError(str(folder), "no " + ", ".join(absent), "a whole model", fix)
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_safetensors(path)
+    held, wanted = model_files.n_numbers(sorted(folder.glob("*.safetensors"))), pretrained.size(folder).n_numbers
+    if wanted > _MOST_PACKED * held:
+        found_text = f"a config for {wanted:,} numbers, and weights of {held:,}"
+        raise ModelError(str(folder), found_text, "weights of the config's shape", "Fetch the model again.")
     arguments: dict[str, Any] = {"dtype": _dtype(settings.dtype)}
     if settings.quantize == "nf4":
         arguments |= _nf4(arguments["dtype"])
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **arguments,
-        )
+        loaded: Any = pretrained.causal_lm(folder, use_safetensors=True, output_loading_info=True, **arguments)
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         found_text = f"weights that can not be read ({_first_line(error)})"
         raise ModelError(str(folder), found_text, "weights of the config's shape", "Fetch the model again.") from error
@@ -328,6 +334,7 @@ def prepared(found: hub.LocalModel) -> hub.LocalModel:
     sources = _to_convert(folder)
     if not sources:
         return found
+    model_files.check(folder)
     of_gguf = sources[0].suffix == ".gguf"
     version = "-bf16" if of_gguf else ""  # what quantised weights are rounded to; another one makes another folder
     ready = hub.cache_dir() / "converted" / f"{folder.name}-{_state(folder)}{version}"
@@ -360,20 +367,21 @@ def _state(folder: Path) -> str:
 
 
 def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
-    file: dict[str, Any] = {"gguf_file": ggufs[0].name, "local_files_only": True}
+    held = model_files.check_gguf(ggufs[0])
+    file: dict[str, Any] = {"gguf_file": ggufs[0].name}
     try:
         with _reading_once():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
             quantised = _is_quantised(ggufs[0])
+            if (wanted := pretrained.size(folder, **file).n_numbers) > 2 * held:
+                raise ValueError(f"settings for {wanted:,} numbers, and {held:,} in the file")
+            tokenizer = pretrained.tokenizer(folder, **file)
+            loaded = pretrained.causal_lm(folder, dtype=torch.float32, **file)
     except Exception as error:
         found = f"a GGUF file that can not be read ({_first_line(error)})"
         expected = "an architecture and a quantization that transformers reads"
         raise ModelError(str(ggufs[0]), found, expected, "Fetch it again, or use the model's safetensors.") from error
     # A model read from GGUF keeps a quantizer that refuses to save or train; its numbers go into a fresh one.
-    config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-    config.dtype = "float32"
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh = pretrained.empty(loaded.config)
     fresh.load_state_dict(loaded.state_dict())
     if quantised:
         # Numbers of a few bits stand for published ones, which are bf16 as a rule, and cheaper to multiply as such.
@@ -421,38 +429,29 @@ def _convert_bins(folder: Path, bins: Sequence[Path], out: Path) -> None:
 
 
 def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
+    model_files.check_bin(path)
+    size = path.stat().st_size
+
+    def read() -> dict[str, torch.Tensor]:
         # Files of torch before 1.6 are no zip archives and can not be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        found = f"no plain weights ({_first_line(error)})"
-        fix = "Pickles that hold code are never run; fetch the model again, or a revision with safetensors."
-        raise ModelError(str(path), found, "tensors and nothing else", fix) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(str(path), "something else than weights", "tensors by name", "Fetch the model again.")
-    return {name: value.detach().clone().contiguous() for name, value in state.items()}
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("something else than tensors by name")
+        sizes = [value.numel() * value.element_size() for value in state.values()]
+        if max(sizes, default=0) > size or sum(sizes) > 4 * size:  # two names may share a tensor
+            raise ValueError(f"tensors of {sum(sizes):,} bytes in a file of {size:,}")
+        return state
 
-
-def _check_safetensors(path: Path) -> None:
-    """Raises ModelError for a file that is cut or damaged, before anything maps it."""
-    fix = "The file is cut or damaged; fetch the model again."
+    found, fix = "", "Pickles that hold code are never run; fetch the model again, or a revision with safetensors."
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            if start == b"version ":
-                fix = "Run `git lfs pull` in the model's folder, or fetch the model again."
-                raise ModelError(str(path), "a Git LFS pointer", "a whole safetensors file", fix)
-            (size,) = struct.unpack("<Q", start)
-            header = json.loads(file.read(size) if size < path.stat().st_size else b"")
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        found, expected = path.stat().st_size, 8 + size + max(ends, default=0)
-        if found != expected:
-            raise ModelError(str(path), f"{found:,} bytes", f"{expected:,}", fix)
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
-        found_text = f"no safetensors ({_first_line(error)})"
-        raise ModelError(str(path), found_text, "a whole safetensors file", fix) from None
+        # What a pickle builds is known only when it is built.
+        confined(lambda: len(read()), seconds=6 + size // (50 << 20), more_bytes=2 * size + (512 << 20))
+        return {name: value.detach().clone().contiguous() for name, value in read().items()}
+    except Ended as ended:
+        found = f"a pickle that takes {ended}"
+    except WorkFailed as error:
+        found = f"no plain weights ({error})"
+    raise ModelError(str(path), found, "tensors and nothing else", fix)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -499,6 +498,7 @@ def targets(model: PreTrainedModel, settings: LoraSettings) -> list[Target]:
     return table
 
 
+@_quietly()
 def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> PeftModel:
     """The base with a fresh adapter; the adapter alone is trainable and kept in fp32.
 
@@ -522,6 +522,7 @@ def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: 
     return model
 
 
+@_quietly()
 def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """The base with a saved adapter, not trainable, in evaluation mode; with one more where it has some already.
 
@@ -531,17 +532,15 @@ def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     if not path.is_file():
         fix = "Name a run's folder or its adapter/ folder."
         raise ModelError(str(folder), "no adapter_model.safetensors", "a peft adapter", fix)
-    _check_safetensors(path)
+    model_files.shapes(path)
     expected = f"one made for {base.config.model_type} of this shape"
     fix = "Use the base that it was trained on."
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            if isinstance(base, PeftModel):
-                model = base
-                model.load_adapter(str(folder), name, is_trainable=False, local_files_only=True)
-            else:
-                model = PeftModel.from_pretrained(base, str(folder), name, is_trainable=False, local_files_only=True)
+            model = pretrained.with_adapter(base, folder, name)
+    except ModelError:
+        raise
     except Exception as error:
         found = f"an adapter that does not fit ({_first_line(error)})"
         raise ModelError(str(folder), found, expected, fix) from error
@@ -616,8 +615,8 @@ def _place_hint(name: str, present: Sequence[str]) -> str:
     for place in _SAME_PLACE:
         if name in place and (same := [other for other in present if other in place]):
             return f"This model has {' and '.join(same)} in that place; or use all-linear."
-    near = difflib.get_close_matches(name, present, 1)
-    return f"Did you mean {near[0]}?" if near else "all-linear takes them all."
+    near = nearest(name, present)
+    return f"Did you mean {near}?" if near else "all-linear takes them all."
 
 
 def _whole(number: float) -> Any:  # peft says int and takes any number

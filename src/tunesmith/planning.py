@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith import model as models
+from tunesmith import system
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, products, trie
 from tunesmith.engine.decoder import LAYERS
@@ -362,6 +363,7 @@ class Plan:
             "available_bytes": self.machine.available_bytes,
             "device": self.machine.device,
             "machine": self.machine.name,
+            "limit": self.machine.whose,
             "parts": asdict(self.parts),
             "steps": self.steps,
             "tokens": self.tokens,
@@ -379,12 +381,14 @@ class Plan:
         needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
         largest = max(asdict(self.parts).items(), key=lambda item: item[1])
         fix = "--set model.quantize=nf4 holds the weights in 4 bits. " if self.machine.device == "cuda" else ""
+        more = system.more_memory(self.machine.whose)
+        by = "" if self.machine.whose == system.MACHINE else f", by {self.machine.whose}"
         return OutOfMemory(
             "the plan",
             f"{needed:.1f} GiB needed at the least, most of it for {largest[0]} ({largest[1] / 2**30:.1f} GiB)",
-            f"{there:.1f} GiB that are free ({self.machine.name})",
-            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, close other programs, or "
-            "try it --anyway.",
+            f"{there:.1f} GiB that are free ({self.machine.name}{by})",
+            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it --anyway. Or: "
+            f"{more[0].lower()}{more[1:]}.",
         )
 
 

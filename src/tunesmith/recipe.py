@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,9 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from yaml.composer import ComposerError
 
+from tunesmith import reading
 from tunesmith.errors import RecipeError
 from tunesmith.records import FIELDS
+from tunesmith.spelling import nearest
 
 Source = Literal["default", "file", "flag"]
 
@@ -86,8 +88,8 @@ def _trackers(value: object) -> object:
 def _field_names(columns: dict[str, str]) -> dict[str, str]:
     for name in columns:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            raise ValueError(f"one of {', '.join(FIELDS)} before the colon" + (f" ({near[0]}?)" if near else ""))
+            near = nearest(name, FIELDS)
+            raise ValueError(f"one of {', '.join(FIELDS)} before the colon" + (f" ({near}?)" if near else ""))
     return columns
 
 
@@ -310,7 +312,7 @@ def parse_flag(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise RecipeError(f"--set {text}", "no '='", "key=value", "Write for instance --set lora.r=16.")
     try:
-        read = yaml.safe_load(value)
+        read = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: the 45th of a month, a number of 5000 digits
         return name, value
     if _is_text(name):
@@ -392,8 +394,34 @@ class _Given(NamedTuple):
     where: str
 
 
+_MOST_BYTES = 1 << 20
+_MOST_NODES = 10_000
+_DEPTH = 32
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML's own loader keeps the last one without a word."""
+    """Refuses a key that stands twice, of which YAML's own loader keeps the last without a word, and what lets a small
+    file become a large value."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._n_nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        self._n_nodes += 1
+        self._depth += 1
+        if self.check_event(yaml.AliasEvent):
+            problem = "an alias (*name); write the value itself"
+        elif self._n_nodes > _MOST_NODES:
+            problem = f"more than {_MOST_NODES:,} values"
+        elif self._depth > _DEPTH:
+            problem = "very deep nesting"
+        else:
+            node = super().compose_node(parent, index)
+            self._depth -= 1
+            return node
+        raise ComposerError(None, None, problem, mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -404,18 +432,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
+    """The file's content, and the line of every section and setting in it; raises RecipeError."""
+    if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
+        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {path}")
+    try:
+        text = reading.content(Path(path), _MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        fix = "Check the name, or leave it out and use --set."
+        raise RecipeError(str(path), f"no readable recipe ({reason})", "a YAML file in UTF-8", fix) from None
+    return _load(text, path)
+
+
 def _from_file(path: str | Path | None) -> list[_Given]:
     if path is None:
         return []
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        fix = "Check the name, or leave it out and use --set."
-        raise RecipeError(str(path), f"no readable recipe ({reason})", "a YAML file in UTF-8", fix) from None
-    if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
-        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {path}")
-    tree, lines = _load(text, path)
+    tree, lines = read_yaml(path)
     if not isinstance(tree, dict):
         found = f"{'a list' if isinstance(tree, list) else 'one value'} at the top"
         raise RecipeError(str(path), found, "sections with settings", "Start with for instance 'lora:'.")
@@ -500,17 +533,17 @@ _PLAIN_WORDS = {
 def _unknown(item: _Given) -> _Problem:
     known = setting_names()
     last = item.name.rpartition(".")[2].lower().replace("-", "_")
-    near = [setting for setting, names in OTHER_NAMES.items() if last in names.split()]
-    if not near:
+    near = next((setting for setting, names in OTHER_NAMES.items() if last in names.split()), None)
+    if near is None:
         same = [setting for setting in known if setting.endswith(f".{last}")]
-        near = difflib.get_close_matches(item.name, same, 1, cutoff=0) or difflib.get_close_matches(item.name, known, 1)
+        near = nearest(item.name, same, cutoff=0) or nearest(item.name, known)
     if isinstance(item.value, dict) and "." not in item.name:
-        near = difflib.get_close_matches(item.name, Recipe.model_fields, 1)
-        fix = f"Did you mean {near[0]}?" if near else "Move its settings."
+        near = nearest(item.name, Recipe.model_fields)
+        fix = f"Did you mean {near}?" if near else "Move its settings."
         return _Problem(
             item.where, "", f"the unknown section '{item.name}'", f"one of {', '.join(Recipe.model_fields)}", fix
         )
-    fix = f"Did you mean {near[0]}?" if near else "Settings: " + ", ".join(known) + "."
+    fix = f"Did you mean {near}?" if near else "Settings: " + ", ".join(known) + "."
     expected = "a setting that `tunesmith train --help` lists"
     return _Problem(item.where, "", f"the unknown setting '{item.name}'", expected, fix)
 

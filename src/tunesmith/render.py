@@ -1,7 +1,7 @@
 """Conversations become token ids with the replies marked: the one renderer of training, chat, API and export.
 
 Token ids are the template's text, tokenised with add_special_tokens=False. A reply starts where its generation prompt
-ends and stops behind the first stop token after that; both are found on ids and checked on every row:
+ends and stops after the first stop token that follows; both are found on ids and checked on every row:
 
     prompt ids  <|user|> Hi <|end|> <|assistant|>
     turn ids    <|user|> Hi <|end|> <|assistant|> Hello ! <|end|> <|endoftext|>
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from tunesmith.errors import TemplateError
-from tunesmith.template import Refused, Template
+from tunesmith.template import Asked, Refused, Template
 from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Renderer:
     def __init__(self, template: Template) -> None:
         self.template = template
         self._stops = frozenset(template.stop_ids)
-        self._special_of_shape: dict[_Shape, list[int]] = {}
+        self._marks_of: dict[_Shape, list[int]] = {}
 
     @cached_property
     def digest(self) -> str | None:
@@ -75,7 +75,9 @@ class Renderer:
         backend = _backend(template.tokenizer)
         if backend is None:
             return None
-        properties = (sorted(template.special_ids), template.stop_ids, template.folds_system)
+        properties = (
+            sorted(template.special_ids), sorted(template.reply_ids), template.stop_ids, template.folds_system
+        )  # fmt: skip
         parts = (backend.to_str(), sorted(template.tokenizer.special_tokens_map.items()), template.text, properties)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -134,29 +136,15 @@ class Renderer:
     # --- whole chunks: the tokenizer works on all cores when it is given many texts ---------------------------------
 
     def _render_chunk(self, chunk: Sequence[Conversation]) -> Iterator[tuple[Rendered, ...] | Fault]:
-        texts: list[_Text] = []
-        places: list[range | _CanNotRender] = []
+        asked: list[Asked] = []
+        places: list[range] = []
         for conversation in chunk:
-            try:
-                written = self._prompts_and_turns(conversation)
-            except _CanNotRender as problem:
-                places.append(problem)
-            else:
-                places.append(range(len(texts), len(texts) + len(written)))
-                texts += written
-        ids = self._tokenise(texts)
+            wanted = _prompts_and_turns(conversation)
+            places.append(range(len(asked), len(asked) + len(wanted)))
+            asked += wanted
+        ids = self._tokenise(self._write_all(asked))
         for conversation, place in zip(chunk, places, strict=True):
-            tokenised = [place] if isinstance(place, _CanNotRender) else [ids[i] for i in place]
-            yield self._result(tokenised, conversation.origin)
-
-    def _prompts_and_turns(self, conversation: Conversation) -> list[_Text]:
-        """For each reply: the prompt that asks for it, and the conversation up to and including it."""
-        messages = conversation.messages
-        texts = []
-        for i, message in enumerate(messages):
-            if message.role == "assistant":
-                texts += [self._write(messages[:i], generation_prompt=True), self._write(messages[: i + 1])]
-        return texts
+            yield self._result([ids[i] for i in place], conversation.origin)
 
     def _result(self, tokenised: Sequence[list[int] | _CanNotRender], origin: Origin) -> tuple[Rendered, ...] | Fault:
         try:
@@ -196,7 +184,7 @@ class Renderer:
         if stop is None:
             raise _CanNotRender(
                 name,
-                "no stop token behind it",
+                "no stop token after it",
                 "one of the model's stop ids",
                 "The template drops the end of this reply; shorten the conversation or pass --set template.path=FILE.",
             )
@@ -207,25 +195,35 @@ class Renderer:
     # --- text ------------------------------------------------------------------------------------------------------
 
     def _write(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> _Text:
-        try:
-            text = self.template.write(messages, generation_prompt=generation_prompt)
-        except Refused as error:
-            raise _CanNotRender(
-                "conversation",
-                f"a template that refuses it ({error})",
-                "a conversation it accepts",
-                "Change the row, or pass --set template.path=FILE.",
-            ) from None
-        return _Text(text, messages, _Shape(tuple(message.role for message in messages), generation_prompt))
+        (written,) = self._write_all([(messages, generation_prompt)])
+        if isinstance(written, _CanNotRender):
+            raise written
+        return written
 
-    def _tokenise(self, texts: Sequence[_Text]) -> list[list[int] | _CanNotRender]:
-        """Ids per text. Special tokens are those of the template alone: their sequence must be the one that neutral
-        texts get; where it is not, a message spells one, and the text goes through `_Plain`."""
+    def _write_all(self, asked: Sequence[Asked]) -> list[_Text | _CanNotRender]:
+        written: list[_Text | _CanNotRender] = []
+        for (messages, generation_prompt), text in zip(asked, self.template.write_all(asked), strict=True):
+            if isinstance(text, Refused):
+                found, fix = f"a template that refuses it ({text})", "Change the row, or pass --set template.path=FILE."
+                written.append(_CanNotRender("conversation", found, "a conversation it accepts", fix))
+            else:
+                shape = _Shape(tuple(message.role for message in messages), generation_prompt)
+                written.append(_Text(text, messages, shape))
+        return written
+
+    def _tokenise(self, texts: Sequence[_Text | _CanNotRender]) -> list[list[int] | _CanNotRender]:
+        """Ids per text. Marks are those of the template alone: their sequence must be the one that neutral texts get;
+        where it is not, a message spells one, and it is kept plain."""
         results: list[list[int] | _CanNotRender] = []
-        for text, ids in zip(texts, self._encode([text.text for text in texts]), strict=True):
+        encoded = iter(self._encode([text.text for text in texts if isinstance(text, _Text)]))
+        for text in texts:
+            if isinstance(text, _CanNotRender):
+                results.append(text)
+                continue
+            ids = next(encoded)
             try:
-                expected = self._special_sequence(text.shape)
-                results.append(ids if self._special_in(ids) == expected else self._keep_plain(text, expected))
+                expected = self._marks_of_shape(text.shape)
+                results.append(ids if self._marks_in(ids) == expected else self._keep_plain(text, ids, expected))
             except _CanNotRender as problem:
                 results.append(problem)
         return results
@@ -240,29 +238,47 @@ class Renderer:
     def _special_in(self, ids: Iterable[int]) -> list[int]:
         return [i for i in ids if i in self.template.special_ids]
 
-    def _special_sequence(self, shape: _Shape) -> list[int]:
-        if shape not in self._special_of_shape:
-            neutral = [Message(role, "x") for role in shape.roles]  # type: ignore[arg-type]  # roles of messages
-            (ids,) = self._encode([self._write(neutral, generation_prompt=shape.generation_prompt).text])
-            self._special_of_shape[shape] = self._special_in(ids)
-        return self._special_of_shape[shape]
+    def _marks_in(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self.template.special_ids or i in self.template.reply_ids]
 
-    def _keep_plain(self, text: _Text, expected: list[int]) -> list[int]:
-        """Ids of a text in which messages spell special tokens: of the spellings' characters."""
+    def _marks_of_shape(self, shape: _Shape) -> list[int]:
+        if shape not in self._marks_of:
+            neutral = [Message(role, "x") for role in shape.roles]  # type: ignore[arg-type]  # roles of messages
+            self._marks_of[shape] = self._marks_written(neutral, shape)
+        return self._marks_of[shape]
+
+    def _marks_written(self, messages: Sequence[Message], shape: _Shape) -> list[int]:
+        (ids,) = self._encode([self._write(messages, generation_prompt=shape.generation_prompt).text])
+        return self._marks_in(ids)
+
+    def _keep_plain(self, text: _Text, ids: list[int], expected: list[int]) -> list[int]:
+        """Ids of a text in which messages spell marks: of the spellings' characters, but for what replies open."""
         plain = self._plain
         mark = next((chr(c) for c in _BREAKS if not any(chr(c) in m.content for m in text.messages)), None)
-        if plain is not None and mark is not None:
-            broken = [Message(message.role, plain.broken(message.content, mark)) for message in text.messages]
-            written = self._write(broken, generation_prompt=text.shape.generation_prompt).text
-            ids = plain.encode(written, mark)
-            if ids is not None and self._known(self._special_in(ids)) == self._known(expected):
+        if plain is None or mark is None:
+            raise _CanNotRender("text", *_NOT_PLAIN)
+        broken = [
+            Message(message.role, plain.broken(message.content, mark, of_reply=message.role == "assistant"))
+            for message in text.messages
+        ]
+        if any(message.role == "assistant" for message in text.messages):
+            replies = [m if m.role == "assistant" else Message(m.role, "x") for m in broken]
+            with_replies = self._marks_written(replies, text.shape)
+            if self._known(self._special_in(with_replies)) != self._known(self._special_in(expected)):
+                raise _CanNotRender("text", *_NOT_PLAIN)
+            expected = with_replies
+            if self._marks_in(ids) == expected:
                 return ids
-        raise _CanNotRender("text", *_NOT_PLAIN)
+        written = self._write(broken, generation_prompt=text.shape.generation_prompt).text
+        kept = plain.encode(written, mark)
+        if kept is None or self._known(self._marks_in(kept)) != self._known(expected):
+            raise _CanNotRender("text", *_NOT_PLAIN)
+        return kept
 
     @cached_property
     def _plain(self) -> _Plain | None:
         backend = _backend(self.template.tokenizer)
-        plain = None if backend is None else _Plain(backend, self.template.special_ids)
+        plain = None if backend is None else _Plain(backend, self.template.special_ids, self.template.reply_ids)
         return plain if plain and plain.faithful else None
 
     def _known(self, ids: list[int]) -> list[int]:
@@ -283,8 +299,18 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     return backend
 
 
+def _prompts_and_turns(conversation: Conversation) -> list[Asked]:
+    """For each reply: the prompt that asks for it, and the conversation up to and including it."""
+    messages = conversation.messages
+    asked: list[Asked] = []
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            asked += [(messages[:i], True), (messages[: i + 1], False)]
+    return asked
+
+
 class _Plain:
-    """Tokenises text in which some spellings of special tokens are only text.
+    """Tokenises text in which some spellings of marks are only text.
 
     While the template runs, such spellings are broken by a private-use character, so the tokenizer finds only the
     template's own special tokens. Those are then replaced by sentinels, the breaks taken out, and the result goes
@@ -292,13 +318,13 @@ class _Plain:
     space that markers swallow) stays as it is in one pass over the whole text.
     """
 
-    def __init__(self, backend: Tokenizer, special_ids: frozenset[int]) -> None:
+    def __init__(self, backend: Tokenizer, special_ids: frozenset[int], reply_ids: frozenset[int]) -> None:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
-        spellings = {i: added[i].content for i in special_ids if i in added}
+        spellings = {i: added[i].content for i in special_ids | reply_ids if i in added}
         self._sentinels = {i: chr(_PRIVATE + n) for n, i in enumerate(sorted(spellings))}
-        longest_first = sorted(spellings.values(), key=len, reverse=True)
-        self._spellings = re.compile("|".join(re.escape(content) for content in longest_first))
+        self._spellings = _any_of(spellings.values())
+        self._spellings_in_reply = _any_of(content for i, content in spellings.items() if i in special_ids)
         self._copy = Tokenizer(backend.model)  # shares the vocabulary, has no added tokens yet
         if backend.normalizer is not None:
             self._copy.normalizer = backend.normalizer
@@ -307,31 +333,37 @@ class _Plain:
         self.faithful = True
         """False where the vocabulary has holes and tokenizers gives an added token the id of a word."""
         self._original_id: dict[int, int] = {}
-        for i, token in sorted(added.items()):
-            content = self._sentinels.get(i, token.content)
-            self._copy.add_tokens([_like(token, content)])
+        contents = {i: self._sentinels.get(i, token.content) for i, token in sorted(added.items())}
+        self._copy.add_tokens([_like(added[i], content) for i, content in contents.items()])
+        for i, content in contents.items():
             copied = self._copy.token_to_id(content)
             assert copied is not None
             self._original_id[copied] = i
             self.faithful &= backend.model.id_to_token(copied) in (None, content)
 
-    def broken(self, text: str, mark: str) -> str:
-        """The text with `mark` inside every spelling of a special token."""
-        return self._spellings.sub(lambda match: match.group()[:1] + mark + match.group()[1:], text)
+    def broken(self, text: str, mark: str, *, of_reply: bool = False) -> str:
+        """The text with `mark` inside every spelling of a mark; in a reply only of those that it may not open."""
+        spellings = self._spellings_in_reply if of_reply else self._spellings
+        return spellings.sub(lambda match: match.group()[:1] + mark + match.group()[1:], text)
 
     def encode(self, text: str, mark: str) -> list[int] | None:
         """Ids of the text without the marks; None where the text holds a sentinel's character already."""
         if any(sentinel in text for sentinel in self._sentinels.values()):
             return None
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)  # as `encode`, but others may run
         parts, done = [], 0
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if i in self._sentinels:
                 parts += [text[done:start], self._sentinels[i]]
                 done = stop
         rewritten = "".join([*parts, text[done:]]).replace(mark, "")
-        ids = self._copy.encode(rewritten, add_special_tokens=False).ids
+        ids = self._copy.encode_batch([rewritten], add_special_tokens=False)[0].ids
         return [self._original_id.get(i, i) for i in ids]
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _like(token: AddedToken, content: str) -> AddedToken:

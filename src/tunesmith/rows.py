@@ -23,6 +23,8 @@ from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 CHUNK = 2048
 """Rows that are rendered together, and that a batch of a table holds."""
 
+_LETTERS = 4 << 20
+"""Of rows that are Python objects at once with their tokens, which take some twenty bytes for a letter."""
 _KEY_BYTES = 16
 _DOCUMENT = pa.struct([("token_ids", pa.list_(pa.uint32())), ("replies", pa.list_(pa.list_(pa.uint32(), 2)))])
 _FAULT_PARTS = ("field", "found", "expected", "fix")
@@ -56,7 +58,20 @@ def render(records: Records, renderer: Renderer, share: int = 0, of: int = 1) ->
     """
     rows = records.rows(CHUNK, share, of)
     while chunk := list(itertools.islice(rows, CHUNK)):
-        yield _batch(chunk, renderer)
+        parts = [_batch(part, renderer) for part in _parts(chunk)]
+        yield parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+
+
+def _parts(chunk: Sequence[Conversation | Fault]) -> Iterator[Sequence[Conversation | Fault]]:
+    """Rows whose texts together have no more than `_LETTERS`, or one row."""
+    first = letters = 0
+    for number, row in enumerate(chunk):
+        own = sum(len(message.content) for message in row.messages) if isinstance(row, Conversation) else 0
+        if letters + own > _LETTERS and number > first:
+            yield chunk[first:number]
+            first, letters = number, 0
+        letters += own
+    yield chunk[first:]
 
 
 def _batch(chunk: Sequence[Conversation | Fault], renderer: Renderer) -> pa.RecordBatch:

@@ -1,5 +1,8 @@
 """The folder of a run: what lies where, and how it is written so that a name on disk means that it is whole.
 
+It holds private rows, so whatever the umask says it is its owner's alone, but for adapter/: who is given the path of
+that can read it, and can not list what lies beside it.
+
 RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
 RUN/checkpoints/step-000100/    RUN/adapter/
 """
@@ -15,12 +18,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tunesmith import reading
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.terminal import what_is_no_text
 
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
@@ -77,10 +82,31 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06}"
 
+    def points(self) -> list[Path]:
+        """Its checkpoints, whole or not, by the number of their step."""
+        return sorted(filter(step_of, self.checkpoints.glob("step-*")), key=step_of)
+
     def append(self, path: Path, line: Mapping[str, Any]) -> None:
         """One more line of JSON; readers of the file never see half of it."""
-        with writing(self.path), path.open("a", encoding="utf-8") as file:
+        with writing(self.path), open(path, "a", encoding="utf-8", opener=private) as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def step_of(point: Path) -> int:
+    """The step of a checkpoint by its name, which has six digits or more; 0 where it is none."""
+    return int(match[1]) if (match := re.fullmatch(r"step-([0-9]+)", point.name)) else 0
+
+
+def open_to_owner(path: Path) -> None:
+    """Makes a run's folder where there is none. Its owner alone can list it; others can pass, to adapter/."""
+    path.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):  # a disk without modes, or a folder that somebody else made for us
+        path.chmod(0o711)
+
+
+def private(path: str, flags: int) -> int:
+    """An opener for `open`: what it makes is its owner's alone."""
+    return os.open(path, flags, 0o600)
 
 
 def free_name(parent: Path, stem: str) -> Path:
@@ -93,6 +119,8 @@ def free_name(parent: Path, stem: str) -> Path:
 
 def check_target(path: Path) -> None:
     """Raises RunError unless a new folder can be made at `path`; writes nothing."""
+    if found := what_is_no_text(str(path)):  # the library that writes tokenizers opens no such path
+        raise RunError(str(path), found, "a name in UTF-8", "Choose another --out.")
     with writing(path):
         if path.exists() and (not path.is_dir() or any(file.name != OUTPUT for file in path.iterdir())):
             found = "a file" if not path.is_dir() else "a folder that is not empty"
@@ -110,7 +138,7 @@ def create(path: Path, needed_bytes: int = 0) -> RunDir:
     check_target(path)
     require_space(path, needed_bytes)
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        open_to_owner(path)
     return RunDir(path)
 
 
@@ -129,37 +157,43 @@ def require_space(path: Path, needed_bytes: int) -> None:
 
 
 def open_run(path: Path) -> RunDir:
-    """The folder of a finished or interrupted run; raises RunError when it is none."""
+    """The folder of a finished or interrupted run; raises RunError when it is none, or somebody else's."""
     run = RunDir(path)
     if not run.manifest.is_file() or not run.recipe.is_file():
         raise RunError(
             str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed."
         )
+    if not all(os.access(file, os.R_OK) for file in (run.path, run.manifest, run.recipe)):
+        fix = "Ask its owner for an export, or use adapter/ alone: load_and_chat.py in it shows how."
+        raise RunError(str(path), "a run that only its owner can read", "a run of yours", fix)
     return run
 
 
+def read_manifest(run: RunDir) -> dict[str, Any]:
+    """What a run began with; raises RunError where the file does not say it."""
+    fix = "Delete it: `tunesmith resume` takes that of the newest checkpoint then."
+    try:
+        manifest = reading.json_object(run.manifest, _MANIFEST_BYTES)
+        parts = [manifest[name] for name in ("recipe", "sources", "plan", "data", "base", "template", "code")]
+        if all(isinstance(part, dict) for part in parts) and Path(manifest["base"]["folder"]).is_absolute():
+            return manifest
+        found = "no manifest of a run"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"no manifest of a run ({error})"
+    raise RunError(str(run.manifest), found, "the file that the run began with", fix)
+
+
+_MANIFEST_BYTES = 64 << 20  # with the name of every file of weights
+
+
 def newest_whole(run: RunDir) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that is as it was written (None: there is none), and the damaged ones behind it."""
+    """The newest checkpoint that is as it was written (None: there is none), and the damaged ones after it."""
     damaged: list[Path] = []
-    for point in sorted(run.checkpoints.glob("step-*"), reverse=True):
+    for point in reversed(run.points()):
         if is_whole(point):
             return point, damaged
         damaged.append(point)
     return None, damaged
-
-
-def check_resumable(path: Path) -> None:
-    """Raises RunError for a folder without a run, or one in which a process is at work."""
-    run = RunDir(path)
-    if not run.checkpoints.is_dir():
-        open_run(path)
-    if is_locked(path):
-        raise _at_work(path)
-
-
-def _at_work(path: Path) -> RunError:
-    fix = f"Watch it with: tunesmith watch {path}"
-    return RunError(str(path), "another process at work in it", "one at a time", fix)
 
 
 def mend(run: RunDir, point: Path | None) -> None:
@@ -171,11 +205,14 @@ def mend(run: RunDir, point: Path | None) -> None:
 
 
 _LOCK_ATTEMPTS = 5  # who looks whether a folder is locked holds it for a moment
+# What a disk says that has no locks; on NFS a folder's lock holds on this host alone.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go of it when the process ends, however it ends.
+    """Holds the folder for this process; the system lets go of it when the process ends, however it ends. A disk
+    without locks can not do that, and nothing is held there.
 
     Raises RunError when another process holds it.
     """
@@ -187,21 +224,30 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_ATTEMPTS - 1:
-                    raise _at_work(path) from None
+                    fix = f"Watch it with: tunesmith watch {path}"
+                    raise RunError(str(path), "another process at work in it", "one at a time", fix) from None
                 time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                break
         yield
     finally:
         os.close(descriptor)
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process, this one or another, holds the folder."""
+def is_locked(path: Path) -> bool | None:
+    """Whether a process of this machine, this one or another, holds the folder; None where the disk has no locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
     finally:
         os.close(descriptor)
 
@@ -210,39 +256,56 @@ _FREE_SOME = "What was complete is still there; free some space or choose anothe
 
 
 @contextmanager
-def commit(final: Path, fix: str = _FREE_SOME) -> Iterator[Path]:
+def commit(
+    final: Path, fix: str = _FREE_SOME, readers: Literal["as usual", "all", "owner"] = "as usual"
+) -> Iterator[Path]:
     """A folder to write into; it takes the name `final` only when everything in it is whole and on disk.
 
     `files.json` with the size and SHA-256 of every file is added. On an exception nothing is left; `fix` is what to
-    do where the disk is at fault.
+    do where the disk is at fault. Who can read it: those whom the umask lets, or all, or its owner alone.
     """
     partial = final.with_name(f".{final.name}.partial")
     with writing(final, fix):
         shutil.rmtree(partial, ignore_errors=True)
+        if readers == "owner":
+            final.parent.mkdir(0o700, parents=True, exist_ok=True)
         partial.mkdir(parents=True)
+        mode = {"all": 0o755, "owner": 0o700}.get(readers, partial.stat().st_mode & 0o777)
         try:
             yield partial
             digests = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in _files(partial)}
             (partial / "files.json").write_text(json.dumps(digests, indent=1) + "\n")
             for _, path in _files(partial):
-                _sync(path)
-            _sync(partial)
+                sync(path)
+            sync(partial)
+            with suppress(PermissionError):  # a disk without modes
+                for path in (partial, *partial.rglob("*")):
+                    path.chmod(mode if path.is_dir() else mode & 0o666)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a committed folder holds the files it was committed with, byte for byte."""
+    """Whether a committed folder holds the files it was committed with, byte for byte; names that lead out of it are
+    nobody's commit."""
     try:
-        digests = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-        return all(sha256(folder / name) == entry["sha256"] for name, entry in digests.items())
+        digests = reading.json_object(folder / "files.json", _LIST_BYTES)
+        return all(
+            reading.is_beside(name)
+            and (folder / name).stat().st_size == entry["bytes"]
+            and sha256(folder / name) == entry["sha256"]
+            for name, entry in digests.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+_LIST_BYTES = 4 << 20
 
 
 @contextmanager
@@ -296,7 +359,7 @@ def _write(path: Path, parts: Iterable[str]) -> None:
     with writing(path):
         try:
             # A file name that is not UTF-8 holds half characters; in JSON their escape means the same.
-            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=private) as file:
                 file.writelines(parts)
             partial.replace(path)
         except BaseException:
@@ -305,30 +368,54 @@ def _write(path: Path, parts: Iterable[str]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file of a run; an unfinished last line (a killed run) is left out."""
+    """The lines of a .jsonl file of a run. Left out is what a crash leaves: an unfinished last line, NUL bytes, and
+    lines that are torn in other ways."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    lines = []
+    for text in path.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text.strip(b"\0"))
+            lines += [line] if isinstance(line, dict) else []
+    return lines
 
 
 def thin_out(run: RunDir, keep: int) -> None:
     """Deletes the oldest checkpoints but `keep`."""
-    for old in sorted(run.checkpoints.glob("step-*"))[:-keep]:
+    for old in run.points()[:-keep]:
         shutil.rmtree(old)
+
+
+def weights_of(folder: Path) -> dict[str, dict[str, str | int]]:
+    """What says whether the weight files of a model are the same: the size of each, and the SHA-256 of its first and
+    last MiB. Hashing all of them would take longer than reading them."""
+    return {path.name: _ends(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _ends(path: Path) -> dict[str, str | int]:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(_END_BYTES))
+        file.seek(max(0, size - _END_BYTES))
+        digest.update(file.read())
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
+
+
+_END_BYTES = 1 << 20
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return reading.sha256(path)
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
     return sorted((str(path.relative_to(folder)), path) for path in folder.rglob("*") if path.is_file())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file or a folder's names to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,29 +1,36 @@
 """What runs there are and what has become of them, told by their files alone.
 
-A run holds a lock on its folder while it is at work. The system takes the lock away when the process ends, so one that
-was killed never shows as running.
+A run holds a lock on its folder while it is at work. The system takes the lock away when the process ends, so on the
+same machine one that was killed never shows as running. Another machine does not see the lock; for that one the run's
+state.json says who is at work, and every few seconds that it still is.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import psutil
 
 from tunesmith import rundir
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.rundir import RunDir
 
-State = Literal["running", "done", "interrupted", "failed", "gone"]
+State = Literal["running", "done", "interrupted", "failed", "gone", "silent"]
+_BEAT_SECONDS = 10
+_SILENT_AFTER_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class RunState:
 
     path: Path
     state: State
-    """`gone`: its process ended without a word (killed, or the machine went down)."""
+    """`gone`: its process ended without a word (killed, or the machine went down). `silent`: it ran on another machine
+    and has not been heard of for minutes; whether it is at work can not be known here."""
     model: str
     data: str
     began: str
@@ -45,8 +53,10 @@ class RunState:
     loss: float | None
     quiet_seconds: float | None
     """Since the last step was written down."""
+    heard_seconds: float | None
+    """Since its process last said that it is at work; None where it does not say so any more."""
     reason: str
-    """Why it failed."""
+    """Why it failed, or what is not known of it."""
     exit_code: int
     """What its process ended with, or would have."""
 
@@ -60,24 +70,35 @@ def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., None]
 
     Raises RunError when another process is at work there.
     """
+    require_free(run)
     with rundir.locked(run.path):
         told: dict[str, Any] = {
             "state": "running",
             "model": model,
             "data": data,
-            "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "began": _now().isoformat(timespec="seconds"),
             "pid": os.getpid(),
             "host": platform.node(),
+            **_where(),
             "n_steps": 0,
             "reason": "",
             "exit_code": 0,
         }
+        ended, one_at_a_time = threading.Event(), threading.Lock()
 
         def tell(**more: Any) -> None:
-            told.update(more)
-            rundir.write_json(run.state, told)
+            with one_at_a_time:
+                told.update(more, heard=_now().isoformat(timespec="seconds"))
+                rundir.write_json(run.state, told)
+
+        def beat() -> None:
+            while not ended.wait(_BEAT_SECONDS):
+                with suppress(OSError):  # what is wrong with the disk is said by what has more to write
+                    tell()
 
         tell()
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
         try:
             yield tell
         except BaseException as error:
@@ -88,39 +109,135 @@ def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., None]
                     code = error.exit_code if isinstance(error, TunesmithError) else 1
                     tell(state="failed", reason=str(error) or type(error).__name__, exit_code=code)
             raise
+        finally:
+            ended.set()
+            beating.join()
         if told["state"] == "running":
             tell(state="done")
+
+
+def require_free(run: RunDir) -> str | None:
+    """Raises RunError where a process is at work in a run's folder, or may be; says in a sentence what else speaks
+    for it, where there is something."""
+    told = _told(run)
+    state, heard = _state(run, told)
+    if state == "running" and not rundir.is_locked(run.path):  # else who wants to lock it is told so
+        fix = (
+            f"Stop it there. If that machine is gone, wait until it has been silent for {_SILENT_AFTER_SECONDS // 60} "
+            f"minutes, or delete {run.state}."
+        )
+        found = f"a process at work in it on {told.get('host')} ({_ago(heard)})"
+        raise RunError(str(run.path), found, "one at a time", fix)
+    return f"{_silence(told, heard)} It is taken for ended." if state == "silent" else None
+
+
+def check_resumable(path: Path) -> None:
+    """Raises RunError for a folder without a run, or one in which a process is at work."""
+    run = RunDir(path)
+    if not run.checkpoints.is_dir():
+        rundir.open_run(path)
+    require_free(run)
+    with rundir.locked(path):
+        pass
 
 
 def state_of(path: Path) -> RunState:
     """What has become of a run. Raises RunError where the folder is none."""
     run = rundir.open_run(path)
-    told: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        told = json.loads(run.state.read_text(encoding="utf-8"))
-    state: State = told.get("state", "gone")
-    if rundir.is_locked(path):
-        state = "running"
-    elif state == "running":
-        state = "gone"
+    told = _told(run)
+    state, heard = _state(run, told)
     lines = rundir.read_lines(run.metrics)
     quiet = time.time() - run.metrics.stat().st_mtime if lines else None
-    codes = {"running": 0, "done": 0, "interrupted": 130, "failed": told.get("exit_code", 1), "gone": 130}
+    codes = {"running": 0, "done": 0, "failed": told.get("exit_code", 1)}
     return RunState(
         path,
         state,
-        told.get("model", ""),
-        told.get("data", ""),
-        told.get("began", ""),
-        told.get("pid", 0),
-        told.get("host", ""),
+        told["model"],
+        told["data"],
+        told["began"],
+        told["pid"],
+        told["host"],
         step=lines[-1]["step"] if lines else 0,
-        n_steps=told.get("n_steps", 0),
+        n_steps=told["n_steps"],
         loss=lines[-1]["loss"] if lines else None,
         quiet_seconds=quiet,
-        reason=told.get("reason", ""),
-        exit_code=codes[state],
+        heard_seconds=heard,
+        reason=_silence(told, heard) if state == "silent" else told["reason"],
+        exit_code=codes.get(state, 130),
     )
+
+
+def _told(run: RunDir) -> dict[str, Any]:
+    """What state.json says; that of a run of which nothing is known where it is torn, or not there."""
+    nothing = {"state": "gone", "model": "", "data": "", "began": "", "pid": 0, "host": "", "n_steps": 0, "reason": ""}
+    with suppress(OSError, ValueError, RecursionError):
+        told = json.loads(run.state.read_text(encoding="utf-8"))
+        if isinstance(told, dict) and told.get("state") in get_args(State):
+            return {**nothing, **told}
+    return nothing
+
+
+def _state(run: RunDir, told: Mapping[str, Any]) -> tuple[State, float | None]:
+    """What a run's process does, as far as it can be known here, and the seconds since it was last heard of."""
+    if held := rundir.is_locked(run.path):
+        return "running", None
+    if told["state"] != "running":
+        return told["state"], None
+    here, heard = _where(), None
+    with suppress(KeyError, ValueError, TypeError):
+        heard = (_now() - datetime.datetime.fromisoformat(told["heard"])).total_seconds()
+    if heard is None or told.get("boot") == here["boot"]:  # without a word when, it is of an older version
+        same = heard is None or told.get("processes") == here["processes"]
+        if held is False and (same or _is_local(run.path)):
+            return "gone", heard
+        if same:
+            return "running" if psutil.pid_exists(told["pid"]) else "gone", heard
+    elif here["machine"] and told.get("machine") == here["machine"]:
+        return "gone", heard  # the machine was started anew since then
+    return "silent" if heard is not None and heard > _SILENT_AFTER_SECONDS else "running", heard
+
+
+def _where() -> dict[str, str]:
+    """Where this process is: the machine, its start, and the numbers among which that of this process is one; "" for
+    what the system does not say."""
+    name, machine = platform.node(), _text("/etc/machine-id")
+    space = ""
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return {
+        # Nobody is to be recognised by it (machine-id(5)).
+        "machine": hashlib.sha256(f"tunesmith {machine} {name}".encode()).hexdigest()[:16] if machine else "",
+        "boot": _text("/proc/sys/kernel/random/boot_id") or name,
+        "processes": space,
+    }
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a lock in this folder is seen in every container of the machine: other disks may be mounted in each."""
+    kinds = {disk.mountpoint: disk.fstype for disk in psutil.disk_partitions(all=True)}
+    at = next(str(parent) for parent in (path.resolve() / "x").parents if str(parent) in kinds or parent.name == "")
+    return kinds.get(at) in ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _ago(seconds: float | None) -> str:
+    if seconds is None or seconds < 0:
+        return "heard of just now"
+    return f"heard of {round(seconds)} s ago" if seconds < 120 else f"last heard of {round(seconds / 60)} minutes ago"
+
+
+def _silence(told: Mapping[str, Any], seconds: float | None) -> str:
+    return f"It was at work on {told['host']}, which was {_ago(seconds)}; whether it still is can not be seen here."
 
 
 def all_in(folder: Path) -> list[RunState]:
@@ -153,10 +270,10 @@ def start_detached(arguments: Sequence[str], path: Path) -> subprocess.Popen[byt
     Raises Ended when it ends before.
     """
     with rundir.writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / rundir.OUTPUT).open("ab") as output:
+        rundir.open_to_owner(path)
+        with open(path / rundir.OUTPUT, "ab", opener=rundir.private) as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith", *arguments],
+                [sys.executable, "-P", "-m", "tunesmith", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

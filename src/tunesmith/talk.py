@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
-
 from tunesmith.chat import Chat
 from tunesmith.errors import TunesmithError
 from tunesmith.rundir import writing
+from tunesmith.screen import Screen
+from tunesmith.terminal import nobody_reads, what_is_no_text
 from tunesmith.types import Message
 
 HELP = """\
@@ -30,7 +30,7 @@ class Talk:
     def __init__(
         self,
         chat: Chat,
-        console: Console,
+        console: Screen,
         *,
         system: str | None,
         base: bool,
@@ -44,7 +44,7 @@ class Talk:
     def run(self) -> None:
         """Reads turns until /quit or the end of input."""
         read = _reader(self._label)
-        self._console.print("[grey62]/help lists the commands.[/]")
+        self._console.print("/help lists the commands.", style="grey62")
         while True:
             try:
                 line = read().strip()
@@ -52,9 +52,11 @@ class Talk:
                 continue
             except EOFError:
                 return
-            if line == "/quit":
+            if line == "/quit" or nobody_reads():
                 return
-            if line.startswith("/"):
+            if found := what_is_no_text(line):
+                self._console.print(f"Not sent: {found}. Set the terminal to UTF-8.", style="yellow")
+            elif line.startswith("/"):
                 self._command(line)
             elif line:
                 self._answer(line)
@@ -67,33 +69,33 @@ class Talk:
         rest = rest.strip()
         if name == "/reset":
             self._messages.clear()
-            self._console.print("[grey62]Forgotten.[/]")
+            self._console.print("Forgotten.", style="grey62")
         elif name in ("/base", "/tuned"):
             if not self._chat.tuned:
-                self._console.print("[yellow]This is a base model; there is no adapter to switch.[/]")
+                self._console.print("This is a base model; there is no adapter to switch.", style="yellow")
                 return
             self._base = name == "/base"
-            self._console.print(f"[grey62]The {'base' if self._base else 'tuned'} model answers now.[/]")
+            self._console.print(f"The {'base' if self._base else 'tuned'} model answers now.", style="grey62")
         elif name == "/system":
             self._system = rest or None
-            self._console.print("[grey62]System text set.[/]" if rest else "[grey62]No system text.[/]")
+            self._console.print("System text set." if rest else "No system text.", style="grey62")
         elif name == "/save":
             self._save(rest)
         else:
-            self._console.print(HELP, highlight=False, markup=False)
+            self._console.print(HELP)
 
     def _save(self, name: str) -> None:
         if not name or not self._messages:
-            self._console.print("[yellow]Usage: /save FILE, after at least one answer.[/]")
+            self._console.print("Usage: /save FILE, after at least one answer.", style="yellow")
             return
         row = {"messages": [message.as_dict() for message in self._with_system()]}
         try:
             with writing(Path(name)), Path(name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            self._console.print(f"[red]{error}[/]")
+            self._console.print(str(error), style="red")
             return
-        self._console.print(f"[grey62]Added to {name}.[/]")
+        self._console.print(f"Added to {name}.", style="grey62")
 
     def _with_system(self) -> list[Message]:
         return [*([Message("system", self._system)] if self._system else []), *self._messages]
@@ -108,11 +110,11 @@ class Talk:
                     max_tokens=self._max_tokens,
                     base=self._base,
                     on_text=lambda piece: print(piece, end="", flush=True),
-                    cancelled=stopped,
+                    cancelled=lambda: stopped() or nobody_reads(),
                 )
         except TunesmithError as error:
             self._messages.pop()
-            self._console.print(f"[red]{error}[/]", highlight=False)
+            self._console.print(str(error), style="red")
             return
         print()
         if reply.text:
@@ -120,9 +122,9 @@ class Talk:
         else:
             self._messages.pop()
         if stopped():
-            self._console.print("[grey62]Stopped.[/]")
+            self._console.print("Stopped.", style="grey62")
         elif reply.stopped_by == "length":
-            self._console.print("[grey62]Cut at the token limit (--max-tokens).[/]")
+            self._console.print("Cut at the token limit (--max-tokens).", style="grey62")
 
 
 class _Stoppable:
@@ -148,4 +150,5 @@ def _reader(label: Callable[[], str]) -> Callable[[], str]:
     from prompt_toolkit.formatted_text import HTML
 
     session: PromptSession[str] = PromptSession()
-    return lambda: session.prompt(HTML(f"<b>{label()}</b> › "), prompt_continuation="    … ")
+    sign = "›" if sys.stdout.encoding.lower().startswith("utf") else ">"
+    return lambda: session.prompt(HTML(f"<b>{label()}</b> {sign} "), prompt_continuation="    … ")

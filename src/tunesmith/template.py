@@ -1,19 +1,23 @@
 """A tokenizer's chat template and what it does, found out by rendering probes, never by a list of models.
 
 Probed are: does it take a system text, drop it or refuse it; does it write a system text of its own; does a prompt
-with its generation prompt begin the finished conversation; which special token does it write behind a reply; which
+with its generation prompt begin the finished conversation; which special token does it write after a reply; which
 added tokens does it mark turns with.
+
+A template is a program of somebody else's, so it runs in a copy of this process that a limit ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.confined import Confined, Ended, WorkFailed, memory_limit
 from tunesmith.errors import TemplateError
 from tunesmith.types import Message
 
@@ -24,8 +28,82 @@ _SYSTEM, _USER, _REPLIES = "Qzsystem", "Qzquestion", ("Qzyes", "Wzno")
 _OTHER_TEMPLATE = "Pass --set template.path=FILE with a template that does."
 
 
+RENDER_SECONDS, _RENDER_BYTES = 2, 512 << 20
+"""What one conversation may take. Templates in use take a thousandth of it."""
+Asked = tuple[Sequence[Message], bool]
+"""A conversation, and whether the generation prompt is wanted at its end."""
+
+
 class Refused(Exception):
     """The template ended with an error of its own; the text says which."""
+
+
+class Writer:
+    """Has a tokenizer write conversations by a template's text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        self._tokenizer, self.text = tokenizer, text
+        self._confined: Confined | None = None
+        self._stays = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_confined": None}  # another process makes its own
+
+    def stay(self) -> None:
+        """Writes in this process from now on, which has been started to be ended: SIGPROF ends it when a conversation
+        takes too long, and what takes too much memory raises TemplateError."""
+        self._stays = True
+
+    def write(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """The conversation as text; raises Refused where the template refuses it."""
+        (written,) = self.write_all([(messages, generation_prompt)])
+        if isinstance(written, Refused):
+            raise written
+        return written
+
+    def write_all(self, asked: Sequence[Asked]) -> list[str | Refused]:
+        """Each conversation as text, or why the template refuses it.
+
+        Raises TemplateError where the template takes more time or memory than any that is meant well.
+        """
+        if self._stays:
+            written = []
+            for start in range(0, len(asked), 64):
+                with memory_limit(_RENDER_BYTES):
+                    written += [self._written_here(*one) for one in asked[start : start + 64]]
+            return written
+        if self._confined is None:
+            self._confined = Confined(self._render, seconds=RENDER_SECONDS, more_bytes=_RENDER_BYTES)
+        requests = [([message.as_dict() for message in messages], end) for messages, end in asked]
+        written: list[str | Refused] = []
+        for answer in self._confined.ask(requests):
+            if isinstance(answer, Ended):
+                raise too_much(str(answer)) from answer
+            written.append(Refused(str(answer)) if isinstance(answer, WorkFailed) else answer)
+        return written
+
+    def _written_here(self, messages: Sequence[Message], generation_prompt: bool) -> str | Refused:
+        signal.setitimer(signal.ITIMER_PROF, RENDER_SECONDS)
+        try:
+            return self._render(([message.as_dict() for message in messages], generation_prompt))
+        except MemoryError as error:
+            raise too_much("more memory than there is") from error
+        except Exception as error:  # a template is a program of somebody else's: it may fail with anything
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            return Refused(f"{type(error).__name__}: {first_line}".removesuffix(": "))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _render(self, request: Any) -> Any:
+        messages, generation_prompt = request
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self.text, tokenize=False, add_generation_prompt=generation_prompt
+        )
+
+
+def too_much(what: str) -> TemplateError:
+    """The error of a template that takes more than any that is meant well."""
+    return TemplateError("chat template", f"{what} for one conversation", "a text at once", _OTHER_TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -33,17 +111,25 @@ class Template:
     """A chat template with its probed properties; made by `probe`."""
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    text: str = field(repr=False)
+    writer: Writer = field(repr=False, compare=False)
     source: str
     """Where it comes from: 'tokenizer', 'alias atom-7b', 'file x.jinja'."""
     stop_ids: tuple[int, ...]
     """Ids that end a reply; the one that the template writes comes first."""
     special_ids: frozenset[int] = field(repr=False)
     """Ids that only the template may write: the tokenizer's special tokens, its own marks of a turn, the stop ids."""
+    reply_ids: frozenset[int] = field(repr=False)
+    """Ids that the template and a reply may write, and nobody else: marks of thinking, of a tool's call."""
     folds_system: bool
     """The template has no place for a system text; it goes in front of the first user turn."""
     own_system: str | None
     """The system text that the template writes where a conversation has none."""
+    plain_marks: str | None
+    """What comes before a reply where that is plain text, which anybody can type; None where a token marks a turn."""
+
+    @property
+    def text(self) -> str:
+        return self.writer.text
 
     @cached_property
     def digest(self) -> str:
@@ -55,7 +141,14 @@ class Template:
 
         Raises Refused where the template refuses the conversation.
         """
-        return _write(self.tokenizer, self.text, fold(messages) if self.folds_system else messages, generation_prompt)
+        return self.writer.write(self._folded(messages), generation_prompt=generation_prompt)
+
+    def write_all(self, asked: Sequence[Asked]) -> list[str | Refused]:
+        """As `write`, of several conversations at once; a Refused in the place of a text."""
+        return self.writer.write_all([(self._folded(messages), end) for messages, end in asked])
+
+    def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return fold(messages) if self.folds_system else messages
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_ids: Iterable[int] = ()) -> Template:
@@ -66,12 +159,15 @@ def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_
     special token.
     """
     where = f"chat template ({source})"
+    writer = Writer(tokenizer, text)
     user, replies = Message("user", _USER), [Message("assistant", reply) for reply in _REPLIES]
     try:
-        prompt = _write(tokenizer, text, [user], True)
-        turns = [_write(tokenizer, text, [user, reply], False) for reply in replies]
+        prompt = writer.write([user], generation_prompt=True)
+        turns = [writer.write([user, reply]) for reply in replies]
     except Refused as error:
         raise TemplateError(where, f"an error ({error})", "a rendered question and answer", _OTHER_TEMPLATE) from error
+    except TemplateError as error:
+        raise TemplateError(where, error.found, error.expected, error.fix) from error
     if _USER not in prompt or any(reply not in turn for reply, turn in zip(_REPLIES, turns, strict=True)):
         raise TemplateError(
             where, "a rendering that loses the question or the answer", "both in the text", _OTHER_TEMPLATE
@@ -85,20 +181,31 @@ def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_
         )
     more = list(more_stop_ids)
     special = _special_ids(tokenizer) | set(more)
-    stop = _stop_behind_reply(tokenizer, turns, special)
+    stop = _stop_after_reply(tokenizer, turns, special)
     if stop is None:
         raise TemplateError(
             where,
-            f"no special token behind a reply ({turns[0]!r})",
+            f"no special token after a reply ({turns[0]!r})",
             "an end-of-turn token",
             "The model could never learn to stop. " + _OTHER_TEMPLATE,
         )
     eos = tokenizer.eos_token_id
     own: list[int] = [eos] if isinstance(eos, int) else []
     stop_ids = tuple(dict.fromkeys([stop, *own, *more]))
-    special_ids = frozenset(special | _marks(tokenizer, text))
-    folds_system, own_system = _system(tokenizer, text, prompt)
-    return Template(tokenizer, text, source, stop_ids, special_ids, folds_system, own_system)
+    marks, openers = _marks(tokenizer, writer)
+    special_ids = frozenset(special | marks)
+    folds_system, own_system = _system(writer, prompt)
+    return Template(
+        tokenizer,
+        writer,
+        source,
+        stop_ids,
+        special_ids,
+        frozenset(openers - special_ids),
+        folds_system,
+        own_system,
+        _plain_marks(tokenizer, prompt),
+    )
 
 
 def fold(messages: Sequence[Message]) -> list[Message]:
@@ -117,54 +224,64 @@ def fold(messages: Sequence[Message]) -> list[Message]:
     return [*rest[:first], folded, *rest[first + 1 :]]
 
 
-def _write(tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message], generation_prompt: bool) -> str:
-    dicts = [{"role": str(message.role), "content": message.content} for message in messages]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            dicts, chat_template=text, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # a template is a program of somebody else's: it may fail with anything
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise Refused(f"{type(error).__name__}: {first_line}".removesuffix(": ")) from error
-    assert isinstance(rendered, str)
-    return rendered
-
-
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
-def _marks(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
-    """Added tokens around a question: marks of a turn even where nobody called them special.
+def _marks(tokenizer: PreTrainedTokenizerBase, writer: Writer) -> tuple[set[int], set[int]]:
+    """Added tokens that the template writes, whether or not somebody called them special: those that mark turns, and
+    those that a reply may write as well.
 
-    Not white space and words (Gemma's line break is an added token), and not those of the generation prompt, which
-    may open what a reply goes on with (<think>).
+    A reply goes on with what its own generation prompt opens (<think>), and may open what the template's text names and
+    no plain turn holds (<tool_call>). Not taken are white space and words (Gemma's line break is an added token).
     """
-    try:
-        question = _write(tokenizer, text, [Message("user", _USER)], False)
-    except Refused:
-        return set()
+    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if re.search(r"[^\w\s]", t.content)}
+    system, user, reply = Message("system", _SYSTEM), Message("user", _USER), Message("assistant", _REPLIES[0])
+    talks = [[user], [system, user], [user, reply, user], [system, user, reply, user, reply]]
+    written = writer.write_all([(talk, end) for end in (False, True) for talk in talks])
+    in_turns, at_end = (
+        {i for text in texts if isinstance(text, str) for i in _ids(tokenizer, text) if i in added}
+        for texts in (written[: len(talks)], written[len(talks) :])
+    )
+    thinking = {i for i in in_turns | at_end if _THINKING.search(added[i])}
+    own = set(getattr(tokenizer, "chat_control_tokens", None) or ())
+    named = {i for i, content in added.items() if content in writer.text or content in own}
+    marks = in_turns - thinking
+    return marks, (at_end | named | thinking) - marks
+
+
+_THINKING = re.compile("think|thought|reason", re.IGNORECASE)
+"""Some templates write an empty thought into every turn of the past."""
+
+
+def _plain_marks(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
+    """What comes between a question and its reply, where nothing of it is a token that text can not spell: the end and
+    the beginning of a text come between any two, and only words say whose turn it is."""
+    header = prompt[prompt.index(_USER) + len(_USER) :]
+    begins = tokenizer("")["input_ids"]
+    anywhere: list[Any] = [*begins, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
     added = tokenizer.added_tokens_decoder
-    return {i for i in _ids(tokenizer, question) if i in added and re.search(r"[^\w\s]", added[i].content)}
+    marks = [i for i in _ids(tokenizer, header) if i in added and re.search(r"[^\w\s]", added[i].content)]
+    return header if all(i in anywhere for i in marks) else None
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _stop_behind_reply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], special: set[int]) -> int | None:
+def _stop_after_reply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], special: set[int]) -> int | None:
     first, second = (_ids(tokenizer, turn) for turn in turns)
-    common = 0  # what both end in stands behind the reply, whatever the reply is
+    common = 0  # what both end in comes after the reply, whatever the reply is
     while common < min(len(first), len(second)) and first[-1 - common] == second[-1 - common]:
         common += 1
     return next((i for i in first[len(first) - common :] if i in special), None)
 
 
-def _system(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str) -> tuple[bool, str | None]:
+def _system(writer: Writer, prompt: str) -> tuple[bool, str | None]:
     """Is a system text refused or dropped; which one does the template write by itself?"""
     try:
-        given = _write(tokenizer, text, [Message("system", _SYSTEM), Message("user", _USER)], True)
+        given = writer.write([Message("system", _SYSTEM), Message("user", _USER)], generation_prompt=True)
     except Refused:
         return True, None
     if _SYSTEM not in given:

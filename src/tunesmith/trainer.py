@@ -13,6 +13,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -21,9 +22,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
-from tunesmith import guards, rundir
+from tunesmith import guards, model_files, reading, rundir
 from tunesmith import model as models
+from tunesmith.confined import confined
 from tunesmith.engine import memory
 from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.step import Engine
@@ -198,7 +201,10 @@ class StepTrainer(Trainer):
         """A checkpoint of the state after the last step, with all that going on from it needs."""
         final = self._run.checkpoint(self.state.global_step)
         if not final.exists():
-            with rundir.commit(final) as folder:
+            for path in (self._run.metrics, self._run.held_out):  # a checkpoint has a name when its lines are on disk
+                if path.is_file():
+                    rundir.sync(path)
+            with rundir.commit(final, readers="owner") as folder:
                 models.save_adapter(self._tuned, folder / "adapter", self._pissa_start)
                 save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / _TRAINED)
                 self._save_optimizer_and_scheduler(str(folder))
@@ -229,16 +235,75 @@ class StepTrainer(Trainer):
         self._engine.close()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / _TRAINED)
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(stored[name])
+        point = Path(resume_from_checkpoint)
+        with _readable(point / "trainer_state.json"):
+            step = reading.json_object(point / "trainer_state.json", _STATE_BYTES)["global_step"]
+            if type(step) is not int or point.name != self._run.checkpoint(step).name:
+                raise ValueError(f"step {step!r}")
+        with _readable(point / _TRAINED):
+            model_files.shapes(point / _TRAINED)
+            stored = load_file(point / _TRAINED)
+            with torch.no_grad():
+                for name, parameter in self._trained():
+                    if stored[name].shape != parameter.shape and not hasattr(parameter, "placements"):  # would spread
+                        raise ValueError(f"{name} of shape {tuple(stored[name].shape)}")
+                    parameter.copy_(stored[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        for name in ("optimizer.pt", "scheduler.pt"):
+            _require_bounded(Path(checkpoint) / name)
+        with _readable(Path(checkpoint) / "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for parameter, state in getattr(self.optimizer, "state", {}).items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in state and state[name].shape != parameter.shape:
+                        raise ValueError(f"{name} of shape {tuple(state[name].shape)} for {tuple(parameter.shape)}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        for path in Path(checkpoint).glob("rng_state*.pth"):
+            _require_bounded(path)
+        with _readable(Path(checkpoint) / "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self._tuned.named_parameters() if p.requires_grad]
 
 
 _TRAINED = "trained.safetensors"  # as it is; a pissa adapter is saved in another form than it is trained in
+
+
+_STATE_BYTES = 256 << 20  # with the log of every step
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever a library says of a file of a checkpoint into ProofError; the file has the digest that stands
+    beside it, but whoever wrote the one can write the other."""
+    try:
+        yield
+    except Exception as error:
+        if memory.ran_out(error):
+            raise
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        fix = f"Delete {path.parent}: the checkpoint before it is used then."
+        raise ProofError(str(path), f"a damaged file ({text})", "the file that training wrote", fix) from error
+
+
+def _require_bounded(path: Path) -> None:
+    """Raises ProofError for a pickle that holds more than numbers, or builds far more than the file has bytes."""
+    size = path.stat().st_size
+
+    def load() -> None:
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True)
+
+    with _readable(path):
+        model_files.check_bin(path)
+        confined(load, seconds=6 + size // (50 << 20), more_bytes=2 * size + (512 << 20))
 
 
 class _Recorder(TrainerCallback):
@@ -250,6 +315,7 @@ class _Recorder(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
+        self._trainer._ranks.step = state.global_step + 1
         if state.global_step == 0:
             self._untrained = guards.signatures(self._trainer._tuned)
 
@@ -291,7 +357,7 @@ class _Recorder(TrainerCallback):
             self._measured = time.monotonic()
             trainer.measure()
         interrupts = trainer._interrupts
-        interrupts.asked = trainer._ranks.any(interrupts.asked, args.device)
+        interrupts.asked = trainer._ranks.any(interrupts.asked)
         if last or interrupts.asked or self._due(trainer._recipe.train.save_every, self._saved):
             self._saved = time.monotonic()
             trainer.save_point()
@@ -300,8 +366,8 @@ class _Recorder(TrainerCallback):
 
     def _due(self, every: str, since: float) -> bool:
         number, unit = every.split()
-        if unit.startswith("minute"):
-            return time.monotonic() - since >= 60 * int(number)
+        if unit.startswith("minute"):  # each process has a clock of its own
+            return self._trainer._ranks.from_main(time.monotonic() - since >= 60 * int(number))
         step = self._trainer.state.global_step
         return step % (int(number) * (len(self._trainer._steps) if unit.startswith("epoch") else 1)) == 0
 

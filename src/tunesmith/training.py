@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -42,7 +41,6 @@ from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, 
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 96
-_END_BYTES = 1 << 20  # of a weight file, that say whether it is the same
 _EXTENDED = "train.epochs"  # what a run may be given more of
 
 
@@ -113,6 +111,7 @@ def train(
             out, watcher = Path(nowhere) / "run", Watcher()
         path = Path(out) if out is not None else rundir.free_name(Path("runs"), run_name(recipe))
         _check_settings(recipe)
+        _require_same_recipe(recipe, checked)
         rundir.check_target(path)
         checked = checked or check(recipe)
         checked.require_ok()
@@ -120,6 +119,8 @@ def train(
         watcher.planned(made)
         if not (made.fits or anyway):
             raise made.too_large()
+        if idle := processes.idle_cores():
+            watcher.noted(idle)
         chosen = ranks.from_main(made.chosen)
         work = _Work(
             recipe, chosen, checked, locate(recipe, weights=True), *hold_out(checked), ranks, watcher, interrupts
@@ -149,48 +150,49 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
         tempfile.TemporaryDirectory() as nowhere,
         Interrupts(lambda text: told.noted(text)) as interrupts,
     ):
-        origin = RunDir(Path(path))
-        if not ranks.is_main:
-            watcher = Watcher()
-        point, damaged = rundir.newest_whole(origin)
-        for folder in damaged:
-            watcher.noted(f"{folder} is damaged (its digests differ) and is left out.")
+        run = origin = RunDir(Path(path))
+        point, damaged = None, list[Path]()
         if ranks.is_main:
+            if note := runs.require_free(origin):
+                watcher.noted(note)
+            point, damaged = rundir.newest_whole(origin)
+            for folder in damaged:
+                watcher.noted(f"{folder} is damaged (its digests differ) and is left out.")
+            if damaged and point is None:
+                raise ProofError(
+                    str(damaged[-1]),
+                    f"{len(damaged)} checkpoints and none of them whole",
+                    "one to go on from",
+                    "Train again with another --out.",
+                )
             rundir.mend(origin, point)
+        name = ranks.from_main(point and point.name)
+        point = name and origin.checkpoints / name
         origin = rundir.open_run(origin.path)
         recipe, sources, manifest = recipe_of(origin, epochs)
-        if damaged and point is None:
-            raise ProofError(
-                str(damaged[-1]),
-                f"{len(damaged)} checkpoints and none of them whole",
-                "one to go on from",
-                "Train again with another --out.",
-            )
-        run = origin
-        if ranks.is_main:
-            for folder in damaged:  # or they would be in the way of those written anew
-                shutil.rmtree(folder)
-        else:
-            run = RunDir(Path(nowhere) / "run")
-            run.path.mkdir()
+        if not ranks.is_main:
+            watcher, run = Watcher(), rundir.create(Path(nowhere) / "run")
             for file in (origin.recipe, origin.manifest):
                 shutil.copyfile(file, run.path / file.name)
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
+            for folder in damaged:  # or they would be in the way of those written anew
+                shutil.rmtree(folder)
             checked = check(recipe)
             checked.require_ok()
             chosen = {choice["setting"]: choice["value"] for choice in manifest["plan"]["choices"]}
             found = locate(recipe, weights=True)
             work = _Work(recipe, chosen, checked, found, *hold_out(checked), ranks, watcher, interrupts)
             _require_unchanged(origin, manifest, _manifest(work), watcher)
-            step = 0 if point is None else int(point.name.removeprefix("step-"))
-            if step == work.n_steps and origin.report.is_file() and rundir.is_whole(origin.adapter):
+            step = 0 if point is None else rundir.step_of(point)
+            done = step == work.n_steps and origin.report.is_file() and rundir.is_whole(origin.adapter)
+            if ranks.from_main(done):
                 return work.finished(origin)
             if epochs is not None:
                 sources[_EXTENDED] = "flag"
                 rundir.write_text(run.recipe, recipes.write(recipe, sources))
                 rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
             rundir.require_space(run.path, work.bytes_on_disk())
-            work.require_same_everywhere()
+            work.require_same_everywhere(point)
             base = models.load_base(work.found, work.settled.model)
             return work.carry_out(run, base, point, tell)
 
@@ -226,9 +228,12 @@ class _Work:
         adapter = sum(target.parameters for target in self.checked.targets) * 4
         return adapter * (1 + 4 * (self.recipe.train.keep_checkpoints + 1))
 
-    def require_same_everywhere(self) -> None:
+    def require_same_everywhere(self, point: Path | None = None) -> None:
+        files = point and point / "files.json"
+        whole = files and self.ranks.size > 1 and rundir.is_whole(files.parent)
         self.ranks.require_same(
             {
+                "checkpoint": rundir.sha256(files) if files and whole else f"{files} that is not whole",
                 "data": self.checked.data.digest,
                 "recipe": json.dumps(self.recipe.model_dump(exclude={"data": {"path"}, "model": {"name"}})),
                 "template": self.checked.renderer.template.digest,
@@ -240,7 +245,7 @@ class _Work:
     def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., None]) -> Run:
         """Trains from the checkpoint (None: from the beginning) to the end, or until somebody asks to stop."""
         recipe, checked, watcher, interrupts = self.settled, self.checked, self.watcher, self.interrupts
-        step = 0 if point is None else int(point.name.removeprefix("step-"))
+        step = 0 if point is None else rundir.step_of(point)
         earlier = earlier_lines(run, step) if self.ranks.is_main else []
         for path in (run.metrics, run.held_out):
             rundir.keep_lines(path, lambda line: line["step"] <= step and point is not None)
@@ -316,7 +321,7 @@ class _Work:
             supervised_tokens=sum(line.supervised_tokens for line in lines),
             samples=samples,
             interrupted=interrupted,
-            checkpoint=max(run.checkpoints.glob("step-*"), default=None),
+            checkpoint=(run.points() or [None])[-1],
         )
 
 
@@ -329,7 +334,7 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     Raises RunError when recipe.yaml is no longer what the run began with, or the manifest can not be read.
     """
     recipe, _ = recipes.resolve(run.recipe)
-    manifest = _read_manifest(run)
+    manifest = rundir.read_manifest(run)
     began_with = manifest["recipe"]
     given = recipe.model_dump()
     changed = [
@@ -353,17 +358,6 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     if manifest["base"]["source"] == "folder" and not Path(recipe.model.name).exists():
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": manifest["base"]["path"]})})
     return recipe, manifest["sources"], manifest
-
-
-def _read_manifest(run: RunDir) -> dict[str, Any]:
-    try:
-        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-        if manifest.keys() >= {"recipe", "sources", "plan", "data", "base", "template", "code"}:
-            return manifest
-    except (ValueError, AttributeError):
-        pass
-    fix = "Delete it: the one of the newest checkpoint is taken then."
-    raise RunError(str(run.manifest), "no manifest of a run", "the file that the run began with", fix)
 
 
 def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any], watcher: Watcher) -> None:
@@ -423,7 +417,7 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "folder": str(folder.absolute()),
             "path": str(Path(checked.recipe.model.name).absolute()),
             "config_sha256": rundir.sha256(folder / "config.json"),
-            "weights": {path.name: _ends(path) for path in sorted(folder.glob("*.safetensors"))},
+            "weights": rundir.weights_of(folder),
         },
         "code": {name: importlib.metadata.version(name) for name in packages}
         | {name: kernels for name, kernels in _kernels().items() if kernels},
@@ -434,18 +428,6 @@ def _manifest(work: _Work) -> dict[str, Any]:
         "seed": checked.recipe.train.seed,
         "recipe": checked.recipe.model_dump(),
     }
-
-
-def _ends(path: Path) -> dict[str, str | int]:
-    """What says whether a weight file is the same: its size, and the SHA-256 of its first and last MiB. Hashing all of
-    it would take longer than reading it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(_END_BYTES))
-        file.seek(max(0, size - _END_BYTES))
-        digest.update(file.read())
-    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
 
 
 def _base_name(checked: Checked) -> str:
@@ -461,6 +443,7 @@ def run_name(recipe: Recipe) -> str:
 def _save_pissa_start(model: PeftModel, run: RunDir) -> Path:
     # peft subtracts this from the trained adapter, so that what is saved fits the base as it was (arXiv 2404.02948).
     start = run.path / "pissa_start"  # peft makes a module name of it
+    start.mkdir(0o700, exist_ok=True)
     config = cast("LoraConfig", model.peft_config["default"])
     config.init_lora_weights = True
     model.save_pretrained(str(start))
@@ -484,6 +467,14 @@ def _check_settings(recipe: Recipe) -> None:
             "a tracker that is installed",
             f"Install it with: pip install {' '.join(absent)}",
         )
+
+
+def _require_same_recipe(recipe: Recipe, checked: Checked | None) -> None:
+    was, given = (checked.recipe if checked else recipe).model_dump(), recipe.model_dump()
+    others = [name for name in recipes.setting_names() for s, _, f in [name.partition(".")] if was[s][f] != given[s][f]]
+    if others:
+        fix = "Give check(recipe) of the recipe that is trained, or leave `checked` out."
+        raise RecipeError("checked", f"a check with another {', '.join(others)}", "a check of the same recipe", fix)
 
 
 def _askable(row: Row) -> bool:

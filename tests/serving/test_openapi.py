@@ -20,7 +20,7 @@ def test_the_api_is_as_it_is_described(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base", max_position_embeddings=96)
     settings = tmp_path / "schemathesis.toml"
     settings.write_text('[checks.positive_data_acceptance]\nexpected-statuses = ["2xx", "400"]\n')
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run"]
+    command = [sys.executable, "-P", "-m", "schemathesis.cli", "--config-file", str(settings), "run"]
     with serving([base]) as server:
         ended = subprocess.run(
             [*command, f"{server.url}/openapi.json", "--max-examples", "4", "--seed", "1", "--no-color"],
@@ -37,6 +37,5 @@ def test_the_api_is_as_it_is_described(tmp_path: Path) -> None:
 def test_no_page_and_no_script_is_taken_from_elsewhere(server: Serving) -> None:
     page = httpx.get(server.url)
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page.text)
     assert httpx.get(f"{server.url}/docs").status_code == 404

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from openai import OpenAI
 from served import CONTEXT, SURE, chat_with, is_idle, serving
 from tunesmith.errors import RecipeError
 from tunesmith.serving import wire
-from tunesmith.serving.server import Serving
+from tunesmith.serving.server import Serving, _checked_key
+
+KEY = "s3cret-of-16-letters"
 
 
 def message(**changed: Any) -> dict[str, Any]:
@@ -167,18 +171,36 @@ def test_a_body_must_be_called_json(kind: str, server: Serving) -> None:
         ("host", "[::1]:8000", 200),
         ("origin", "https://evil.example", 403),
         ("origin", "null", 403),
-        ("origin", "http://localhost:3000", 200),
+        ("origin", "http://localhost:3000", 403),  # a page of this machine, but not the server's own
+        ("origin", "http://127.0.0.1", 403),
+        ("origin", "http://127.0.0.1:PORT", 200),
+        ("origin", "http://localhost:PORT", 403),  # the server was asked by another name
+        ("origin", "https://127.0.0.1:PORT", 403),
+        ("origin", "http://127.0.0.1:PORT/", 403),  # no browser writes it so
+        ("sec-fetch-site", "cross-site", 403),
+        ("sec-fetch-site", "same-site", 403),
+        ("sec-fetch-site", "anything", 403),
+        ("sec-fetch-site", "same-origin", 200),
+        ("sec-fetch-site", "none", 200),
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(header: str, value: str, status: int, server: Serving) -> None:
+    value = value.replace("PORT", server.url.rpartition(":")[2])
     answer = httpx.get(f"{server.url}/v1/models", headers={header: value})
     assert answer.status_code == status, answer.text
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+def test_a_link_elsewhere_opens_the_page_and_nothing_else(server: Serving) -> None:
+    followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert httpx.get(server.url, headers=followed).status_code == 200
+    assert httpx.get(server.url, headers={**followed, "sec-fetch-dest": "iframe"}).status_code == 403
+    assert httpx.get(f"{server.url}/v1/models", headers=followed).status_code == 403
+
+
 def test_a_key_is_needed_where_there_is_one(runs: dict[str, Path]) -> None:
-    with serving([runs["base"]], api_key="s3cret") as server:
-        for key in (None, "Bearer", "Bearer wrong", "Bearer s3crets", "Bearer s3cre", "s3cret", "Bearer s3crét"):
+    with serving([runs["base"]], api_key=KEY) as server:
+        for key in (None, "Bearer", "Bearer wrong", f"Bearer {KEY}s", f"Bearer {KEY[:-1]}", KEY, f"Bearer {KEY[:-1]}é"):
             headers: dict[bytes, bytes] = {} if key is None else {b"authorization": key.encode()}
             answer = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert answer.status_code == 401, key
@@ -188,7 +210,7 @@ def test_a_key_is_needed_where_there_is_one(runs: dict[str, Path]) -> None:
         assert httpx.post(f"{server.url}/v1/chat/completions", json=chat_with()).status_code == 401
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
         assert httpx.get(server.url).status_code == 200
-        with OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as client:
+        with OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
             assert [model.id for model in client.models.list()] == ["base"]
         with pytest.raises(openai.AuthenticationError), OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
             client.models.list()
@@ -202,10 +224,16 @@ def test_another_address_needs_a_key(host: str, key: str | None, runs: dict[str,
         Serving([runs["base"]], host, 0, key)
 
 
-@pytest.mark.parametrize("key", ["a b", "ключ", "a\nb"])
-def test_a_key_that_no_header_holds_is_refused(key: str, runs: dict[str, Path]) -> None:
-    with pytest.raises(RecipeError, match="--api-key"):
+@pytest.mark.parametrize(
+    "key", ["sixteen letters and spaces", "ключ из шестнадцати", "a\nb", "s3cret", "fifteen-letters"]
+)
+def test_a_key_that_no_header_holds_or_that_is_short_is_refused(key: str, runs: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match="API key") as caught:
         Serving([runs["base"]], api_key=key, port=0)
+    line = re.search(r"python3 -c '(.+)'", str(caught.value))
+    assert line is not None
+    made = subprocess.run([sys.executable, "-c", line.group(1)], capture_output=True, text=True, check=True)
+    assert _checked_key(made.stdout.strip()) == made.stdout.strip()  # what the message says makes a key that is taken
 
 
 def test_an_address_in_use_is_told_before_anything_is_loaded(server: Serving) -> None:

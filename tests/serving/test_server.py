@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 
-from served import CONTEXT, ENDLESS, SURE, chat_with, copied, metrics, said, serving, until
+from conftest import tunesmith
+from served import CONTEXT, ENDLESS, SURE, chat_with, connected, copied, metrics, said, serving, until
 from small_runs import start
 from tunesmith import chat
 from tunesmith.chat import Chat
@@ -52,11 +52,6 @@ def test_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) 
         assert answer.json()["choices"][0]["message"]["content"] == "Mia, of the sea."
 
 
-def connected(server: Serving) -> socket.socket:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
-
-
 def test_who_sends_too_slowly_is_cut_off(runs: dict[str, Path]) -> None:
     with serving([runs["base"]], limits=Limits(seconds_to_ask=0.5)) as server:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Type: application/json\r\n"
@@ -83,6 +78,7 @@ def test_a_server_told_to_end_finishes_what_runs(runs: dict[str, Path], chats: d
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
         refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "closing")
+        assert refused.headers["x-content-type-options"] == "nosniff"
         read += list(lines)
     chunks = [json.loads(line.removeprefix("data: ")) for line in read if line and not line.endswith("[DONE]")]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
@@ -106,8 +102,8 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             told = json.loads(process.stdout.readline())
             assert told["models"] == ["base"]
             url = told["url"]
+            assert httpx.get(f"{url}/health").status_code == 200  # it answers when it has said where
             body = {"model": "base", "messages": ENDLESS, "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
-            until(lambda: reached(url))
             with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
                 lines = answer.iter_lines()
                 assert next(lines).startswith("data: {")
@@ -121,8 +117,20 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             process.kill()
 
 
-def reached(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def test_a_key_in_the_command_line_is_warned_of(server: Serving) -> None:
+    """Said before anything is loaded; here the address can not be had."""
+    key, port = "a-key-of-16-letters", server.url.rpartition(":")[2]
+    argument = tunesmith("serve", "no-such-run", "--port", port, "--api-key", key)
+    variable = tunesmith("serve", "no-such-run", "--port", port, TUNESMITH_API_KEY=key)
+    for ended in (argument, variable):
+        assert ended.code == 2 and "can not be had" in ended.err
+        assert key not in ended.out + ended.err
+    assert "list of processes; set TUNESMITH_API_KEY" in " ".join((argument.out + argument.err).split())
+    assert "list of processes" not in variable.out + variable.err
+
+
+def test_a_way_without_tls_is_told_when_others_can_reach_it(runs: dict[str, Path]) -> None:
+    for host, expected in (("127.0.0.1", False), ("0.0.0.0", True)):
+        told: list[str] = []
+        with serving([runs["base"]], host=host, api_key="a-key-of-16-letters", tell=told.append):
+            assert any("no TLS" in line and "docs/how-to/serve.md" in line for line in told) is expected

@@ -5,19 +5,25 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 import traceback
 from typing import Any
 
 import typer
 
+from tunesmith import system
+from tunesmith.cli.console import show_error, show_usage
+from tunesmith.errors import RunError, TunesmithError
+
+try:
+    system.refuse_windows()
+except TunesmithError as error:  # before anything is imported that Windows does not have
+    show_error(error)
+    raise SystemExit(error.exit_code) from None
+
+from tunesmith import terminal
 from tunesmith.cli import following, machine, training, using
-from tunesmith.cli.console import show_error
 from tunesmith.cli.options import SETTINGS
-from tunesmith.errors import TunesmithError
-from tunesmith.interrupts import Terminal
 
 app = typer.Typer(
     name="tunesmith",
@@ -45,28 +51,26 @@ for command in (machine.models, machine.fetch, machine.doctor):
 
 def main() -> None:
     """Runs the command line and ends the process with the contract's exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 becomes an escape, not a traceback
-        sys.stdout.reconfigure(errors="backslashreplace")
-    for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is not None and stream.isatty():
-            setattr(sys, name, Terminal(stream))
+    terminal.open_streams()
     code = 1
     try:
         code = int(app(standalone_mode=False) or 0)
     except _USAGE_ERROR as error:
-        error.show()
         code = 2
+        show_usage(error)
     except TunesmithError as error:
         code = error.exit_code
         show_error(error)
     except (KeyboardInterrupt, typer.Abort):
         print("\nStopped.", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception:
+        terminal.guard_streams()
         traceback.print_exc()
         print("This is a bug of tunesmith; please report it with the lines above.", file=sys.stderr)
     sys.stdout.flush()
+    sys.stderr.flush()
+    if why := terminal.not_written():
+        show_error(RunError("standard output", why, "a place to write to", "Make room there, or print elsewhere."))
+        code = code or 2
     raise SystemExit(code)

@@ -8,20 +8,25 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import system, terminal
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tunesmith.screen import Screen
+
+_ESCAPES = {code: f"\\u{code:04x}" for code in terminal.SIGNS if code > ord("~")}
 
 
-def start(verbose: bool, answer_on_stdout: bool) -> Console:
+def start(verbose: bool, answer_on_stdout: bool) -> Screen:
     """The console for people: standard output, or standard error where that is for the answer alone."""
-    from rich.console import Console
+    from tunesmith.screen import Screen
 
+    terminal.guard_streams()
     # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
     # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    system.bound_threads()
 
     if verbose:
         os.environ["TUNESMITH_VERBOSE"] = "1"
@@ -30,6 +35,8 @@ def start(verbose: bool, answer_on_stdout: bool) -> Console:
         import warnings
 
         warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that this one starts
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.disable(logging.WARNING)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -40,17 +47,17 @@ def start(verbose: bool, answer_on_stdout: bool) -> Console:
 
     if hub.offline():
         hub.forbid_network()
-    return Console(stderr=answer_on_stdout, quiet=not _speaks())
+    return Screen(stderr=answer_on_stdout, quiet=not _speaks())
 
 
-def fetched(console: Console, name: str, revision: str | None, *, weights: bool) -> Any:
+def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) -> Any:
     """The model on this machine, ready for transformers; shows a bar while it is fetched."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from tunesmith import hub
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -60,8 +67,9 @@ def fetched(console: Console, name: str, revision: str | None, *, weights: bool)
         tasks: dict[str, Any] = {}
 
         def moved(file: str, done: int, total: int) -> None:
-            task = tasks.setdefault(file, bar.add_task(f"fetching {file}", total=total) if file not in tasks else None)
-            bar.update(task, completed=done, total=total)
+            if file not in tasks:
+                tasks[file] = bar.add_task(terminal.safe(f"fetching {file}"), total=total)
+            bar.update(tasks[file], completed=done, total=total)
 
         found = hub.locate(name, revision, weights=weights, on_progress=moved)
     from tunesmith import model as models
@@ -75,8 +83,15 @@ def fetched(console: Console, name: str, revision: str | None, *, weights: bool)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    if _speaks():
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)  # serve goes on after it
+    """Prints one line of JSON; what a terminal would obey or the encoding lacks is written as an escape of JSON."""
+    if not _speaks():
+        return
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_ESCAPES)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, allow_nan=False)
+    print(text, flush=True)  # serve goes on after it
 
 
 def _speaks() -> bool:
@@ -91,20 +106,33 @@ def require_extra(extra: str, package: str) -> None:
 
 
 def show_error(error: TunesmithError) -> None:
-    from rich.console import Console
-    from rich.text import Text
+    from tunesmith.screen import Screen, styled
 
-    console = Console(stderr=True)
+    screen = Screen(stderr=True)
     faults: list[dict[str, Any]] = []
     if isinstance(error, DataError) and error.faults:
         from tunesmith.display import fault_json, show_faults
 
-        show_faults(console, error.faults)
+        show_faults(screen, error.faults)
         faults = [fault_json(fault) for fault in error.faults]
-    # Not wrapped: paths and commands can be copied.
-    console.print(Text.assemble(("Error  ", "bold red"), (error.where, "bold")), soft_wrap=True)
+    screen.print(styled(("Error  ", "bold red"), styled((error.where, "bold"), one_line=True)), soft_wrap=True)
     for name, part in (("found", error.found), ("expected", error.expected), ("fix", error.fix)):
-        console.print(Text.assemble((f"  {name:9}", "grey62"), part), soft_wrap=True)
+        screen.labelled(name, part)
     if "--json" in sys.argv:
         parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
         print_json({"ok": False, "error": parts, "faults": faults})
+
+
+def show_usage(error: Any) -> None:
+    """What is wrong with the words of a command, as typer found it."""
+    from tunesmith.screen import Screen, styled
+
+    said = error.format_message()
+    if not said:  # the help was printed in its place
+        return
+    screen = Screen(stderr=True)
+    if error.ctx is not None:
+        screen.print(error.ctx.get_usage(), style="grey62")
+    screen.print(styled(("Error  ", "bold red"), (said, "bold")))
+    if error.ctx is not None:
+        screen.labelled("fix", f"{error.ctx.command_path} --help lists what there is.")

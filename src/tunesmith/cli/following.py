@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,14 @@ import typer
 from tunesmith.cli.console import print_json, start
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
 
-_STATES = {"running": "cyan", "done": "green", "interrupted": "yellow", "failed": "red", "gone": "red"}
+_STATES = {
+    "running": "cyan",
+    "done": "green",
+    "interrupted": "yellow",
+    "failed": "red",
+    "gone": "red",
+    "silent": "yellow",
+}
 
 
 def runs(
@@ -18,18 +26,20 @@ def runs(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """The runs of a folder: running, done, interrupted, failed, or gone (its process was killed)."""
+    """The runs of a folder: running, done, interrupted, failed, gone (its process was killed), or silent (it is on
+    another machine and has not been heard of for minutes)."""
     console = start(verbose, as_json)
     from rich.table import Table
 
     from tunesmith.runs import all_in
+    from tunesmith.screen import styled
 
     found = all_in(folder)
     if as_json:
         print_json({"runs": [run.as_dict() for run in found]})
         return
     if not found:
-        console.print(f"No runs in {folder}.", highlight=False)
+        console.print(f"No runs in {folder}.")
         return
     table = Table(box=None, padding=(0, 2))
     for name in ("run", "state", "step", "loss", "model", "data", "began"):
@@ -37,7 +47,7 @@ def runs(
     for run in found:
         table.add_row(
             run.path.name,
-            f"[{_STATES[run.state]}]{run.state}[/]",
+            styled((run.state, _STATES[run.state])),
             f"{run.step}/{run.n_steps}" if run.n_steps else "",
             "" if run.loss is None else f"{run.loss:.3f}",
             Path(run.model).name,
@@ -53,7 +63,8 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
     from tunesmith.runs import follow, state_of
 
     state = state_of(run)
-    from tunesmith import display
+    from tunesmith import display, terminal
+    from tunesmith.screen import styled
     from tunesmith.trainer import StepMetrics
 
     with display.TrainingDisplay(console) as watcher:
@@ -62,12 +73,15 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
             metrics = [StepMetrics.of(line) for line in lines]
             watcher.went_on(metrics[:-1])
             watcher.stepped(metrics[-1], n_steps)
+            if terminal.nobody_reads():
+                return
     state = state_of(run)
-    console.print(f"{run}: [{_STATES[state.state]}]{state.state}[/] after step {state.step}/{state.n_steps}")
+    how = styled((state.state, _STATES[state.state]))
+    console.print(styled(f"{run}: ", how, f" after step {state.step}/{state.n_steps}"))
     if state.reason:
-        console.print(state.reason, highlight=False)
-    if state.state in ("interrupted", "gone", "failed"):
-        console.print(f"Go on with: tunesmith resume {run}", highlight=False)
+        console.print(state.reason)
+    if state.state in ("interrupted", "gone", "silent", "failed"):
+        console.print(f"Go on with: tunesmith resume {shlex.quote(str(run))}", soft_wrap=True)
     if as_json:
         print_json(state.as_dict())
     if state.exit_code:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.console import fetched, print_json, start
-from tunesmith.cli.options import JsonOption, VerboseOption
+from tunesmith.cli.options import JsonOption, VerboseOption, whole
 
 
 def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
@@ -16,6 +16,7 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     from rich.table import Table
 
     from tunesmith import hub
+    from tunesmith.screen import styled
 
     rows = [
         {"alias": a.name, "source": a.sources[0], "parameters": a.parameters, "licence": a.licence, "note": a.note}
@@ -29,7 +30,7 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
         table.add_column(name)
     for row in rows:
         table.add_row(
-            f"[bold]{row['alias']}[/]",
+            styled((row["alias"], "bold")),
             f"{row['parameters'] / 1e9:.1f} B" if row["parameters"] > 1e9 else f"{row['parameters'] / 1e6:.0f} M",
             row["source"],
             row["licence"],
@@ -38,14 +39,15 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     console.print(table)
     console.print(
         "\nAny model that transformers builds itself and whose tokenizer has a chat template works too: "
-        "hf:org/name, ms:org/name or a folder.",
-        highlight=False,
+        "hf:org/name, ms:org/name or a folder."
     )
 
 
 def fetch(
     model: Annotated[str, typer.Argument(help="Alias or hub id.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit.", callback=whole, show_default=False)
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -55,7 +57,7 @@ def fetch(
 
     found = prepared(fetched(console, model, revision, weights=True))
     size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
-    console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", highlight=False)
+    console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", soft_wrap=True)
     if as_json:
         print_json(
             {
@@ -72,14 +74,14 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = start(verbose, as_json)
     from tunesmith.doctor import examine
+    from tunesmith.screen import styled
 
     findings = examine()
     for finding in findings:
-        console.print(
-            f"{'[green]✓[/]' if finding.ok else '[red]✗[/]'} [bold]{finding.name:14}[/] {finding.found}"
-            + (f"\n  [yellow]→ {finding.fix}[/]" if finding.fix else ""),
-            highlight=False,
-        )
+        sign = ("✓", "green") if finding.ok else ("✗", "red")
+        console.print(styled(sign, (f" {finding.name:14}", "bold"), f" {finding.found}"))
+        if finding.fix:
+            console.print(f"  → {finding.fix}", style="yellow")
     ok = all(finding.ok for finding in findings)
     if as_json:
         print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})

@@ -9,6 +9,27 @@ import typer
 from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
+from tunesmith.errors import RecipeError
+from tunesmith.terminal import what_is_no_text
+
+_PATHS = ("model.name", "data.path", "template.path")
+"""Settings that name files; a file's name may be any bytes."""
+
+
+def whole(param: typer.CallbackParam, value: str | None) -> str | None:
+    """The value of an option that is text. Raises RecipeError for bytes that are none, which no tokenizer takes."""
+    if value is not None and (found := what_is_no_text(value)):
+        fix = "Set the terminal to UTF-8, or convert what it is given: iconv -f GB18030 -t UTF-8"
+        raise RecipeError(param.opts[0], found, "text in UTF-8", fix)
+    return value
+
+
+def whole_settings(param: typer.CallbackParam, values: list[str] | None) -> list[str] | None:
+    for text in values or ():
+        if text.partition("=")[0].strip() not in _PATHS:
+            whole(param, text)
+    return values
+
 
 ModelOption = Annotated[
     str | None,
@@ -24,6 +45,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
+        callback=whole_settings,
         help="A setting, for instance lora.r=16; may be repeated. All of them are listed below.",
         show_default=False,
     ),

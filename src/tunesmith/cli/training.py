@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,16 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith import recipe as recipes
-from tunesmith import records, rundir
+from tunesmith import records, rundir, runs
 from tunesmith.cli.console import fetched, print_json, start
-from tunesmith.cli.options import DataOption, JsonOption, ModelOption, OutOption, RunArgument, SetOption, VerboseOption
+from tunesmith.cli.options import (
+    DataOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RunArgument,
+    SetOption,
+    VerboseOption,
+    whole,
+    whole_settings,
+)
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tunesmith import hub
     from tunesmith.checking import Checked
+    from tunesmith.screen import Screen
     from tunesmith.training import Run
 
 DetachOption = Annotated[
@@ -35,10 +45,15 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     from tunesmith import demo as demos
     from tunesmith import display
     from tunesmith.checking import check
+    from tunesmith.screen import styled
 
-    console.print(Rule("[bold]tunesmith demo", align="left"))
+    console.print(Rule(styled(("tunesmith demo", "bold")), align="left"))
     console.print(
-        "A small model (SmolLM2, 135 million numbers) learns to be [bold]Hester Quill[/], who keeps a lighthouse.\n"
+        styled(
+            "A small model (SmolLM2, 135 million numbers) learns to be ",
+            ("Hester Quill", "bold"),
+            ", who keeps a lighthouse.\n",
+        )
     )
     settings, _ = demos.recipe()
     checked = check(settings, fetched(console, settings.model.name, None, weights=True))
@@ -58,16 +73,19 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
                 )
             )
             console.print(
-                f"{name:7}[bold]{character}[/] of {len(judged)} in character, {right} with the right fact, "
-                f"{stopped} stopped by themselves"
+                styled(
+                    f"{name:7}",
+                    (str(character), "bold"),
+                    f" of {len(judged)} in character, {right} with the right fact, {stopped} stopped by themselves",
+                )
             )
         console.print()
     display.show_run(console, result.run)
     if not result.run.interrupted:
-        console.print("\n[bold]Next[/]")
-        console.print(f"  tunesmith chat {result.run.path}", highlight=False)
-        console.print("  tunesmith check --model smollm2 --data YOUR_ROWS.jsonl", highlight=False)
-        console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine", highlight=False)
+        console.print("\nNext", style="bold")
+        console.print(f"  tunesmith chat {shlex.quote(str(result.run.path))}", soft_wrap=True)
+        console.print("  tunesmith check --model smollm2 --data YOUR_ROWS.jsonl")
+        console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine")
     if as_json:
         judgements = {
             name: [
@@ -100,6 +118,7 @@ def check(
     rows = _rows(settings)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
+    from tunesmith.screen import styled
 
     checked = _checked(console, settings, found, rows)
     display.show_check(console, checked, show)
@@ -109,8 +128,10 @@ def check(
         raise typer.Exit(2)
     if not checked.faults:
         console.print(
-            "\n[green]All is well.[/] Every row's prompt is the prompt of chat, token for token, "
-            "and its reply ends in a stop token."
+            styled(
+                ("\nAll is well.", "green"),
+                " Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop token.",
+            )
         )
 
 
@@ -118,9 +139,12 @@ def plan(
     model: ModelOption = None,
     data: DataOption = None,
     sets: SetOption = None,
-    memory: Annotated[str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", show_default=False)] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", callback=whole, show_default=False)
+    ] = None,
     card: Annotated[
-        str | None, typer.Option(help="As if it were this graphics card, e.g. 'RTX 4090'.", show_default=False)
+        str | None,
+        typer.Option(help="As if it were this graphics card, e.g. 'RTX 4090'.", callback=whole, show_default=False),
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="How it fits cards of 8 to 80 GiB.")] = False,
     as_json: JsonOption = False,
@@ -191,7 +215,13 @@ def resume(
     run: RunArgument,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="train.epochs=N", help="Train for longer than was asked.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="train.epochs=N",
+            help="Train for longer than was asked.",
+            callback=whole_settings,
+            show_default=False,
+        ),
     ] = None,
     detach: DetachOption = False,
     as_json: JsonOption = False,
@@ -199,7 +229,7 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or killed, as if it never had been."""
     console = start(verbose, as_json)
-    rundir.check_resumable(run)
+    runs.check_resumable(run)
     epochs = _epochs(sets or [])
     if detach:
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
@@ -223,7 +253,7 @@ def _rows(settings: recipes.Recipe) -> records.Records:
     return records.open_file(settings.data.path, settings.data.columns, settings.template.system)
 
 
-def _checked(console: Console, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
+def _checked(console: Screen, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
     """The check, with a count of the rows while a large file is rendered."""
     from tunesmith.checking import check
 
@@ -247,7 +277,7 @@ def _epochs(sets: list[str]) -> int | None:
     return epochs
 
 
-def _go_on_detached(console: Console, command: str, arguments: list[str], out: Path, as_json: bool) -> None:
+def _go_on_detached(console: Screen, command: str, arguments: list[str], out: Path, as_json: bool) -> None:
     """Starts a process of its own, waits until it trains, and says where it is; ends as it does where it fails."""
     from tunesmith.runs import Ended, start_detached
 
@@ -257,14 +287,16 @@ def _go_on_detached(console: Console, command: str, arguments: list[str], out: P
     except Ended as ended:
         print(ended.said, file=sys.stderr)
         raise typer.Exit(ended.code) from None
-    console.print(f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}")
-    console.print(f"Follow it with: tunesmith watch {out}", highlight=False)
-    console.print(f"Stop it, with a point to go on from, with: kill {process.pid}", highlight=False)
+    console.print(
+        f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}", soft_wrap=True
+    )
+    console.print(f"Follow it with: tunesmith watch {shlex.quote(str(out))}", soft_wrap=True)
+    console.print(f"Stop it, with a point to go on from, with: kill {process.pid}")
     if as_json:
         print_json({"run": str(out), "pid": process.pid, "output": str(out / rundir.OUTPUT)})
 
 
-def _show_trained(console: Console, run: Run, as_json: bool) -> None:
+def _show_trained(console: Screen, run: Run, as_json: bool) -> None:
     from tunesmith import display
 
     if run.samples:

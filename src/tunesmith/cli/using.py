@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tunesmith import rundir
+from tunesmith import rundir, terminal
 from tunesmith.cli.console import fetched, print_json, require_extra, start
-from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
+from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 def chat(
     run_or_model: Annotated[str, typer.Argument(help="A run's folder, or a model.", show_default=False)],
-    prompt: Annotated[str | None, typer.Option(help="Answer this once and end.", show_default=False)] = None,
-    system: Annotated[str | None, typer.Option(help="System text.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this once and end.", callback=whole, show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System text.", callback=whole, show_default=False)] = None,
     base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
     temperature: Annotated[
         float | None,
@@ -44,8 +46,14 @@ def chat(
         Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
         return
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
-    stream = None if as_json else lambda piece: print(piece, end="", flush=True)
-    reply = loaded.reply(messages, temperature=temperature, max_tokens=max_tokens, base=base, on_text=stream)
+    reply = loaded.reply(
+        messages,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        base=base,
+        on_text=None if as_json else lambda piece: print(piece, end="", flush=True),
+        cancelled=terminal.nobody_reads,
+    )
     if as_json:
         print_json(
             {
@@ -68,19 +76,27 @@ def evaluate(
     judge: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="An OpenAI-compatible server whose model compares the answers.", show_default=False
+            metavar="URL",
+            help="An OpenAI-compatible server whose model compares the answers.",
+            callback=whole,
+            show_default=False,
         ),
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="Its name at that server; default: the first.", show_default=False)
+        str | None,
+        typer.Option(help="Its name at that server; default: the first.", callback=whole, show_default=False),
     ] = None,
     judge_key: Annotated[
-        str, typer.Option(envvar="TUNESMITH_JUDGE_KEY", help="The key of that server.", show_default=False)
+        str,
+        typer.Option(envvar="TUNESMITH_JUDGE_KEY", help="The key of that server.", callback=whole, show_default=False),
     ] = "none",
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,…", help="Tasks of lm-evaluation-harness as well, where it is installed.", show_default=False
+            metavar="NAME,…",
+            help="Tasks of lm-evaluation-harness as well, where it is installed.",
+            callback=whole,
+            show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -118,6 +134,7 @@ def export(
         typer.Option(
             help="float32, bfloat16, float16; for llama.cpp also q8_0, and smaller types where its own program "
             "llama-quantize is installed. Default: as the base's files, float16 for llama.cpp.",
+            callback=whole,
             show_default=False,
         ),
     ] = None,
@@ -140,6 +157,7 @@ def export(
 
 
 def serve(
+    context: typer.Context,
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN…", help="Folders of runs of one base, or one model.", show_default=False)
     ],
@@ -147,7 +165,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="TUNESMITH_API_KEY", help="The key that clients must send.", show_default=False),
+        typer.Option(
+            envvar="TUNESMITH_API_KEY",
+            help="The key that clients must send, of at least 16 characters; as a variable nobody sees it in the list "
+            "of processes.",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -157,9 +180,14 @@ def serve(
     require_extra("serve", "uvicorn")
     from tunesmith.serving.server import Serving
 
-    serving = Serving(
-        runs, host, port, api_key, tell=lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
-    )
-    if as_json:
-        print_json({"url": serving.url, "models": list(serving.service.models)})
-    serving.run()
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    source = context.get_parameter_source("api_key")
+    if api_key and source is not None and source.name == "COMMANDLINE":
+        tell(
+            "--api-key: everybody on this machine sees the key in the list of processes; set TUNESMITH_API_KEY instead."
+        )
+    serving = Serving(runs, host, port, api_key, tell)
+    told = {"url": serving.url, "models": list(serving.service.models)}
+    serving.run(lambda: print_json(told) if as_json else None)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -41,8 +42,9 @@ _thread = threading.local()
 
 def has_units() -> bool:
     """Whether the processor has units of its own for products of bf16 (Intel's AMX), and Linux lets this process use
-    them."""
-    return "amx_bf16" in _processor() and _permitted()
+    them. oneDNN's variable ONEDNN_MAX_CPU_ISA, by which torch is kept from newer instructions, holds here too."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return (most in ("", "ALL", "DEFAULT") or "AMX" in most) and "amx_bf16" in _processor() and _permitted()
 
 
 def are_split() -> bool:

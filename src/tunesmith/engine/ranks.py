@@ -1,32 +1,52 @@
 """Several processes that train one model: each computes its share of every step, the sums are those of one process.
 
-Started by `torchrun … -m tunesmith train …` or `accelerate launch -m tunesmith train …`. Adapters are small, so their
-gradients are added up over all processes in one message per step. Where the base does not fit one device its weights
-are sharded with FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); adapters never are.
+Started by `torchrun` or `accelerate launch`. Adapters are small, so their gradients are added up over all processes in
+one message per step. Where the base does not fit one device its weights are sharded with FSDP2
+(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); adapters never are.
+
+What a clock, a disk or a person decides, process 0 decides for all. Before anything is exchanged all say what they have
+come to, over gloo, which notices at once when one of them ends; so two that are not at the same point never add up what
+does not belong together. What is exchanged is numbers and JSON; whoever can send them is trusted with those alone.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tunesmith.errors import ProofError, RunError
+from tunesmith.errors import ProofError, RunError, TunesmithError
 
 # What launchers set; Trainer must not find it, or it would wrap the model a second time.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+_ENDED = "the end of a process that failed"
+_KINDS = (
+    _ENDED,
+    "a decision of process 0",
+    "a word from each process",
+    "a pass through sharded weights",
+    "the sum of a gradient",
+    "the sum of a loss",
+)
+_LONGEST_WAIT = datetime.timedelta(minutes=30)  # for one that is at work, or hangs; one that ended is noticed at once
+_LAST_WAIT = datetime.timedelta(seconds=30)  # of one that failed, to say why
 
 
 class Ranks:
     """The processes of one training."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+        self.step = 0
+        """What is being computed; all must be at the same one when they exchange something."""
+        self._over = False
 
     @property
     def is_main(self) -> bool:
@@ -34,10 +54,7 @@ class Ranks:
 
     def require_same(self, what: dict[str, str]) -> None:
         """Raises ProofError in every process unless all give the same texts; `what` says what they stand for."""
-        if self.size == 1:
-            return
-        everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, what)
+        everywhere = self.gather(what)
         for name in what:
             if differing := [rank for rank, other in enumerate(everywhere) if other[name] != everywhere[0][name]]:
                 raise ProofError(
@@ -48,12 +65,25 @@ class Ranks:
                 )
 
     def from_main(self, value: Any) -> Any:
-        """What process 0 gives, in all of them."""
+        """What process 0 gives, in all of them; JSON."""
         if self.size == 1:
             return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0)
-        return holder[0]
+        return json.loads(self._meet("a decision of process 0", json.dumps(value) if self.is_main else "")[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by its number, in all of them; JSON."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(text) for text in self._meet("a word from each process", json.dumps(value))]
+
+    def any(self, asked: bool) -> bool:
+        """Whether one of the processes says yes."""
+        return any(self.gather(asked))
+
+    def begin_pass(self) -> None:
+        """Comes back when all are about to collect the sharded weights equally often."""
+        if self.size > 1:
+            self._meet("a pass through sharded weights")
 
     def add_up(self, parameters: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
         """Makes every gradient the sum over all processes; returns the sums of the scalar `numbers`."""
@@ -62,42 +92,131 @@ class Ranks:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         kind = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float64
         flat = torch.cat([tensor.flatten().to(kind) for tensor in (*gradients, *numbers)])
-        try:
+        self._meet("the sum of a gradient" if parameters else "the sum of a loss", n_numbers=len(flat))
+        with self._heard():
             dist.all_reduce(flat)
-        except RuntimeError as error:
-            raise RunError(
-                f"process {self.rank} of {self.size}",
-                f"no answer from another process ({str(error).splitlines()[0]})",
-                "all of them until the end",
-                "The first one that ended says why.",
-            ) from error
         sums = flat.split([tensor.numel() for tensor in (*gradients, *numbers)])
         for parameter, gradient, total in zip(parameters, gradients, sums, strict=False):
             parameter.grad = total.view_as(gradient).to(gradient.dtype)
         return [total.reshape(()) for total in sums[len(gradients) :]]
 
-    def any(self, asked: bool, device: torch.device) -> bool:
-        """Whether one of the processes says yes."""
-        return self.add_up([], torch.tensor(float(asked), device=device))[0].item() > 0
+    def end(self, error: Exception) -> None:
+        """Tells the others, who wait for this process, why it fails; once they know that somebody did, they do not
+        wait any more."""
+        if self.size > 1 and not self._over:
+            with suppress(TunesmithError):
+                self._meet(_ENDED, str(error) or type(error).__name__, wait=_LAST_WAIT)
+
+    def _meet(
+        self, kind: str, text: str = "", n_numbers: int = 0, wait: datetime.timedelta = _LONGEST_WAIT
+    ) -> list[str]:
+        """What each process says, when all have come here. Raises RunError where one has ended, ProofError where they
+        are not at the same point."""
+        said = text.encode()
+        own = torch.tensor([_KINDS.index(kind), self.step, n_numbers, len(said)])
+        tags = [tag.tolist() for tag in self._exchanged(own, wait)]
+        padded = torch.zeros(max(tag[3] for tag in tags), dtype=torch.uint8)
+        padded[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else padded[:0]
+        buffers = self._exchanged(padded, wait) if len(padded) else [padded] * self.size
+        texts = [bytes(buffer[: tag[3]].tolist()).decode() for tag, buffer in zip(tags, buffers, strict=True)]
+        for rank, tag in enumerate(tags):
+            if tag[0] == _KINDS.index(_ENDED):
+                self._over = True
+                raise RunError(
+                    f"process {rank} of {self.size}", f"its end: {texts[rank]}", "all of them until the end", _GO_ON
+                )
+        apart = [f"process {rank}: {_said(tag)}" for rank, tag in enumerate(tags) if tag[:3] != tags[0][:3]]
+        if apart:
+            self._over = True
+            fix = f"Nothing was added up. Please report it. {_GO_ON}"
+            raise ProofError("the processes of a training", "; ".join(apart), f"{_said(tags[0])}, as process 0", fix)
+        return texts
+
+    def _exchanged(self, own: Tensor, wait: datetime.timedelta) -> list[Tensor]:
+        everywhere = [torch.empty_like(own) for _ in range(self.size)]
+        with self._heard():
+            work: Any = dist.all_gather(everywhere, own, group=self._group, async_op=True)
+            work.wait(wait)
+        return everywhere
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self._over = True
+            raise _no_answer(error) from error
+
+
+_GO_ON = "Once its cause is gone, go on from the last checkpoint: tunesmith resume."
+
+
+def _said(tag: Sequence[int]) -> str:
+    return f"{_KINDS[tag[0]]} in step {tag[1]}" + (f" ({tag[2]} numbers)" if tag[2] else "")
+
+
+def _no_answer(error: Exception) -> RunError:
+    return RunError(
+        f"process {os.environ.get('RANK', '?')}",
+        f"no answer from another process ({str(error).splitlines()[0]})",
+        "all of them until the end",
+        "The first one that ended says why.",
+    )
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that a launcher started this one with; just this one where there was none."""
+    """The processes that a launcher started this one with; just this one where there was none.
+
+    When one of them fails, the others raise RunError where they next wait for it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    began = not dist.is_initialized()
+    began, n_threads = not dist.is_initialized(), torch.get_num_threads()
     if began:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT)
+    ranks = Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(n_threads, _fair_threads()))
     try:
-        yield Ranks(dist.get_rank(), size)
+        yield ranks
+    except Exception as error:
+        ranks.end(error)
+        # What sharded weights wait for is not ours; it says by its text alone what it is.
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error)):
+            raise _no_answer(error) from error
+        raise
     finally:
+        torch.set_num_threads(n_threads)
         if began:
             dist.destroy_process_group()
+
+
+def idle_cores() -> str | None:
+    """Says that the processes of this host leave cores idle, where they compute on those; torchrun gives each of them
+    one thread."""
+    fair, used = _fair_threads(), torch.get_num_threads()
+    if local_processes() == 1 or torch.cuda.is_available() or used >= fair:
+        return None
+    used_by = f"{local_processes()} processes with {used} thread{'s' if used > 1 else ''} each"
+    return f"Of this host's {_cores()} cores {used_by} leave some idle; start it with OMP_NUM_THREADS={fair}."
+
+
+def local_processes() -> int:
+    """How many of them are on this host; what it has is shared out among them."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _fair_threads() -> int:
+    return max(1, _cores() // local_processes())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from tunesmith.types import Origin, Rendered
 Way = Literal["decoder", "tree", "padded"]
 TOKENS = {"cpu": 2048, "cuda": 16384}
 _TREE_WITHOUT_LIGER = "tree without Liger's kernels"
+_WAYS = ("decoder", "tree", _TREE_WITHOUT_LIGER, "padded")  # from the fastest to the slowest
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
@@ -136,6 +137,8 @@ class Engine:
         have the sum.
         """
         self._check_once(documents)
+        if self._sharded:
+            self._ranks.begin_pass()
 
         def add_up() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -149,6 +152,8 @@ class Engine:
     def loss(self, documents: Sequence[Rendered]) -> float:
         """The documents' summed loss without dropout."""
         self._check_once(documents)
+        if self._sharded:
+            self._ranks.begin_pass()
 
         def add_up() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -269,47 +274,61 @@ class Engine:
     def _check_once(self, documents: Sequence[Rendered]) -> None:
         """Compares the way chosen with `padded` on a few of these documents' tokens; takes the next one if it differs.
 
-        What was found right is remembered for the same model, settings and versions of the libraries.
+        What was found right is remembered for the same model, settings and versions of the libraries. Of several
+        processes each compares, and where one finds a difference all take the next way.
         """
-        if self._checked or not self._settings.self_check or self.way == "padded":
+        if self._checked or not self._settings.self_check:
             return
         self._checked = True
+        self._go_to(max(self._ranks.gather(self._place())))
+        if self.way == "padded":
+            return
         mark = hub.cache_dir() / "self_checks" / self._key()
         found = mark.read_text(encoding="utf-8") if mark.exists() else ""
-        if found in ("decoder", "tree", "padded", _TREE_WITHOUT_LIGER):
-            if found == "padded":
-                self._take_padded()
-            elif found != "decoder" and self.way == "decoder":
-                self._take_tree()
-            if found == _TREE_WITHOUT_LIGER:
-                liger.remove(self._model)
+        remembered = self._ranks.gather(_WAYS.index(found) if found in _WAYS else None)
+        if None not in remembered:
+            self._go_to(max(remembered))
             return
-        few, without_liger = _few_tokens(documents), False
+        few, alike = _few_tokens(documents), True
         trained = [p for p in self._model.parameters() if p.requires_grad]
         # Products of 16 bits put two right computations up to a third apart, which would hide most mistakes.
         with _mode(self._model, training=False), _not_the_identity(self._model), _in_float32(self._model):
             expected = self._gradient_of(few, "padded", trained)
             while self.way != "padded":
+                bound = _BOUND[torch.promote_types(self._dtype, torch.float32)]
                 difference = self._difference(few, trained, expected)
-                if difference < _BOUND[torch.promote_types(self._dtype, torch.float32)]:
+                everywhere = self._ranks.gather(difference)
+                right = [each < bound for each in everywhere]  # NaN is not
+                alike = alike and len({*right}) == 1
+                if all(right):
                     break
+                difference = everywhere[right.index(False)]
                 said = "tree way with Liger's kernels" if liger.installed(self._model) else f"{self.way} way"
                 self._note(
                     f"The {said} gives another gradient than plain transformers and peft for this model "
                     f"(relative difference {difference:.1e}); a slower one is taken. Please report the model's name."
                 )
-                if self.way == "decoder":
-                    self._take_tree()
-                elif liger.installed(self._model):
-                    liger.remove(self._model)
-                    without_liger = True
-                else:
-                    self._take_padded()
+                self._go_to(self._place() + 1)
         memory.give_back()
+        if not alike:  # what another process found says nothing about this machine
+            return
         mark.parent.mkdir(parents=True, exist_ok=True)
         partial = mark.with_name(f".{mark.name}.{os.getpid()}")
-        partial.write_text(_TREE_WITHOUT_LIGER if without_liger and self.way == "tree" else self.way, encoding="utf-8")
+        partial.write_text(_WAYS[self._place()] if liger.version(self._device) else self.way, encoding="utf-8")
         partial.replace(mark)
+
+    def _place(self) -> int:
+        """The place of the way at work in `_WAYS`."""
+        return _WAYS.index(_TREE_WITHOUT_LIGER if self.way == "tree" and not liger.installed(self._model) else self.way)
+
+    def _go_to(self, place: int) -> None:
+        """Takes the way at this place, from a faster one."""
+        if place == _WAYS.index("padded"):
+            self._take_padded()
+        elif place and self.way == "decoder":
+            self._take_tree()
+        if _WAYS[place] == _TREE_WITHOUT_LIGER:
+            liger.remove(self._model)
 
     def _difference(self, documents: Sequence[Rendered], trained: Sequence[nn.Parameter], expected: Tensor) -> float:
         """Relative, of the gradient by the way chosen; infinite where Liger's kernels can not be run here."""
@@ -427,7 +446,8 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     that makes the others; else the model is run again for each of them.
     """
     causal = _causal(model)
-    body, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    body: Any = getattr(causal, causal.base_model_prefix, None)
+    head: Any = causal.get_output_embeddings()
     config = causal.config.get_text_config()
     where = inputs.predict_from.nonzero()
     rows = chunk_rows(len(where), config.vocab_size, inputs.input_ids.device)
@@ -445,7 +465,8 @@ def _logits_in_chunks(model: nn.Module, inputs: batch.Padded) -> Iterator[tuple[
     softcap = getattr(config, "final_logit_softcapping", None)
 
     def alone(hidden: Tensor) -> Tensor:
-        logits = cast("nn.Module", head)(hidden)
+        assert head is not None  # or there is no `hidden`
+        logits = head(hidden)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     if hidden is not None:

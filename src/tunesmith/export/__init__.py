@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import adapter_files, machines, regular, rundir
+from tunesmith import adapter_files, machines, reading, rundir
 from tunesmith import model as models
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
@@ -149,7 +149,7 @@ def _adapter(run: RunDir, folder: Path) -> list[Compared]:
     digests = json.loads((run.adapter / "files.json").read_text(encoding="utf-8"))
     names = [name for name in sorted(adapter_files.known_names() & digests.keys()) if name != "files.json"]
     for name in names:
-        regular.copy(run.adapter / name, folder / name)
+        reading.copy(run.adapter / name, folder / name)
     same = all(rundir.sha256(folder / name) == digests[name]["sha256"] for name in names)
     return [at_least("same bytes", float(same), 1)]
 
@@ -161,7 +161,7 @@ def _check_names(adapter: Path) -> list[str]:
     for path in sorted(adapter.iterdir()):
         if path.name not in own:
             others.append(path.name)
-        elif (found := regular.kind(path)) != "a file":
+        elif (found := reading.kind(path)) != "a file":
             fix = "Copy it again from where it came, as files."
             raise ProofError(str(path), found, "a file, as training wrote it", fix)
     return [f"Not copied, for no part of an adapter is called so: {', '.join(others)}."] if others else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from tunesmith import model as models
-from tunesmith import rundir
+from tunesmith import rundir, system
 from tunesmith.chat import Chat
 from tunesmith.errors import RunError
 from tunesmith.export import gguf_file, llama_cpp
@@ -102,7 +101,7 @@ def write_gguf(
 
 def _quantize(whole: Path, path: Path, dtype: str) -> None:
     """llama.cpp's own program; it says what it did on standard error, which is kept where it fails."""
-    command = [QUANTIZE, str(whole), str(path), dtype.upper(), str(os.cpu_count() or 1)]
+    command = [QUANTIZE, str(whole), str(path), dtype.upper(), str(system.cores())]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if ended.returncode != 0 or not path.is_file():
         last = (ended.stderr.strip().splitlines() or ["no word"])[-1]

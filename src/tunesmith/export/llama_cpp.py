@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith import loopback
+from tunesmith import loopback, system
 from tunesmith.errors import ProofError
 from tunesmith.types import ChatMessage
 
@@ -54,8 +53,7 @@ class LlamaCpp:
         parameters.n_parallel = 1
         parameters.n_gpu_layers = 0
         # A thread that waits for the others spins; without a free core it takes theirs, and hours pass.
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        n_threads = max(1, n_cores - 1)
+        n_threads = max(1, system.cores() - 1)
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = n_threads
         parameters.warmup = False
         parameters.fit_params = False

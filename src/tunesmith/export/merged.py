@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tunesmith import adapter_files, places, regular, rundir
+from tunesmith import adapter_files, model_files, places, pretrained, reading, rundir
 from tunesmith import model as models
 from tunesmith.export import merging
 from tunesmith.export.live import Answers, Compared, at_least, at_most, logits_of
@@ -45,19 +43,19 @@ def write_merged(
 ) -> list[Compared]:
     kept = dtype or merged.dtype
     merging.write(merged, folder, dtype)
-    config = places.stripped(json.loads((merged.base / "config.json").read_text(encoding="utf-8")))
+    config = places.stripped(model_files.settings(merged.base / "config.json"))
     config.pop("torch_dtype", None)
     rundir.write_json(folder / "config.json", {**config, "dtype": str(kept).removeprefix("torch.")})
     for path in run.adapter.iterdir():
         if path.name in adapter_files.known_names(merged=True):
-            regular.copy(path, folder / path.name)
+            reading.copy(path, folder / path.name)
     card = (run.adapter / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(_merged_card(card), encoding="utf-8")
     tell("Opening them with plain transformers …")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=live.dtype, local_files_only=True)
+    tokenizer = pretrained.tokenizer(folder)
+    model: Any = pretrained.causal_lm(folder, dtype=live.dtype)
     model.to(models.device()).eval()
-    generation = GenerationConfig.from_pretrained(
+    generation = pretrained.generation(
         folder, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=live.reply_tokens
     )
     same_prompts = sum(

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith import rundir
+from tunesmith import model_files, rundir
 from tunesmith.errors import ModelError, ProofError
 
 _PREFIX = "base_model.model."
@@ -45,7 +45,7 @@ class Merged:
 
         Raises ModelError before the first one when the adapter has a layer that the base has not.
         """
-        settings = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = model_files.check_adapter(self.adapter)
         with safe_open(self.adapter / "adapter_model.safetensors", framework="pt") as adapter:
             changed = {key.removeprefix(_PREFIX).rpartition(".lora_A.")[0] for key in _names(adapter)} - {""}
             if absent := sorted({f"{layer}.weight" for layer in changed} - self.shapes().keys()):

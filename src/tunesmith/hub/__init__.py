@@ -12,7 +12,6 @@ at the commit that was met first. The files themselves lie in the vendors' own c
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunesmith import model_files, reading
 from tunesmith.errors import ModelError
 from tunesmith.hub.aliases import Alias, Package, aliases, hub_order, recognise
 from tunesmith.hub.clients import Hub, HuggingFace, Listing, ModelScope, Progress, Refused
@@ -30,6 +30,7 @@ from tunesmith.hub.disk import bytes_to_come, cache_dir, disk_errors, require_ro
 from tunesmith.hub.files import missing, missing_parts, needed, weight_files
 from tunesmith.hub.network import forbid_network, offline
 from tunesmith.hub.package import bring, is_here
+from tunesmith.spelling import nearest
 
 __all__ = [
     "Alias",
@@ -129,8 +130,8 @@ def _places(name: str, alias: Alias | None) -> list[tuple[Hub, str]]:
 def _hint(name: str) -> str:
     known = list(aliases())
     words = (name.lower(), name.lower().rpartition("/")[2].rpartition(":")[2])
-    near = [alias for word in words for alias in difflib.get_close_matches(word, known, n=1, cutoff=0.6)]
-    return f"Did you mean {near[0]}?" if near else "`tunesmith models` lists the aliases; a hub id reads org/name."
+    near = next((alias for word in words if (alias := nearest(word, known))), None)
+    return f"Did you mean {near}?" if near else "`tunesmith models` lists the aliases; a hub id reads org/name."
 
 
 def _refuse_revision(name: str, revision: str | None, why: str) -> None:
@@ -146,10 +147,9 @@ def _require(where: str, absent: list[str]) -> None:
 
 def _family(folder: Path) -> Alias | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return recognise(model_files.settings(folder / "config.json"))
+    except ModelError:  # who opens the model says what is wrong with it
         return None
-    return recognise(config) if isinstance(config, dict) else None
 
 
 # --- from a hub -------------------------------------------------------------------------------------------------------
@@ -283,10 +283,14 @@ def _note_path(hub: Hub, repo: str, revision: str | None) -> Path:
     return cache_dir() / "hubs" / hub.prefix / f"{name}.json"
 
 
+_NOTE_BYTES = 64 << 20
+
+
 def _read_note(hub: Hub, repo: str, revision: str | None) -> _Note | None:
     try:
-        tree = json.loads(_note_path(hub, repo, revision).read_text(encoding="utf-8"))
-        return _Note(tree["commit"], dict(tree["files"]), Path(tree["folder"]) if tree["folder"] else None)
+        tree = reading.json_object(_note_path(hub, repo, revision), _NOTE_BYTES)
+        files = {name: n_bytes for name, n_bytes in dict(tree["files"]).items() if reading.is_beside(name)}
+        return _Note(tree["commit"], files, Path(tree["folder"]) if tree["folder"] else None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

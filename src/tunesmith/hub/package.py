@@ -79,7 +79,7 @@ def _download_wheel(package: Package, scratch: Path, on_progress: Progress | Non
     with said.open("wb") as log:
         # Started in an empty folder: `python -m` looks for modules in the current one first.
         process = subprocess.Popen(
-            [sys.executable, "-m", "pip", "download", *how, package.requirement],
+            [sys.executable, "-P", "-m", "pip", "download", *how, package.requirement],
             cwd=arriving,
             env={**os.environ, **temporary, **quiet},
             stdin=subprocess.DEVNULL,

@@ -1,19 +1,24 @@
-"""The bytes of a file: what kind it is, its text, its rows. A part is held at a time, but for a JSON array."""
+"""The bytes of a file: what kind it is, its text, its rows. A part is held at a time."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import difflib
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
+from tunesmith import reading
+from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import DataError
 from tunesmith.records.found import first_line, quoted, rename_hint, seen
-from tunesmith.records.json_rows import Parsed, json_rows, jsonl_rows
+from tunesmith.records.json_rows import ROW_CHARACTERS, Parsed, json_rows, jsonl_rows, lines_of, too_long_row
+from tunesmith.spelling import nearest
 from tunesmith.types import Fault, Origin
 
 _AT_ONCE = 1 << 20
@@ -38,19 +43,19 @@ def opened(path: Path, mode: str = "rb", **how: Any) -> Any:
     try:
         if path.is_dir():
             raise DataError(str(path), "a folder", "a file", "Name the file inside it.")
-        if path.exists() and not path.is_file():
-            found = "a pipe or a device, which can be read only once"
-            raise DataError(str(path), found, "a file", "Write what comes out of it to a file first.")
-        return path.open(mode, **how)
+        return os.fdopen(reading.descriptor(path), mode, **how)
+    except reading.Unfit as kind:
+        found = f"{kind}, which can be read only once"
+        raise DataError(str(path), found, "a file", "Write what comes out of it to a file first.") from None
     except OSError as error:
-        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
-        fix = f"Did you mean {path.parent / near[0]}?" if near else "Check the name."
+        near = nearest(path.name, _names_beside(path))
+        fix = f"Did you mean {path.parent / near}?" if near else "Check the name."
         raise DataError(str(path), f"no readable file ({error.strerror})", "a data file", fix) from None
 
 
 def _names_beside(path: Path) -> list[str]:
     try:
-        return [other.name for other in path.parent.iterdir()]
+        return [other.name for other in islice(path.parent.iterdir(), 1000)]
     except OSError:
         return []
 
@@ -66,7 +71,9 @@ def format_of(path: Path) -> str:
         kind = _kind(start, text[:1], path)
         if kind != "parquet":
             file.seek(0)
-            _require_utf8(iter(partial(file.read, _AT_ONCE), b""), path)
+            _require_utf8(file, path)
+        else:
+            _require_moderate(path)
     return kind
 
 
@@ -85,7 +92,7 @@ def _kind(data: bytes, first: bytes, path: Path) -> str:
     if first == b"{" and suffix != ".csv":
         return "jsonl"
     if suffix in (".json", ".jsonl", ".ndjson"):
-        text = _text(path)  # an encoding that is not UTF-8 is the better message
+        text = _beginning(path)  # an encoding that is not UTF-8 is the better message
         blank = len(text) - len(text.lstrip())
         where = f"{path}:{text.count(chr(10), 0, blank) + 1}"
         expected = "'[' (an array) or '{' (an object a line)"
@@ -93,37 +100,56 @@ def _kind(data: bytes, first: bytes, path: Path) -> str:
     return "csv"
 
 
-def _require_utf8(chunks: Iterable[bytes], path: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for chunk in chunks:
-            if b"\x00" in chunk:
-                break
-            decoder.decode(chunk)
-        else:
-            decoder.decode(b"", final=True)
-            return
-    except UnicodeDecodeError:
-        pass
-    _text(path)
+_LOOKED_AT = 64 << 20
+"""Bytes that are held at once, to say what is wrong with a file."""
 
 
-def _text(path: Path) -> str:
-    """The file as text; raises DataError at the line where it stops being UTF-8, with the encoding it seems to have."""
+def _require_utf8(file: BinaryIO, path: Path) -> None:
+    """Raises DataError at the line where the file stops being UTF-8."""
+    decoder, lines, before = codecs.getincrementaldecoder("utf-8")(), 0, b""
+    while True:
+        chunk = file.read(_AT_ONCE)
+        try:
+            if b"\x00" not in chunk:
+                decoder.decode(chunk, final=not chunk)
+                if not chunk:
+                    return
+                lines, before = lines + before.count(b"\n"), chunk
+                continue
+        except UnicodeDecodeError:
+            pass
+        if file.tell() <= _LOOKED_AT:
+            _beginning(path)
+        data = before + chunk
+        start = data.find(b"\n") + 1  # where a line begins, and no character is cut
+        _text(data[start:], path, lines + data.count(b"\n", 0, start) + 1)
+        raise DataError(str(path), "bytes that are not UTF-8", "UTF-8", "Write the file again as UTF-8.")
+
+
+def _beginning(path: Path) -> str:
+    """The file's first 64 MiB as text; raises DataError as `_text` does."""
     with opened(path) as file:
-        data: bytes = file.read()
+        data: bytes = file.read(_LOOKED_AT)
+    if len(data) == _LOOKED_AT:
+        data = data[: data.rfind(b"\n") + 1] or data[: data.rfind(b" ") + 1]
+    return _text(data, path)
+
+
+def _text(data: bytes, path: Path, first_line: int = 1) -> str:
+    """Bytes of the file as text; raises DataError at the line where they stop being UTF-8, with the encoding they seem
+    to have."""
     for bom, name in _WIDE.items():
-        if data.startswith(bom):
+        if first_line == 1 and data.startswith(bom):
             raise DataError(str(path), f"{name} text", "UTF-8", f"Convert it: {_conversion(name[:-2], path)}")
     zero = data.find(b"\x00")
     if zero >= 0:
         fix = "The file is binary, UTF-16 or damaged; write it again as UTF-8."
-        raise DataError(f"{path}:{_line(data, zero)}", "a NUL byte", "text in UTF-8", fix)
+        raise DataError(f"{path}:{_line(data, zero, first_line)}", "a NUL byte", "text in UTF-8", fix)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = error.start + (len(_BOM) if data.startswith(_BOM) else 0)
-    where, start = f"{path}:{_line(data, at)}", data.rfind(b"\n", 0, at) + 1
+    where, start = f"{path}:{_line(data, at, first_line)}", data.rfind(b"\n", 0, at) + 1
     for encoding, name in (("gb18030", "GB18030"), ("cp1252", "Windows-1252")):
         try:
             data.decode(encoding)
@@ -139,8 +165,8 @@ def _conversion(encoding: str, path: Path) -> str:
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(f'utf8-{path.name}')}"
 
 
-def _line(data: bytes, at: int) -> int:
-    return data.count(b"\n", 0, at) + 1
+def _line(data: bytes, at: int, first: int) -> int:
+    return data.count(b"\n", 0, at) + first
 
 
 def rows_of(path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
@@ -148,17 +174,26 @@ def rows_of(path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[Parse
     if kind == "parquet":
         yield from _parquet(path)
     elif kind == "json":
-        yield from json_rows(_text(path), str(path))
+        with opened(path, "r", encoding="utf-8-sig", newline="") as file:
+            yield from json_rows(file, str(path))
     elif kind == "jsonl":
-        with opened(path, "r", encoding="utf-8-sig", newline="\n") as lines:
-            yield from jsonl_rows(lines, str(path), text=partial(_text, path))
+        with opened(path, "r", encoding="utf-8-sig", newline="\n") as file:
+            yield from jsonl_rows(lines_of(file), str(path), text=partial(_beginning, path))
     else:
-        with opened(path, "r", encoding="utf-8-sig", newline="") as lines:
-            yield from _csv(lines, str(path), columns)
+        with opened(path, "r", encoding="utf-8-sig", newline="") as file:
+            yield from _csv(_short(file), str(path), columns)
+
+
+def _short(file: TextIO) -> Iterator[str]:
+    """The lines of a CSV file; raises csv.Error at one that no row has."""
+    for line, length in lines_of(file):
+        if length > ROW_CHARACTERS:
+            raise csv.Error(f"a line of {length:,} characters")
+        yield line
 
 
 def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterator[Parsed]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(ROW_CHARACTERS)
     reader = csv.reader(lines, strict=True)
     header = _csv_header(reader, path, columns)
     while True:
@@ -180,6 +215,9 @@ def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterato
         yield Parsed(dict(zip(header, cells, strict=False)), origin, fault)
 
 
+_MOST_COLUMNS = 10_000
+
+
 def _csv_header(reader: Iterator[list[str]], path: str, columns: Mapping[str, str]) -> list[str]:
     """The names in the first line; raises DataError unless instruction and output are among them."""
     where = f"{path}:1"
@@ -187,6 +225,9 @@ def _csv_header(reader: Iterator[list[str]], path: str, columns: Mapping[str, st
         header = [name.strip() for name in next(reader)]
     except csv.Error as error:
         raise DataError(where, str(error), "a CSV header", "Quote cells that hold quotes or commas.") from None
+    if len(header) > _MOST_COLUMNS:
+        fix = "Is it a table with named columns? Keep those that are needed."
+        raise DataError(where, f"{len(header):,} columns", f"at most {_MOST_COLUMNS:,}", fix)
     found = f"the header {quoted(', '.join(header))}"
     absent = {name: columns.get(name, name) for name in ("instruction", "output")}
     absent = {name: column for name, column in absent.items() if column not in header}
@@ -207,18 +248,103 @@ def _csv_header(reader: Iterator[list[str]], path: str, columns: Mapping[str, st
     return header
 
 
+_ROWS_AT_ONCE = 64
+_MOST_UNPACKED = 400  # times the file's bytes; ten thousand copies of one answer come to 300
+_ALWAYS_UNPACKED = 256 << 20
+
+
+def _require_moderate(path: Path) -> None:
+    """Raises DataError for a Parquet file that unpacks to far more than it holds, or can not be read to its end.
+
+    What a page unpacks to is known only when it is unpacked, so that is done first where a limit can end it.
+    """
+    size = path.stat().st_size
+    most = max(_MOST_UNPACKED * size, _ALWAYS_UNPACKED)
+    expected, fix = "a file of rows as they are", "Look at where the file comes from; write the rows as JSONL."
+
+    def unpacked() -> int:
+        total = 0
+        with _parquet_file(path) as parquet:
+            for batch in _batches(parquet, use_threads=False):
+                total += batch.nbytes
+                if total > most:
+                    break
+        return total
+
+    import pyarrow.parquet  # noqa: F401  # here, or the copy of the process would do it for itself
+
+    try:
+        total = confined(unpacked, seconds=6 + size // (20 << 20), more_bytes=768 << 20)
+    except Ended as ended:
+        raise DataError(str(path), f"Parquet that takes {ended} to unpack", expected, fix) from None
+    except WorkFailed as error:
+        raise DataError(str(path), f"damaged Parquet ({error})", "Parquet", "Write it again.") from None
+    if total > most:
+        found = f"Parquet of {size:,} bytes that unpacks to more than {most >> 20:,} MiB"
+        raise DataError(str(path), found, expected, fix)
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with opened(path) as file:
+        parquet = pyarrow.parquet.ParquetFile(
+            file,
+            buffer_size=_AT_ONCE,
+            pre_buffer=False,
+            thrift_string_size_limit=16 << 20,
+            thrift_container_size_limit=1 << 20,
+        )
+        if (count := parquet.metadata.num_columns) > _MOST_COLUMNS:
+            raise ValueError(f"{count:,} columns, where {_MOST_COLUMNS:,} are enough")
+        yield parquet
+
+
+def _batches(parquet: Any, **how: Any) -> Iterator[Any]:
+    """A few rows at a time, each value written out: a type that shares one among many rows hides how much there is."""
+    import pyarrow
+
+    plain = pyarrow.schema([(field.name, _written_out(field.type)) for field in parquet.schema_arrow])
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, **how):
+        yield batch if batch.schema.equals(plain) else batch.cast(plain)
+
+
+def _written_out(kind: Any) -> Any:
+    """The type with plain ones in the place of those that share values."""
+    import pyarrow
+    from pyarrow import types
+
+    def of(field: Any) -> Any:
+        return field.with_type(_written_out(field.type))
+
+    if types.is_dictionary(kind):
+        return _written_out(kind.value_type)
+    if types.is_string_view(kind):
+        return pyarrow.large_string()
+    if types.is_binary_view(kind):
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([of(field) for field in kind])
+    if types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
+        return pyarrow.large_list(of(kind.value_field))
+    return pyarrow.list_(of(kind.value_field)) if types.is_list(kind) else kind
+
+
 def _parquet(path: Path) -> Iterator[Parsed]:
     import pyarrow
-    import pyarrow.parquet
 
     row = 0
     try:
-        with opened(path) as file:
-            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_AT_ONCE, pre_buffer=False)
-            for batch in parquet.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    row += 1
-                    yield Parsed(value, Origin(str(path), row, "row"))
+        with _parquet_file(path) as parquet:
+            for batch in _batches(parquet):
+                large = batch.nbytes > ROW_CHARACTERS
+                for part in (batch.slice(i, 1) for i in range(len(batch))) if large else (batch,):
+                    too_long = large and part.nbytes > ROW_CHARACTERS
+                    for value in [None] if too_long else part.to_pylist():
+                        row += 1
+                        origin = Origin(str(path), row, "row")
+                        yield Parsed(value, origin, too_long_row(origin, part.nbytes) if too_long else None)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         where = f"{path}: behind row {row}" if row else str(path)
         raise DataError(where, f"damaged Parquet ({first_line(error)})", "Parquet", "Write it again.") from None

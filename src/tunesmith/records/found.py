@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shlex
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
+
+from tunesmith.spelling import nearest
 
 # What other data sets call these fields; only for hints, a file says what it is by our names.
 _OTHER_NAMES = {
@@ -19,20 +21,20 @@ def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
     """The flag that maps `name` to the most likely of the `free` names, if one is likely."""
     lower = {key.lower(): key for key in free if key}
     near = [key for key in (column.lower(), *_OTHER_NAMES.get(name, ())) if key in lower]
-    near = near or difflib.get_close_matches(column.lower(), lower, 1)
-    return f"--set {shlex.quote(f'data.columns.{name}={plain(lower[near[0]])}')}" if near else None
+    meant = near[0] if near else nearest(column.lower(), lower)
+    return f"--set {shlex.quote(f'data.columns.{name}={plain(lower[meant])}')}" if meant else None
 
 
 def list_of_objects(row: Any) -> str | None:
     """The name of the first field that holds a list of objects."""
     if not isinstance(row, dict):
         return None
-    return next((plain(k) for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+    return next((plain(k[:60]) for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
 
 
 def listed(row: Mapping[str, Any]) -> str:
-    names = [f"'{plain(str(key))}'" for key in row]
-    return f"only {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" if names else "an empty object"
+    names = [quoted(str(key)) for key in islice(row, 8)]
+    return f"only {', '.join(names)}{' …' if len(row) > 8 else ''}" if names else "an empty object"
 
 
 def described(value: Any) -> str:
@@ -58,7 +60,8 @@ def described(value: Any) -> str:
 
 def seen(text: str, at_end: str = "the end of the file") -> str:
     """The first line of what was found where reading stopped."""
-    return quoted(text.strip().splitlines()[0].strip(), 40) if text.strip() else at_end
+    text = text[:1000].strip()
+    return quoted(text.splitlines()[0].strip(), 40) if text else at_end
 
 
 def quoted(text: str, at_most: int = 60) -> str:

@@ -1,14 +1,22 @@
-"""Rows of a JSON array or of JSONL, each with its line; a key that stands twice in one object is seen."""
+"""Rows of a JSON array or of JSONL, each with its line; a key that stands twice in one object is seen.
+
+A part of the file is held at a time, and a row is never longer than ROW_CHARACTERS.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tunesmith.errors import DataError
 from tunesmith.records.found import list_of_objects, plain, seen
 from tunesmith.types import Fault, Origin
+
+ROW_CHARACTERS = 16 << 20
+"""Of one row; no model reads a thousandth of it."""
+_AT_ONCE = 1 << 20
 
 # What Python's JSON reader says, and what it means.
 _JSON_EXPECTED = {
@@ -58,9 +66,9 @@ class _Decoder:
         except json.JSONDecodeError as error:
             raise _stopped(text, error) from None
         except RecursionError:
-            raise _Stopped(start, "fewer levels of brackets") from None
+            raise _Stopped(start, "fewer levels of brackets", whole=True) from None
         except ValueError:  # Python's limit on the digits of a whole number
-            raise _Stopped(start, "shorter numbers") from None
+            raise _Stopped(start, "shorter numbers", whole=True) from None
         return value, end, _first_twice(value) if self._any_twice else None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,8 +80,10 @@ class _Decoder:
 
 
 class _Stopped(Exception):
-    def __init__(self, at: int, expected: str, found: str | None = None) -> None:
-        self.at, self.expected, self.found = at, expected, found
+    """`whole`: more of the file would change nothing."""
+
+    def __init__(self, at: int, expected: str, found: str | None = None, whole: bool = False) -> None:
+        self.at, self.expected, self.found, self.whole = at, expected, found, whole
 
 
 def _stopped(text: str, error: json.JSONDecodeError) -> _Stopped:
@@ -93,64 +103,158 @@ def _stopped(text: str, error: json.JSONDecodeError) -> _Stopped:
 
 def _first_twice(value: Any) -> tuple[str, str] | None:
     """Key and place of the first object, from the outside in, that holds a key twice."""
-    waiting = [("", value)]
+    waiting: list[tuple[Any, Any]] = [((), value)]
     for place, item in waiting:
         if isinstance(item, _Marked):
-            return item.twice[0], place
+            return item.twice[0], _written(place)
         if isinstance(item, dict):
-            waiting += [(f"{place}.{key}".removeprefix("."), inner) for key, inner in item.items()]
+            waiting += [((place, f".{key[:60]}"), inner) for key, inner in item.items()]
         elif isinstance(item, list):
-            waiting += [(f"{place}[{i}]", inner) for i, inner in enumerate(item)]
+            waiting += [((place, f"[{i}]"), inner) for i, inner in enumerate(item)]
     return None
 
 
-def json_rows(text: str, path: str) -> Iterator[Parsed]:
-    decoder = _Decoder()
-    position, line, counted = text.index("[") + 1, 1, 0
+def _written(place: Any) -> str:
+    """A place that is told as the place above it and one step: `messages[3].content`."""
+    steps: list[str] = []
+    while place:
+        place, step = place
+        steps.append(step)
+    return "".join(reversed(steps)).removeprefix(".")
 
-    def line_at(where: int) -> int:
-        nonlocal line, counted
-        line += text.count("\n", counted, where)
-        counted = max(counted, where)
-        return line
+
+class _Window:
+    """The part of a file that is held; it begins where nothing in front is needed any more."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.text = file.read(_AT_ONCE)
+        self._line, self._counted = 1, 0  # the line in which the character numbered `_counted` stands
+
+    def line_at(self, where: int) -> int:
+        """The line of a place in the text."""
+        if where < self._counted:
+            return self._line - self.text.count("\n", where, self._counted)
+        self._line += self.text.count("\n", self._counted, where)
+        self._counted = where
+        return self._line
+
+    def more(self) -> bool:
+        """Reads on, at least as much as is held, so that what does not fit yet is not looked at too often."""
+        part = self._file.read(max(_AT_ONCE, len(self.text)))
+        self.text += part
+        return bool(part)
+
+    def drop(self, upto: int) -> int:
+        """Lets go of what lies in front of that place; returns where the place is now."""
+        if upto < _AT_ONCE:
+            return upto
+        self._line, self._counted = self.line_at(upto), 0
+        self.text = self.text[upto:]
+        return 0
+
+    def skip(self, position: int) -> int:
+        """The next place without white space."""
+        while (position := _skip(self.text, position)) == len(self.text):
+            position = self.drop(position)
+            if not self.more():
+                break
+        return position
+
+    def is_at(self, position: int, character: str) -> bool:
+        return self.text.startswith(character, position)
+
+
+def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
+    """The objects of the array in the file; reading stops at the first that can not be read."""
+    decoder, window = _Decoder(), _Window(file)
 
     def stopped(where: int, expected: str, found: str | None = None) -> Parsed:
-        origin = Origin(path, line_at(where))
+        origin = Origin(path, window.line_at(where))
         fix = "Reading stopped here; mend the JSON and check again."
-        return Parsed(None, origin, Fault(origin, "row", found or seen(text[where : where + 200]), expected, fix))
+        found = found or seen(window.text[where : where + 200])
+        return Parsed(None, origin, Fault(origin, "row", found, expected, fix))
 
+    position = window.skip(0) + 1
     first = True
     while True:
-        position = _skip(text, position)
-        if text[position : position + 1] == "]":
+        position = window.skip(position)
+        if window.is_at(position, "]"):
             break
         if not first:
-            if text[position : position + 1] != ",":
+            if not window.is_at(position, ","):
                 yield stopped(position, "',' or ']' behind an object")
                 return
-            position = _skip(text, position + 1)
+            position = window.skip(position + 1)
         first = False
-        origin = Origin(path, line_at(position))
+        position = window.drop(position)
+        origin = Origin(path, window.line_at(position))
         try:
-            value, position, twice = decoder.read(text, position)
+            value, end, twice = _read_whole(decoder, window, position)
         except _Stopped as stop:
             yield stopped(stop.at, stop.expected, stop.found)
             return
-        yield Parsed(value, origin, _twice(origin, twice))
-    rest = _skip(text, position + 1)
-    if rest < len(text):
+        yield Parsed(value, origin, too_long_row(origin, end - position) or _twice(origin, twice))
+        position = end
+    rest = window.skip(position + 1)
+    if rest < len(window.text):
         yield stopped(rest, "nothing behind the closing ']'")
 
 
-def jsonl_rows(lines: Iterable[str], path: str, text: Callable[[], str]) -> Iterator[Parsed]:
+def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, int, tuple[str, str] | None]:
+    """What `decoder.read` finds at `start`, with as much of the file as it takes."""
+    while True:
+        stop, found = None, None
+        try:
+            found = decoder.read(window.text, start)
+            if found[1] < len(window.text):  # else it may go on: a number can be cut anywhere
+                return found
+        except _Stopped as stopped:
+            if stopped.whole:
+                raise
+            stop = stopped
+        if len(window.text) - start > ROW_CHARACTERS:
+            raise _Stopped(start, _AT_MOST, f"a row of more than {ROW_CHARACTERS >> 20} million characters")
+        if not window.more():
+            if found is None:
+                raise stop or _Stopped(start, "a value")
+            return found
+
+
+_AT_MOST = f"at most {ROW_CHARACTERS >> 20} million characters a row"
+
+
+def too_long_row(origin: Origin, length: int) -> Fault | None:
+    if length <= ROW_CHARACTERS:
+        return None
+    found = f"a row of {length:,} characters"
+    return Fault(origin, "row", found, _AT_MOST, "Is it one row? Cut it into several, or delete it.")
+
+
+def lines_of(file: TextIO) -> Iterator[tuple[str, int]]:
+    """Each line with its length; of one that is longer than a row may be, the beginning."""
+    while line := file.readline(ROW_CHARACTERS):
+        length = len(line)
+        if length == ROW_CHARACTERS:
+            part = line
+            while not part.endswith("\n") and (part := file.readline(_AT_ONCE)):
+                length += len(part)
+        yield line, length
+
+
+def jsonl_rows(lines: Iterable[tuple[str, int]], path: str, text: Callable[[], str]) -> Iterator[Parsed]:
     """The rows of lines, which end with \\n; `text` is asked for all of them when the first is no whole object."""
     decoder = _Decoder()
     first, offset = True, 0
-    for number, whole in enumerate(lines, 1):
+    for number, (whole, length) in enumerate(lines, 1):
         line = whole.rstrip("\r\n")
         start = _skip(line, 0)
         if start < len(line):
             origin = Origin(path, number)
+            if fault := too_long_row(origin, length):
+                yield Parsed(None, origin, fault)
+                first = False
+                continue
             try:
                 value, end, twice = decoder.read(line, start)
                 if (rest := _skip(line, end)) < len(line):
@@ -186,14 +290,16 @@ def _refuse_spread_object(text: str, start: int, line: int, path: str) -> None:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \n\r\t":
-        position += 1
-    return position
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
+
+
+_SPACE = re.compile(r"[ \n\r\t]*")
 
 
 def _twice(origin: Origin, twice: tuple[str, str] | None) -> Fault | None:
     if twice is None:
         return None
-    key, place = (plain(part) for part in twice)
+    key, place = (plain(part[:200]) for part in twice)
     fix = "Readers keep only one of them; delete or rename the other."
     return Fault(origin, f"{place}.{key}".removeprefix("."), f"'{key}' twice in one object", "each key once", fix)

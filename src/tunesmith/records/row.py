@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.records.found import described, list_of_objects, listed, plain, rename_hint
+from tunesmith.spelling import nearest
 from tunesmith.types import Message, Role
 
 ROLES: Mapping[str, Role] = {
@@ -72,8 +72,8 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             continue
         near = _misspelt(column, tuple(free))
         if near:
-            fix = f"Rename it in the file, or pass {rename_hint(name, column, near)}"
-            raise Problem(column, f"'{plain(near[0])}'", f"'{column}'", fix)
+            fix = f"Rename it in the file, or pass {rename_hint(name, column, [near])}"
+            raise Problem(column, f"'{plain(near)}'", f"'{column}'", fix)
         if name in ("instruction", "output"):
             found = listed(row)
             if (talk := list_of_objects(row)) is None:
@@ -86,10 +86,10 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             raise Problem(column, f"a list under '{talk}'", "the rows themselves", f"Write the list of '{talk}' alone.")
 
 
-@cache
-def _misspelt(column: str, free: tuple[str, ...]) -> list[str]:
-    """The one of the `free` names that was meant; cached, since the rows of a file have the same names."""
-    return difflib.get_close_matches(column, free, n=1, cutoff=0.84)
+@lru_cache(maxsize=256)
+def _misspelt(column: str, free: tuple[str, ...]) -> str | None:
+    """The one of the `free` names that was meant; kept, since the rows of a file have the same names."""
+    return nearest(column, free, cutoff=0.84)
 
 
 def _from_talk(row: Mapping[str, Any], form: str, names: Mapping[str, str]) -> list[Message]:
@@ -110,9 +110,9 @@ def _from_talk(row: Mapping[str, Any], form: str, names: Mapping[str, str]) -> l
                 raise Problem(where, listed(turn), f"'{key}'", "Rename the key in the file.")
         role = turn[role_field]
         if not isinstance(role, str) or role not in ROLES:
-            near = difflib.get_close_matches(str(role).lower(), ROLES, 1)
+            near = nearest(str(role)[:100].lower(), ROLES)
             expected = "system, user or assistant (human or gpt in ShareGPT)"
-            fix = f"Did you mean '{near[0]}'?" if near else "Rename the role, or leave the turn out."
+            fix = f"Did you mean '{near}'?" if near else "Rename the role, or leave the turn out."
             raise Problem(f"{where}.{role_field}", described(role), expected, fix)
         says = "the answer to learn" if ROLES[role] == "assistant" else f"what the {role} says"
         messages.append(Message(ROLES[role], _filled(turn[text_field], f"{where}.{text_field}", says)))

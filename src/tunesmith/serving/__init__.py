@@ -7,6 +7,8 @@ prompts   what a request gives a model to read
 asked     a request for replies, and how far each has come
 answers   the replies as they go over the wire, whole or as events
 gate      who may ask, and how much
+connections  who has a place on the wire, and who loses it
+reading   whose turn it is to be parsed, rendered and tokenised, beside the server's own thread
 refusals  what is wrong with a request, in OpenAI's form
 wire      the requests and answers as OpenAI's clients write and read them
 openapi   the description of all that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -11,8 +12,8 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from tunesmith.serving import wire
-from tunesmith.serving.asked import Asked, Choice, Gone
-from tunesmith.serving.refusals import Refused
+from tunesmith.serving.asked import Asked, Choice
+from tunesmith.serving.refusals import Gone, Refused
 from tunesmith.writing import token_bytes, token_text
 
 _Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs
@@ -109,6 +110,9 @@ class Answer:
         ]
         return self.form.answer(**self._head, choices=choices, usage=self._usage)
 
+    def written(self) -> str:
+        return self.whole().model_dump_json()
+
     def first(self) -> list[dict[str, Any]]:
         """The chunks in front of all pieces."""
         return [self._chunk(choice, begin) for choice in self.choices if (begin := self.form.begin(choice.echo))]
@@ -153,13 +157,11 @@ async def answered(answer: Answer) -> Response:
     asked.begin(answer.choices)
     if asked.body.stream:
         return _Stream(answer)
-    try:
-        async with aclosing(asked.follow(answer.choices)) as pieces:
-            async for _ in pieces:
-                pass
-    except Gone:
-        return Response(status_code=499)  # nobody reads it
-    return Response(answer.whole().model_dump_json(), media_type="application/json")
+    async with aclosing(asked.follow(answer.choices)) as pieces:
+        async for _ in pieces:
+            pass
+    # Beside the server's own thread: with logprobs it may be megabytes.
+    return Response(await asyncio.to_thread(answer.written), media_type="application/json")
 
 
 class _Stream(StreamingResponse):

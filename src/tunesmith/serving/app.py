@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -14,20 +15,12 @@ from tunesmith.serving.answers import CHAT, TEXT, Answer, answered
 from tunesmith.serving.asked import Asked
 from tunesmith.serving.gate import Gate
 from tunesmith.serving.metrics import Counted, metrics_text
-from tunesmith.serving.openapi import EVENT, description, refused_with
-from tunesmith.serving.prompts import conversation_ids, shown, text_prompts
-from tunesmith.serving.refusals import Refused, answer_errors, refusal
+from tunesmith.serving.openapi import EVENT, asked_as, description, refused_with
+from tunesmith.serving.prompts import of_chat, of_completion, shown
+from tunesmith.serving.refusals import answer_errors
 from tunesmith.serving.service import Served, Service
 
 PAGE = Path(__file__).parent / "page"
-_PAGE_HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-}
 _REFUSED_WITH = refused_with(404, 408, 413, 415, 429)
 
 
@@ -59,7 +52,7 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> FileResponse:
         """The chat page."""
-        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-store"})
 
     app.mount("/page", StaticFiles(directory=PAGE))
 
@@ -82,17 +75,17 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model:path}", responses=refused_with(404))
     async def model(model: str) -> wire.ModelCard:
         """One of them."""
-        return _card(_served(service, model))
+        return _card(service.served(model))
 
     @app.post(
         "/v1/chat/completions",
         response_model=wire.ChatCompletion,
         responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_REFUSED_WITH},
+        openapi_extra=asked_as(wire.ChatRequest),
     )
-    async def chat_completions(body: wire.ChatRequest, request: Request) -> Response:
+    async def chat_completions(request: Request) -> Response:
         """The next reply to a conversation."""
-        served = _served(service, body.model)
-        prompt_ids = await service.rendered(conversation_ids, served.chat, body.messages)
+        body, served, prompt_ids = await service.reading.read(request, partial(of_chat, service))
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = Asked(service, served, request, body, body.max_completion_tokens or body.max_tokens, n_logprobs)
         return await answered(Answer(asked, asked.choices([("", prompt_ids)], strip=True), CHAT))
@@ -101,23 +94,25 @@ def _routes(app: FastAPI, service: Service) -> None:
         "/v1/completions",
         response_model=wire.Completion,
         responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}, **_REFUSED_WITH},
+        openapi_extra=asked_as(wire.CompletionRequest),
     )
-    async def completions(body: wire.CompletionRequest, request: Request) -> Response:
+    async def completions(request: Request) -> Response:
         """What follows a text."""
-        served = _served(service, body.model)
-        if body.echo and body.logprobs is not None:
-            message = "logprobs: found them with echo; expected one of the two. The prompt's are not computed."
-            raise Refused(refusal(400, message, param="logprobs"))
-        prompts = await service.rendered(text_prompts, served.chat, body.prompt)
+        body, served, prompts = await service.reading.read(request, partial(of_completion, service))
         asked = Asked(service, served, request, body, body.max_tokens, body.logprobs)
         choices = asked.choices([(text if body.echo else "", ids) for text, ids in prompts], strip=False)
         return await answered(Answer(asked, choices, TEXT))
 
-    @app.post("/tunesmith/prompt", responses=_REFUSED_WITH)
-    async def prompt(body: wire.PromptRequest) -> wire.Prompt:
+    @app.post(
+        "/tunesmith/prompt",
+        response_model=wire.Prompt,
+        responses=_REFUSED_WITH,
+        openapi_extra=asked_as(wire.PromptRequest),
+    )
+    async def prompt(request: Request) -> Response:
         """What the model is given for a conversation."""
-        chat = _served(service, body.model).chat
-        return await service.rendered(shown, chat, body.messages)
+        written = await service.reading.read(request, partial(shown, service))
+        return Response(written, media_type="application/json")
 
     @app.get("/tunesmith/models")
     async def described() -> list[wire.Described]:
@@ -133,14 +128,6 @@ def _routes(app: FastAPI, service: Service) -> None:
             )
             for served in service.models.values()
         ]
-
-
-def _served(service: Service, name: str) -> Served:
-    if name not in service.models:
-        expected = f"expected one of {', '.join(service.models)}"
-        message = f"model: found {name[:200]!r}; {expected}. Ask /v1/models."
-        raise Refused(refusal(404, message, param="model", code="model_not_found"))
-    return service.models[name]
 
 
 def _card(served: Served) -> wire.ModelCard:

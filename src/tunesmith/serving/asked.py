@@ -14,16 +14,14 @@ from fastapi import Request
 from tunesmith.chat import MAX_TOKENS
 from tunesmith.serving import wire
 from tunesmith.serving.batching import Closed, Full
-from tunesmith.serving.refusals import Refused, closing, refusal
+from tunesmith.serving.refusals import Gone, Refused, closing, full, refusal
 from tunesmith.serving.reply import Event, Reply, Sampling, Written
 from tunesmith.serving.service import Served, Service
 from tunesmith.writing import Text
 
+MAX_TOLD = 1 << 18
+"""Logarithmic probabilities in one answer; each takes a kilobyte while it is put together."""
 _BEFORE = 8  # tokens of a text whose continuation they are decoded with
-
-
-class Gone(Exception):
-    """Nobody waits for the answer any more."""
 
 
 @dataclass(eq=False)
@@ -96,12 +94,16 @@ class Asked:
             config.top_p = body.top_p
         template, loop = chat.renderer.template, asyncio.get_running_loop()
         choices = []
-        for echo, prompt in prompts:
-            most = min(self.max_tokens or MAX_TOKENS, chat.context - len(prompt))
-            if len(prompt) + most > batch.budget:
-                found = f"{len(prompt)} tokens of prompt and {most} of reply"
-                message = f"max_tokens: found {found}; expected at most {batch.budget} together. Ask for fewer."
-                raise Refused(refusal(400, message, param="max_tokens", code="context_length_exceeded"))
+        longest = [min(self.max_tokens or MAX_TOKENS, chat.context - len(prompt)) for _, prompt in prompts]
+        n_read, n_written = sum(len(prompt) for _, prompt in prompts) * (body.n or 1), sum(longest) * (body.n or 1)
+        if n_read + n_written > batch.share:
+            found = f"{n_read} tokens of prompts and {n_written} of replies"
+            message = f"max_tokens: found {found}; expected at most {batch.share} together. Ask for fewer."
+            raise Refused(refusal(400, message, param="max_tokens", code="context_length_exceeded"))
+        if (told := n_written * (1 + (self.n_logprobs or 0))) > MAX_TOLD and self.n_logprobs is not None:
+            message = f"logprobs: found {told} to be told; expected at most {MAX_TOLD}. Ask for fewer tokens or words."
+            raise Refused(refusal(400, message, param="logprobs"))
+        for (echo, prompt), most in zip(prompts, longest, strict=True):
             sampling = Sampling(
                 config,
                 most,
@@ -132,8 +134,7 @@ class Asked:
             self.service.batch.submit([choice.reply for choice in choices])
         except Full:
             message = "queue: found it full; expected room. Ask again in a few seconds."
-            headers = {"Retry-After": "5"}
-            raise Refused(refusal(429, message, kind="rate_limit_error", code="queue_full", headers=headers)) from None
+            raise Refused(full(message, "queue_full")) from None
         except Closed:
             raise Refused(closing()) from None
 

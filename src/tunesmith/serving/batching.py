@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,15 +42,20 @@ from tunesmith import model as models
 from tunesmith.engine.step import longest_together, not_packable
 from tunesmith.machines import free_bytes
 from tunesmith.serving import attention
-from tunesmith.serving.reply import Again, Ended, Reply, Sampling, Written
+from tunesmith.serving.reply import Again, Ended, Reply, Sampling, Together, Written
 
 AT_ONCE, QUEUE_LIMIT = 32, 256  # replies
-_PROMPT_TOKENS = 256  # read in a step, so that those who write are not kept waiting for longer
+# Tokens of prompts read in a step, and how long it may take while others write or read: then fewer are read.
+_PROMPT_TOKENS, _FEWEST_PROMPT_TOKENS, _STEP_SECONDS = 256, 32, 0.25
+_SHORT = 2048  # tokens of a request, prompts and replies together, for which some room is always kept
+_KEPT_FOR_SHORT = 4  # the part of places and tokens
 _AGAIN_TOKENS = 8  # computed again at once, so that the others are not kept waiting
 _COUNTED_FROM_THE_PROMPT = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
 # Two words are too close below so many times the type's epsilon times the largest logit. In these units two right
 # computations of a logit were seen up to 34 apart (SmolLM2, 12 replies together against alone, 2 AVX2 cores, 2026-11).
 _TIE = 256
+# Tokens of a prompt that are computed again at once; a longer one would keep the others waiting for seconds.
+_LONGEST_AGAIN = 1024
 # Largest relative difference between two right computations, in 32 and in 16 bits; seen were 3e-7 and 5e-3 (twelve
 # small architectures, 2026-11).
 _BOUND, _BOUND_SHORT = 1e-4, 0.1
@@ -93,6 +99,7 @@ class Batch:
         self._bytes_per_token = 0
         self._by_adapter = _some_can_not_be_mixed(model)
         self._names: list[str] | None = None
+        self._prompt_tokens = _PROMPT_TOKENS
         self._some_adapter = next(iter(model.peft_config)) if isinstance(model, PeftModel) else None
         for module in model.modules():  # what peft itself does, but for every step anew
             if isinstance(module, LoraLayer):
@@ -143,8 +150,25 @@ class Batch:
 
     @property
     def budget(self) -> int:
-        """The most tokens that one reply may come to with its prompt."""
+        """The most tokens that have keys and values at a time."""
         return self._budget
+
+    @property
+    def share(self) -> int:
+        """The most tokens that the replies to one request may come to with their prompts."""
+        return self._budget - self._kept_tokens
+
+    @property
+    def _kept_places(self) -> int:
+        return self._at_once // _KEPT_FOR_SHORT
+
+    @property
+    def _kept_tokens(self) -> int:
+        """Of the budget, for requests that are short; they take half of that at most."""
+        return self._budget // _KEPT_FOR_SHORT if self._kept_places else 0
+
+    def _is_short(self, replies: Sequence[Reply]) -> bool:
+        return sum(reply.longest for reply in replies) <= min(_SHORT, self._kept_tokens // 2)
 
     @property
     def running(self) -> int:
@@ -157,10 +181,16 @@ class Batch:
     @property
     def reserved(self) -> int:
         """Tokens of the budget that are spoken for; one that is computed again has its keys and values twice."""
-        return sum(reply.longest * (1 if reply.again is None else 2) for reply in list(self._running))
+        return sum(reply.reserved for reply in list(self._running))
 
     def submit(self, replies: Sequence[Reply]) -> None:
-        """They are begun as soon as there is room; raises Full or Closed, and then none of them is."""
+        """All replies to one request; they are begun as soon as there is room.
+
+        Raises Full or Closed, and then none of them is.
+        """
+        asked = Together(self._is_short(replies))
+        for reply in replies:
+            reply.asked = asked
         with self._changed:
             if not self._open:
                 raise Closed
@@ -228,14 +258,31 @@ class Batch:
         reply.emit(ended)
 
     def _join(self) -> None:
-        """First come, first served; a long one is not overtaken, or it might wait for ever."""
-        while self._waiting and len(self._running) < self._at_once:
-            if self._running and self.reserved + self._waiting[0].longest > self._budget:
+        """First come, first served; a long one is overtaken only where it could not have been, or it might wait for
+        ever: in the part that is kept for short ones."""
+        overtaking = False
+        for reply in list(self._waiting):
+            if not (overtaking and not reply.asked.short) and self._has_room(reply, overtaking):
+                self._waiting.remove(reply)
+                self._running.append(reply)
+                with self._alone_at_fault(reply):
+                    reply.processors = self._processors(reply)
+            elif reply.asked.short:
                 return
-            reply = self._waiting.popleft()
-            self._running.append(reply)
-            with self._alone_at_fault(reply):
-                reply.processors = self._processors(reply)
+            else:
+                overtaking = True
+
+    def _has_room(self, reply: Reply, overtaking: bool) -> bool:
+        if not self._running:
+            return True
+        short = [one for one in self._running if one.asked.short]
+        n_short, short_tokens = len(short), sum(one.reserved for one in short)
+        n_long, long_tokens = len(self._running) - n_short, self.reserved - short_tokens
+        if not reply.asked.short:
+            n_short, short_tokens = max(n_short, self._kept_places), max(short_tokens, self._kept_tokens)
+        elif overtaking and (n_short >= self._kept_places or short_tokens + reply.longest > self._kept_tokens):
+            return False
+        return n_long + n_short < self._at_once and long_tokens + short_tokens + reply.longest <= self._budget
 
     def _step_or_fail(self) -> None:
         try:
@@ -250,7 +297,7 @@ class Batch:
             if reply.unsettled is not None:
                 with self._alone_at_fault(reply):
                     self._settle(reply, reply.unsettled)
-        together = list(self._rows())
+        began, together = time.monotonic(), list(self._rows())
         groups: dict[str | None, list[tuple[Reply, Sequence[int]]]] = {}
         for reply, ids in together:
             groups.setdefault(reply.adapter if self._by_adapter else None, []).append((reply, ids))
@@ -258,10 +305,20 @@ class Batch:
             logits = self._forward(rows)
             ready = [reply for reply, _ in rows if not reply.to_read]
             self._choose(ready, logits)
+        self._pace(together, time.monotonic() - began)
         alone = next((reply for reply in self._running if self._goes_alone(reply) and not reply.cancelled), None)
         if alone is not None:
             with self._alone_at_fault(alone):
                 self._write_alone(alone)
+
+    def _pace(self, rows: Sequence[tuple[Reply, Sequence[int]]], seconds: float) -> None:
+        """How many tokens of prompts the next step reads, by how long this one took."""
+        if len(rows) < 2:  # nobody else waits for it
+            self._prompt_tokens = _PROMPT_TOKENS
+        elif seconds > _STEP_SECONDS:
+            self._prompt_tokens = max(_FEWEST_PROMPT_TOKENS, self._prompt_tokens // 2)
+        elif seconds < _STEP_SECONDS / 3:
+            self._prompt_tokens = min(_PROMPT_TOKENS, self._prompt_tokens * 2)
 
     @contextmanager
     def _alone_at_fault(self, reply: Reply) -> Iterator[None]:
@@ -277,17 +334,48 @@ class Batch:
         return self.reason is not None or reply.longest > self.longest_together
 
     def _rows(self) -> Iterator[tuple[Reply, Sequence[int]]]:
-        """The tokens of the next step, by reply."""
-        left = _PROMPT_TOKENS
+        """The tokens of the next step, by reply.
+
+        Each request has an equal part of the tokens of prompts, and what a short one leaves goes to the longer ones.
+        """
+        reading: dict[Together, list[Reply]] = {}
         for reply in self._running:
             if reply.unsettled is not None or self._goes_alone(reply):
                 continue
-            ids = reply.to_read
+            if reply.n_read == 0 and self._is_read_by_another(reply):
+                continue
             if reply.n_read >= len(reply.prompt_ids):
-                yield reply, ids
-            elif left:
-                yield reply, ids[:left]
-                left -= min(left, len(ids))
+                yield reply, reply.to_read
+            else:
+                reading.setdefault(reply.asked, []).append(reply)
+        requests = sorted(reading.values(), key=_n_to_read)
+        left = self._prompt_tokens
+        for n_done, replies in enumerate(requests):
+            part = -(-left // (len(requests) - n_done))
+            for reply in replies:
+                if part:
+                    ids = reply.to_read[:part]
+                    part -= len(ids)
+                    left -= len(ids)
+                    yield reply, ids
+
+    def _is_read_by_another(self, reply: Reply) -> bool:
+        """Whether an earlier reply to the same request is reading the same prompt; what it has read is taken over."""
+        n_read = len(reply.prompt_ids) - 1  # the last token's logits say what comes first
+        for other in self._running:
+            if other is reply or not n_read:
+                break
+            same = other.asked is reply.asked and other.adapter == reply.adapter
+            if same and other.prompt_ids == reply.prompt_ids:
+                if other.n_read < n_read:
+                    return True
+                reply.kept = {
+                    module: (keys[:, :, :n_read].clone(), values[:, :, :n_read].clone())
+                    for module, (keys, values) in other.kept.items()
+                }
+                reply.n_read = n_read
+                break
+        return False
 
     def _forward(self, rows: Sequence[tuple[Reply, Sequence[int]]]) -> Tensor:
         """(n, V) logits behind the last token of each reply that has read all it has."""
@@ -341,6 +429,8 @@ class Batch:
     def _close_call(self, reply: Reply, logits: Tensor) -> bool:
         sampling, dtype = reply.sampling, self._dtype
         if dtype.itemsize < 4 or sampling.presence_penalty or sampling.frequency_penalty:
+            return False
+        if len(reply.prompt_ids) > _LONGEST_AGAIN:
             return False
         first, second = torch.topk(reply.scores(logits), 2).values.tolist()
         return first - second < _TIE * torch.finfo(dtype).eps * float(logits.abs().max())
@@ -396,7 +486,7 @@ class Batch:
                 generation_config=config,
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([models.Cancelled(lambda: reply.cancelled)]),
-                **({"past_key_values": again.cache} if again else {}),
+                **({"cache": again.cache} if again else {}),
             )
         if again:
             again.token_ids = output[0].tolist()
@@ -422,6 +512,10 @@ class _Choosing(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf)
         forced[0, written.token_id] = 0
         return forced
+
+
+def _n_to_read(replies: Sequence[Reply]) -> int:
+    return sum(len(reply.prompt_ids) - reply.n_read for reply in replies)
 
 
 def _causal(model: nn.Module) -> Any:

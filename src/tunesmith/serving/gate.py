@@ -2,8 +2,8 @@
 
 A server on this machine without a key answers whoever can reach it, and that includes every web page in a browser on
 this machine. So it answers only requests that name this machine (a page of elsewhere that has its own name resolve to
-127.0.0.1 does not), that do not come from a page of elsewhere, and that say they are JSON (which no page can send to
-another address without asking first, and nobody here says yes).
+127.0.0.1 does not), that come from no page or from its own (a page of another port of this machine is another's), and
+that say they are JSON (which no page can send to another address without asking first, and nobody here says yes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.loopback import is_loopback
-from tunesmith.serving.refusals import closing, refusal
+from tunesmith.serving.refusals import closing, full, refusal
 
 _OPEN_PATHS = ("/", "/health")
 
@@ -32,13 +32,18 @@ def is_open(path: str) -> bool:
 
 _AFTER_REFUSAL = 64 << 20  # bytes of a body that is too large which are let go by, so that its sender hears why
 _SECONDS_AFTER_REFUSAL = 5.0
+_SMALL_BODY = 64 << 10  # bytes; such a body always has room, so that large ones do not keep small ones out
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a single request may take."""
+    """What those who ask may take."""
 
+    connections: int = 1000
     body_bytes: int = 4 << 20
+    """Of a single request."""
+    bodies_bytes: int = 64 << 20
+    """Of all large bodies that are held at a time."""
     seconds_to_ask: float = 30.0
     """For a request to arrive as a whole."""
     seconds_to_take: float = 60.0
@@ -61,6 +66,7 @@ class Gate:
         """`asked_by_body` are the paths whose requests have a body; no other path reads one."""
         self._app, self._limits, self._key, self._asked_by_body = app, limits, key, asked_by_body
         self._only_this_machine, self._closing = loopback and key is None, closing
+        self._room = limits.bodies_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,26 +83,38 @@ class Gate:
         if answer is not None:
             await answer(scope, receive, send)
             return
-        if has_body:
-            body = await self._body(headers, receive)
+        if not has_body:
+            await self._app(scope, receive, self._patient(send))
+            return
+        place = _Place()
+        try:
+            body = await self._body(headers, receive, place)
             if isinstance(body, Response):
+                self._free(place)
                 await _answer_and_let_pass(body, scope, receive, send)
-                return
-            if body is None:  # nobody is there any more
-                return
-            receive = _with_body(body, receive)
-        await self._app(scope, receive, self._patient(send))
+            elif body is not None:  # else nobody is there any more
+                await self._app(scope, _with_body(body, receive), self._patient(send))
+        finally:
+            self._free(place)
 
     def _refused(self, scope: Scope, headers: Headers) -> Response | None:
+        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+            # Where it ends is told in two ways, and a proxy in front may have believed the other one.
+            message = "body: found two ways to tell where it ends; expected one. Send Content-Length alone."
+            return refusal(400, message, code="framing", headers={"Connection": "close"})
         if self._only_this_machine:
-            host, origin = headers.get("host", ""), headers.get("origin")
+            host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
+            host = host or ""
             if not is_loopback(urlsplit(f"//{host}").hostname or "" if _is_plain(host) else ""):
                 fix = "Open it by http://127.0.0.1 or http://localhost, or start it with --api-key."
                 found = f"Host: found {host[:80]!r}; expected this machine's own name. {fix}"
                 return refusal(403, found, kind="permission_error", code="host")
-            if origin is not None and not (_is_plain(origin) and is_loopback(urlsplit(origin).hostname or "")):
-                fix = "Pages of elsewhere are not answered; start it with --api-key for that."
-                found = f"Origin: found {origin[:80]!r}; expected a page of this machine. {fix}"
+            fix = "Pages of elsewhere are not answered; ask from its own page or from a program."
+            if origin is not None and origin.lower() != (own := f"{scope['scheme']}://{host}".lower()):
+                found = f"Origin: found {origin[:80]!r}; expected {own[:80]!r}, this server's own page. {fix}"
+                return refusal(403, found, kind="permission_error", code="origin")
+            if site not in (None, "none", "same-origin") and not _opens_the_page(scope, headers):
+                found = f"Sec-Fetch-Site: found {site[:80]!r}; expected 'same-origin' or 'none'. {fix}"
                 return refusal(403, found, kind="permission_error", code="origin")
         if self._key is not None and not is_open(scope["path"]):
             given = headers.get("authorization", "")
@@ -110,7 +128,11 @@ class Gate:
             return closing()
         return None
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | Response | None:
+    def _free(self, place: _Place) -> None:
+        self._room += place.taken
+        place.taken = 0
+
+    async def _body(self, headers: Headers, receive: Receive, place: _Place) -> bytes | Response | None:
         """The body as a whole, or why it is not taken; None when the client has gone."""
         most = self._limits.body_bytes
         length = headers.get("content-length", "")
@@ -126,6 +148,13 @@ class Gate:
                     body += message.get("body", b"")
                     if len(body) > most:
                         return self._too_large(f"more than {most:,} bytes")
+                    if len(body) > _SMALL_BODY:
+                        more = len(body) - place.taken
+                        if more > self._room:
+                            found = "found as many large ones as there is room for"
+                            return full(f"body: {found}; expected fewer. Ask again in a moment.", "bodies_full")
+                        place.taken += more
+                        self._room -= more
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -142,6 +171,19 @@ class Gate:
                 await send(message)
 
         return patient
+
+
+@dataclass
+class _Place:
+    """What a body takes of the room for large ones."""
+
+    taken: int = 0
+
+
+def _opens_the_page(scope: Scope, headers: Headers) -> bool:
+    """Whether somebody follows a link to the chat page, which holds nothing and can not be framed."""
+    kind = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["method"] == "GET" and scope["path"] == "/" and kind == ("navigate", "document")
 
 
 def _is_plain(text: str) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from tunesmith.serving import wire
 from tunesmith.serving.service import Service
@@ -35,6 +37,12 @@ def refused_with(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": wire.Refusal, "description": said[status]} for status in statuses}
 
 
+def asked_as(body: type[BaseModel]) -> dict[str, Any]:
+    """What FastAPI is told of a body that it does not read itself."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def description(app: FastAPI, service: Service) -> dict[str, Any]:
     """The OpenAPI description: FastAPI's, without its own form of a wrong request, which is answered with 400."""
     if app.openapi_schema is None:
@@ -50,8 +58,13 @@ def description(app: FastAPI, service: Service) -> dict[str, Any]:
                 for parameter in operation.get("parameters", ()):
                     parameter["schema"]["enum"] = list(service.models)
         parts = schema["components"]
-        for name in ("ChatRequest", "CompletionRequest", "PromptRequest"):
-            parts["schemas"][name]["properties"]["model"]["enum"] = list(service.models)
+        bodies = (wire.ChatRequest, wire.CompletionRequest, wire.PromptRequest)
+        of_bodies = models_json_schema(
+            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+        )
+        parts["schemas"] |= of_bodies[1]["$defs"]
+        for body in bodies:
+            parts["schemas"][body.__name__]["properties"]["model"]["enum"] = list(service.models)
         for name in ("HTTPValidationError", "ValidationError"):
             parts["schemas"].pop(name, None)
         if service.key is not None:

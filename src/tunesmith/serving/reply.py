@@ -66,6 +66,14 @@ class Again:
 
 
 @dataclass(eq=False)
+class Together:
+    """The replies to one request."""
+
+    short: bool = True
+    """Prompts and replies together are few tokens."""
+
+
+@dataclass(eq=False)
 class Reply:
     """A reply on its way."""
 
@@ -78,6 +86,8 @@ class Reply:
     number: int = 0
     """Among those that answer one request; with a seed each is drawn differently."""
     cancelled: bool = False
+    asked: Together = field(default_factory=Together)
+    """Said by the batch."""
     written: list[int] = field(default_factory=list)
     n_read: int = 0
     """Tokens of prompt and reply that have keys and values."""
@@ -99,6 +109,11 @@ class Reply:
     def longest(self) -> int:
         """Tokens when it ends at its limit."""
         return len(self.prompt_ids) + self.sampling.max_tokens
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that room is kept for; one that is computed again has its keys and values twice."""
+        return self.longest * (1 if self.again is None else 2)
 
     @property
     def to_read(self) -> Sequence[int]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith import chat as chats
 from tunesmith.chat import Chat, Opened
@@ -24,11 +25,13 @@ from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
 from tunesmith.serving.app import application
 from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch
+from tunesmith.serving.connections import HEADERS, Connection, Places, places_and_backlog
 from tunesmith.serving.gate import Limits
+from tunesmith.serving.reading import Reading
 from tunesmith.serving.service import Served, Service
 
 _GRACE_SECONDS = 30.0
-_CONNECTIONS = 1000
+_SHORTEST_KEY = 16  # characters
 _FREE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
 
 
@@ -49,15 +52,15 @@ class Serving:
         grace_seconds: float = _GRACE_SECONDS,
         limits: Limits | None = None,
     ) -> None:
-        """`at_once` replies are written together and `queue_limit` more may wait; `cache_tokens` tokens may have keys
-        and values at a time (None: what half of the free memory holds); `grace_seconds` are left to what runs when it
-        is told to end.
+        """`at_once` replies are written together; `queue_limit` more may wait for that, and as many requests to be
+        read; `cache_tokens` tokens may have keys and values at a time (None: what half of the free memory holds);
+        `grace_seconds` are left to what runs when it is told to end.
         """
         if not runs:
             raise RecipeError("serve", "no run", "at least one run's folder", "Name the folder that training wrote.")
         key = _checked_key(api_key)
         if not is_loopback(host) and key is None:
-            fix = "Pass --api-key KEY or set TUNESMITH_API_KEY, or leave --host at 127.0.0.1."
+            fix = "Set TUNESMITH_API_KEY (or pass --api-key), or leave --host at 127.0.0.1."
             raise RecipeError("--host", f"{host} without a key", "a key where others can reach it", fix)
         self._tell = tell
         self._socket = _bound(host, port)
@@ -71,32 +74,42 @@ class Serving:
             self._socket.close()
             raise
         models = _named(runs, base, tuned, opened)
-        self.service = Service(models, batch, key, is_loopback(host), limits or Limits())
+        self.service = Service(models, batch, Reading(queue_limit), key, is_loopback(host), limits or Limits())
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        n_places, backlog = places_and_backlog(self.service.limits.connections)
         config = uvicorn.Config(
             application(self.service),
-            http=_Connection,
+            http=cast("Any", partial(Connection, places=Places(self.service.limits.seconds_to_ask, n_places))),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=_CONNECTIONS,
+            headers=list(HEADERS.items()),
+            backlog=backlog,
             timeout_graceful_shutdown=5,
         )
-        _Connection.seconds_to_ask = self.service.limits.seconds_to_ask
         self._server = _Server(config, self.service, grace_seconds, tell)
         self._opened = opened
 
-    def run(self) -> None:
-        """Answers until it is told to end; then finishes what runs."""
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Answers until it is told to end; then finishes what runs. `ready` is called when it answers."""
+
+        def answering() -> None:
+            self._introduce()
+            ready()
+
         self.service.batch.start()
-        self._introduce()
+        self._server.answering = answering
+        gc.collect()
+        gc.freeze()  # what was loaded stays; going through it now and then would keep everybody waiting
         try:
             self._server.run(sockets=[self._socket])
         finally:
+            gc.unfreeze()
             self._socket.close()
+            self.service.reading.end()
             self.service.batch.end()
 
     def stop(self) -> None:
@@ -110,6 +123,10 @@ class Serving:
     def _introduce(self) -> None:
         service = self.service
         self._tell(f"{self.url}  the chat page; the API is at {self.url}/v1")
+        if not service.loopback:
+            self._tell(
+                "There is no TLS here: who is on the way reads along. docs/how-to/serve.md puts a proxy in front."
+            )
         for served in service.models.values():
             self._tell(f"  {served.id}" + (f"  ({served.base} with its adapter)" if served.chat.tuned else "  (base)"))
         if service.batch.reason:
@@ -129,9 +146,11 @@ class Serving:
 def _checked_key(key: str | None) -> str | None:
     if not key:
         return None
+    fix = "Take another, for instance by: python3 -c 'import secrets; print(secrets.token_urlsafe())'"
     if not key.isascii() or not key.isprintable() or " " in key:
-        fix = "Choose another, for instance by: python -c 'import secrets; print(secrets.token_urlsafe())'"
-        raise RecipeError("--api-key", "characters that no header can hold", "letters, digits and signs", fix)
+        raise RecipeError("API key", "characters that no header can hold", "letters, digits and signs", fix)
+    if len(key) < _SHORTEST_KEY:
+        raise RecipeError("API key", f"{len(key)} characters", f"at least {_SHORTEST_KEY}, which nobody guesses", fix)
     return key
 
 
@@ -175,27 +194,6 @@ def _vllm_base(run: Opened) -> str:
     return source.removeprefix("hf:") if source.startswith("hf:") else str(run.found.folder.absolute())
 
 
-class _Connection(H11Protocol):
-    """A connection that is closed when no request begins on it in time; uvicorn waits for ever for a first one."""
-
-    seconds_to_ask = Limits().seconds_to_ask
-
-    def connection_made(self, transport: Any) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._wait()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait()
-
-    def _wait(self) -> None:
-        self.loop.call_later(self.seconds_to_ask, self._close_if_idle, self.cycle)
-
-    def _close_if_idle(self, last: Any) -> None:
-        if self.cycle is last and not self.transport.is_closing():
-            self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """Ends when what runs is done: the first signal closes the door, a second Ctrl-C ends at once."""
 
@@ -205,6 +203,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._grace, self._tell = service, grace_seconds, tell
         self._until: float | None = None
+        self.answering: Callable[[], None] = lambda: None
+        """Called when the address is listened at."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.answering()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from tunesmith.chat import Chat
 from tunesmith.serving.batching import Batch
 from tunesmith.serving.gate import Limits
-
-_Result = TypeVar("_Result")
+from tunesmith.serving.reading import Reading
+from tunesmith.serving.refusals import Refused, refusal
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Service:
 
     models: Mapping[str, Served]
     batch: Batch
+    reading: Reading
     key: str | None = None
     loopback: bool = True
     limits: Limits = field(default_factory=Limits)
@@ -43,9 +41,10 @@ class Service:
     following: int = 0
     """Requests whose replies are being written."""
 
-    def __post_init__(self) -> None:
-        self._renderer = ThreadPoolExecutor(1, "render")  # tokenizers do not like to be asked by two at once
-
-    async def rendered(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """The result of work with a tokenizer, done beside the server's own thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._renderer, work, *arguments)
+    def served(self, name: str) -> Served:
+        """The model of that name; raises Refused."""
+        if name not in self.models:
+            expected = f"expected one of {', '.join(self.models)}"
+            message = f"model: found {name[:200]!r}; {expected}. Ask /v1/models."
+            raise Refused(refusal(404, message, param="model", code="model_not_found"))
+        return self.models[name]

@@ -1,7 +1,8 @@
 """Requests and answers as OpenAI's clients write and read them (https://platform.openai.com/docs/api-reference).
 
 Fields that are not known here are let be, for clients send many that ask for nothing. A field that asks for something
-that is not done here takes only the values that ask for nothing, and anything else is refused.
+that is not done here takes only the values that ask for nothing, and anything else is refused. The first wrong item of
+a list ends its reading: an error for each of a million items would take gigabytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 1024
+MAX_IDS = 1 << 20
 MAX_CHOICES = 16
 MAX_STOPS = 16
 NOT_DONE = {
@@ -44,6 +47,8 @@ _Text = Annotated[str, AfterValidator(_whole)]
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 _NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
 _Stop = Annotated[_Text, Field(min_length=1, max_length=256)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+_Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 
 
 class _Request(BaseModel):
@@ -61,7 +66,7 @@ class ChatTurn(_Request):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[TextPart]
+    content: _Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     tool_calls: _Nothing | None = None
     function_call: None = None
     audio: None = None
@@ -92,7 +97,7 @@ class _Drawn(_Request):
     )
     seed: int | None = Field(default=None, description="The same request with the same seed has the same reply.")
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Replies to give.")
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         default=None, description="Texts that end the reply; they do not belong to it."
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -113,7 +118,7 @@ class _Drawn(_Request):
 class ChatRequest(_Drawn):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatTurn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatTurn] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description="As max_tokens.")
     logprobs: bool | None = Field(default=None, description="Tell every token's logarithmic probability.")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="And those of the likeliest words.")
@@ -121,7 +126,7 @@ class ChatRequest(_Drawn):
     functions: _Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
     audio: None = None
     prediction: None = None
     web_search_options: None = None
@@ -130,15 +135,7 @@ class ChatRequest(_Drawn):
 class CompletionRequest(_Drawn):
     """POST /v1/completions"""
 
-    prompt: (
-        _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_CHOICES),
-        ]
-    ) = Field(
+    prompt: _Text | Annotated[list[_Text], _Several] | _Ids | Annotated[list[_Ids], _Several] = Field(
         description="Text, token ids, or several of them. Special tokens are given as ids; in a text, they are text."
     )
     echo: bool | None = Field(default=None, description="Give the prompt in front of the text.")
@@ -151,7 +148,7 @@ class PromptRequest(_Request):
     """POST /tunesmith/prompt"""
 
     model: str = Field(description="One of /v1/models.")
-    messages: list[ChatTurn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatTurn] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
