@@ -41,7 +41,7 @@ class Server:
     """The server, and what has been seen of it."""
 
     def __init__(self, model: str) -> None:
-        command = [sys.executable, "-m", "tunesmith", "serve", model, "--port", "0", "--json"]
+        command = [sys.executable, "-P", "-m", "tunesmith", "serve", model, "--port", "0", "--json"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         told = json.loads(self.process.stdout.readline())

@@ -68,7 +68,7 @@ def newest() -> Path:
 
 def _new(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-P", "-m", "venv", folder], check=True)
 
 
 def _pip(folder: Path, *arguments: str) -> None:

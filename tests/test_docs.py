@@ -145,7 +145,7 @@ def test_commands_and_settings_in_running_text_exist(page: Path) -> None:
     named += re.findall(rf"`((?:{'|'.join(recipes.Recipe.model_fields)})\.[a-z][\w.]+)(?:=[^`]*)?`", text)
     for name in named:
         base = "data.columns" if name.startswith("data.columns.") else name
-        assert base in known or Path(name).suffix in (".py", ".yaml", ".html"), name
+        assert base in known or Path(name).suffix in (".py", ".yaml", ".html", ".json"), name
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_a_tokenizer_that_can_not_be_saved_faithfully_is_a_failed_proof(
     renderer = open_renderer(located(tiny_model), TemplateSettings())
     other = byte_tokenizer()
     other.add_tokens(["Human"])
-    monkeypatch.setattr(model, "load_tokenizer", lambda folder: other)
+    monkeypatch.setattr(model, "_read_tokenizer", lambda folder: other)
     with pytest.raises(ProofError, match="other ids than the one trained with"):
         model.save_tokenizer(renderer, tmp_path, [])
 

@@ -145,7 +145,11 @@ def survive(name: str, conversation: Conversation) -> bool:
 
 
 def plain(name: str, conversation: Conversation) -> bool:
-    return not any(spelling in message.content for message in conversation.messages for spelling in spellings(name))
+    """Nobody spells a mark, or writes a private character that may stand for one meanwhile."""
+    text = "".join(message.content for message in conversation.messages)
+    return not any(spelling in text for spelling in spellings(name)) and not any(
+        letter > "\U000effff" for letter in text
+    )
 
 
 def explore(examples: int) -> settings:

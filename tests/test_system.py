@@ -249,7 +249,7 @@ HALF = ("cpu", {"cpu.max": "50000 100000"}, {"cpu.cfs_period_us": "100000", "cpu
 
 @pytest.mark.parametrize("group", [LIMITED], indirect=True, ids=["memory"])
 def test_a_plan_in_a_real_control_group_has_its_memory(group: Callable[[], None], tiny_model: Path, talk: Path) -> None:
-    command = [sys.executable, "-m", "tunesmith", "plan", "--model", tiny_model, "--data", talk, "--json"]
+    command = [sys.executable, "-P", "-m", "tunesmith", "plan", "--model", tiny_model, "--data", talk, "--json"]
     ended = subprocess.run(
         command, preexec_fn=group, capture_output=True, text=True, check=True,
         env={**os.environ, "TUNESMITH_OFFLINE": "1"},
@@ -281,7 +281,7 @@ for asked in ("", "1", "16"):
 
 @pytest.mark.parametrize("group", [HALF], indirect=True, ids=["cpu"])
 def test_doctor_says_whose_limit_counts(group: Callable[[], None]) -> None:
-    command = [sys.executable, "-m", "tunesmith", "doctor", "--json"]
+    command = [sys.executable, "-P", "-m", "tunesmith", "doctor", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "16", "TUNESMITH_OFFLINE": "1"}
     ended = subprocess.run(command, preexec_fn=group, capture_output=True, text=True, check=False, env=environment)
     found = {finding["name"]: finding["found"] for finding in json.loads(ended.stdout)["findings"]}

@@ -397,7 +397,7 @@ def test_streams_that_are_closed_end_nothing(tmp_path: Path, closing: str) -> No
 def test_an_answer_that_can_not_be_written_is_said() -> None:
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
-            [sys.executable, "-m", "tunesmith", "models", "--json"],
+            [sys.executable, "-P", "-m", "tunesmith", "models", "--json"],
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert ended.returncode == 2
@@ -534,10 +534,10 @@ def test_the_library_says_nothing_of_its_own_and_leaves_transformers_as_it_was(n
 
 def test_a_command_prints_its_own_lines_alone(noted: Path, rows: Path) -> None:
     environment = {**os.environ, "TUNESMITH_OFFLINE": "1"}
-    check = [sys.executable, "-m", "tunesmith", "check", "--model", str(noted), "--data", str(rows)]
+    check = [sys.executable, "-P", "-m", "tunesmith", "check", "--model", str(noted), "--data", str(rows)]
     ended = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and ended.stderr == ""
-    chat = [sys.executable, "-m", "tunesmith", "chat", str(noted), "--prompt", "Hi", "--max-tokens", "1"]
+    chat = [sys.executable, "-P", "-m", "tunesmith", "chat", str(noted), "--prompt", "Hi", "--max-tokens", "1"]
     ended = subprocess.run(chat, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and ended.stderr == ""
 
@@ -570,7 +570,7 @@ def test_json_is_json_in_every_encoding(encoding: str, monkeypatch: pytest.Monke
 def test_a_terminal_without_utf8_is_written_to(tmp_path: Path, environment: dict[str, str]) -> None:
     for arguments in (["models"], ["--help"], ["check", "--model", "nowhere…→✓", "--data", "你好"]):
         ended = subprocess.run(
-            [sys.executable, "-m", "tunesmith", *arguments],
+            [sys.executable, "-P", "-m", "tunesmith", *arguments],
             env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, check=False,
         )  # fmt: skip
         assert ended.returncode == (2 if arguments[0] == "check" else 0), ended.stderr

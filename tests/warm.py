@@ -7,6 +7,7 @@ arguments, environment, folder, standard output and standard error, and ends wit
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -135,6 +136,7 @@ def serve(address: str) -> None:
             except SystemExit as ended:
                 code = ended.code
             finally:
+                atexit._run_exitfuncs()  # as at the end of a process
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code if isinstance(code, int) else 1)

@@ -17,10 +17,11 @@ import signal
 import struct
 import sys
 import threading
-import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn
 
 SECONDS = 8
@@ -54,8 +55,9 @@ class Confined:
 
     def __init__(self, work: Callable[[Any], Any], *, seconds: int = SECONDS, more_bytes: int = MORE_BYTES) -> None:
         self._work, self._seconds, self._more_bytes = work, seconds, more_bytes
-        self._copy: _Copy | None = None
+        self._copies: list[_Copy] = []  # one at most
         self._lock = threading.Lock()
+        weakref.finalize(self, _end_all, self._copies)  # at the end of this process at the latest
 
     def ask(self, requests: Sequence[Any]) -> list[Any]:
         """The answers in order; in the place of one there is a WorkFailed, or an Ended where a limit ended the work."""
@@ -64,20 +66,15 @@ class Confined:
         answers: list[Any] = []
         with self._lock:
             while len(answers) < len(requests):
-                if self._copy is None or not self._copy.is_ours:
-                    self._copy = _Copy(self._work, self._seconds, self._more_bytes)
+                if not self._copies or not self._copies[0].is_ours:
+                    self._copies[:] = [_Copy(self._work, self._seconds, self._more_bytes)]
                 try:
-                    for answer in self._copy.ask(requests[len(answers) :]):
+                    for answer in self._copies[0].ask(requests[len(answers) :]):
                         answers.append(answer)
                 except Ended as ended:
                     answers.append(ended)
-                    self._copy.end()
-                    self._copy = None
+                    _end_all(self._copies)
         return answers
-
-    def __del__(self) -> None:
-        if (copy := getattr(self, "_copy", None)) is not None and copy.is_ours:
-            copy.end()
 
 
 class _Copy:
@@ -124,9 +121,9 @@ class _Copy:
 
     def _read(self, count: int, waiting: bytearray) -> bytearray:
         """The next bytes of the answers, while what waits is written."""
-        read, until = bytearray(), time.monotonic() + self._seconds * _PATIENCE
+        read, until = bytearray(), monotonic() + self._seconds * _PATIENCE
         while len(read) < count:
-            left = until - time.monotonic()
+            left = until - monotonic()
             readable, writable, _ = select.select([self._answer], [self._ask] if waiting else [], [], max(left, 0))
             if writable:
                 with contextlib.suppress(BrokenPipeError):  # it has ended; what it said before can still be read
@@ -156,6 +153,13 @@ class _Copy:
                 os.kill(self._pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._pid, 0)
+
+
+def _end_all(copies: list[_Copy]) -> None:
+    for copy in copies:
+        if copy.is_ours:
+            copy.end()
+    copies.clear()
 
 
 @contextlib.contextmanager

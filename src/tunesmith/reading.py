@@ -73,7 +73,7 @@ def copy(path: Path, to: Path) -> None:
 def content(path: Path, at_most: int) -> bytes:
     """The file's bytes; raises Unfit where there are more than `at_most`, OSError where it can not be read."""
     with os.fdopen(descriptor(path), "rb") as file:
-        data = file.read(at_most + 1)
+        data = file.read(min(at_most, os.fstat(file.fileno()).st_size) + 1)  # room is taken for all that is asked for
     if len(data) > at_most:
         size = os.stat(path).st_size
         raise Unfit(f"{size / MIB:,.1f} MiB, where {at_most / MIB:,.1f} are enough")

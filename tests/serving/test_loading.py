@@ -27,10 +27,12 @@ def with_weights(run: Path, change: Any) -> None:
     files.write_text(json.dumps(digests))
 
 
-def test_runs_of_another_base_are_refused_before_weights_are_read(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_of_another_base_are_refused_before_weights_are_read(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = save_tiny_model(tmp_path / "other", num_hidden_layers=1)
     run = trained(other, tmp_path / "mia", **{"train.epochs": 1})
-    (other / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr(chat.models, "load_base", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(RunError) as caught:
         chat.load_together([runs["bo"], run])
     assert str(other) in str(caught.value) and str(runs["base"]) in str(caught.value)
