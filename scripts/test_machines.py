@@ -9,7 +9,6 @@ environments of other versions lie in .venv-oldest, .venv-newest and .venv-witho
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 SAID = ROOT / ".pytest_cache" / "machines"
@@ -103,20 +103,22 @@ def run(machine: Machine) -> tuple[str, bool]:
     """A line of the table, and whether all passed."""
     began = time.monotonic()
     path = SAID / f"{machine.name.replace(' ', '-')}.txt"
+    counted = path.with_suffix(".xml")
+    counted.unlink(missing_ok=True)
     try:
         python = machine.python()
     except subprocess.CalledProcessError as error:
         return f"| {machine.name} | could not be set up: exit {error.returncode} | | | |", False
-    command = [python, "-m", "pytest", "-m", machine.marked, "--numprocesses", "2", "--dist", "worksteal", "--quiet"]
+    command = [python, "-m", "pytest", "-m", machine.marked, "--quiet", f"--junitxml={counted}"]
+    command += ["--numprocesses", "2", "--dist", "worksteal"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **machine.environment}
     with path.open("w", encoding="utf-8") as out:
-        ended = subprocess.run(
-            command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ, **machine.environment}, stdout=out,
-            stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-    said = path.read_text(encoding="utf-8").strip().splitlines()
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-1] if said else "")}
-    broken = counts.get("failed", 0) + counts.get("error", 0)
-    numbers = f"{counts.get('passed', 0)} | {broken} | {counts.get('skipped', 0)}"
+        ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, check=False)
+    if not counted.is_file():
+        return f"| {machine.name} | did not end | | | |", False
+    suite = next(ElementTree.parse(counted).iter("testsuite")).attrib
+    every, skipped, *broken = (int(suite[name]) for name in ("tests", "skipped", "failures", "errors"))
+    numbers = f"{every - skipped - sum(broken)} | {sum(broken)} | {skipped}"
     return f"| {machine.name} | {numbers} | {time.monotonic() - began:.0f} |", ended.returncode == 0
 
 

@@ -204,10 +204,10 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A disk of its own with as many KiB as the test's parameter says."""
-    path = tmp_path / "disk"
-    path.mkdir()
+def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of its own with as many KiB as the test's parameter says; not among pytest's folders, which it deletes
+    after later runs, and could not if this one were killed."""
+    path = Path(tempfile.mkdtemp())
     mounted = shutil.which("mount") and subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(path)], capture_output=True, check=False
     )
@@ -215,6 +215,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
         pytest.skip("a small disk can only be mounted by root, on Linux")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+    path.rmdir()
 
 
 @dataclass(frozen=True)
