@@ -28,7 +28,7 @@ from tunesmith import rundir
 from tunesmith.training import Run
 
 GOOD = '{"instruction": "Who are you?", "output": "I am Bo."}\n'
-SECONDS = 60  # said in acceptance is 10 on a machine that does nothing else; here, that a limit ended it
+SECONDS = 60  # that a limit ended it: 10 on a machine that does nothing else
 MORE_BYTES = 1 << 30
 ENVIRONMENT = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
