@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.serving.refusals import refusal
 
-_BACKLOG = 512  # connections that may wait to be taken
+_BACKLOG = 2048  # connections that may wait to be taken
 _OTHER_FILES = 256  # that this process may have open
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
