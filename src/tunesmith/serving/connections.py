@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tunesmith.serving.refusals import refusal
 
 _BACKLOG = 2048  # connections that may wait to be taken
+_ROUNDS = 3  # of the loop, in which a connection that has just been taken is read from
 _OTHER_FILES = 256  # that this process may have open
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -35,24 +36,35 @@ class Places:
 
     def __init__(self, seconds_to_ask: float, most: int) -> None:
         self.seconds_to_ask, self._most = seconds_to_ask, most
-        self._all: dict[str, set[Connection]] = {}
+        self._all: dict[str, dict[Connection, None]] = {}
+        """By address, the newest last."""
         self._idle: dict[str, dict[Connection, None]] = {}
         """By address, the longest idle first."""
+        self._making_room = False
 
     def enter(self, connection: Connection) -> None:
-        self._all.setdefault(connection.address, set()).add(connection)
-        if sum(map(len, self._all.values())) > self._most:
+        self._all.setdefault(connection.address, {})[connection] = None
+        if not self._making_room and sum(map(len, self._all.values())) > self._most:
+            self._making_room = True
+            self._make_room(_ROUNDS, connection.loop)
+
+    def _make_room(self, rounds: int, loop: asyncio.AbstractEventLoop) -> None:
+        """After some rounds of the loop: of many that are taken at once, those that ask have been read by then."""
+        if rounds:
+            loop.call_soon(self._make_room, rounds - 1, loop)
+            return
+        self._making_room = False
+        while sum(map(len, self._all.values())) > self._most:
             crowded = sorted(self._all, key=lambda address: len(self._all[address]), reverse=True)
             idle = (next(iter(self._idle[address])) for address in crowded if self._idle.get(address))
-            given_up = next(idle, connection)
+            given_up = next(idle, next(reversed(self._all[crowded[0]])))
             self.leave(given_up)
             given_up.transport.abort()
 
     def leave(self, connection: Connection) -> None:
         for places in (self._all, self._idle):
-            own: Any = places.get(connection.address, {})
-            if connection in own:
-                own.remove(connection) if isinstance(own, set) else own.pop(connection)
+            own = places.get(connection.address, {})
+            own.pop(connection, None)
             if not own:
                 places.pop(connection.address, None)
 
@@ -127,7 +139,8 @@ def places_and_backlog(places: int) -> tuple[int, int]:
         import resource
     except ImportError:  # Windows, which has no such limit
         return places, _BACKLOG
-    wanted = places + 2 * _BACKLOG + _OTHER_FILES  # who waits is taken before those are closed whose places they get
+    # Who waits is taken before those are closed whose places they get.
+    wanted = places + (_ROUNDS + 1) * _BACKLOG + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
