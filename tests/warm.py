@@ -108,8 +108,9 @@ def serve(address: str) -> None:
         importlib.import_module(f"tunesmith.{name}")
 
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen()
+    os.rename(f"{address}.new", address)  # who sees it can connect
     while True:
         connection, _ = listener.accept()
         message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
