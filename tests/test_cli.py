@@ -113,6 +113,7 @@ def test_doctor_says_what_makes_a_cpu_faster(
 ) -> None:
     flags = "flags : avx2 avx512_bf16" + " amx_bf16 amx_tile" * has_amx
     monkeypatch.setattr(products, "_processor", lambda: flags)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(products, "_permitted", lambda: True)
     monkeypatch.setattr(onepass, "version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

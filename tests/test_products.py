@@ -273,6 +273,7 @@ def test_without_all_that_it_needs_nothing_is_split(
 
     there, codegen = products._amx(), cpu_target.target_context.codegen()
     monkeypatch.undo()
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setitem(sys.modules, "tunesmith.engine.amx_products", there)
     monkeypatch.setattr(engine, "amx_products", there, raising=False)
     flags = "flags : avx2" + " amx_bf16 amx_tile" * (missing != "units")
