@@ -62,7 +62,7 @@ class Confined:
     def ask(self, requests: Sequence[Any]) -> list[Any]:
         """The answers in order; in the place of one there is a WorkFailed, or an Ended where a limit ended the work."""
         if sys.platform != "linux":
-            return [_tried(self._work, request, self._more_bytes) for request in requests]
+            return [tried(self._work, request, self._more_bytes) for request in requests]
         answers: list[Any] = []
         with self._lock:
             while len(answers) < len(requests):
@@ -179,7 +179,8 @@ def memory_limit(more_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
+def tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
+    """What the work returns, a WorkFailed where it fails, an Ended where it takes all memory or crashes."""
     try:
         return work(request)
     except MemoryError:
@@ -215,7 +216,7 @@ def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, 
                 until = int(used.ru_utime + used.ru_stime) + seconds + 1
                 bound = until if most == resource.RLIM_INFINITY else min(until, most)
                 resource.setrlimit(resource.RLIMIT_CPU, (bound, most))
-                answer = _tried(work, request, more_bytes)
+                answer = tried(work, request, more_bytes)
                 if isinstance(answer, Exception):
                     answer = {"ended" if isinstance(answer, Ended) else "failed": str(answer)}
                 else:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.confined import Confined, Ended, WorkFailed, memory_limit
+from tunesmith.confined import Confined, Ended, WorkFailed, memory_limit, tried
 from tunesmith.errors import TemplateError
 from tunesmith.types import Message
 
@@ -39,15 +39,15 @@ class Refused(Exception):
 
 
 class Writer:
-    """Has a tokenizer write conversations by a template's text."""
+    """Writes conversations by a template's text, with a tokenizer's special tokens at hand."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        self._tokenizer, self.text = tokenizer, text
-        self._confined: Confined | None = None
+        self.text = text
+        self._variables = {
+            name: [*map(str, value)] if isinstance(value, list | tuple) else str(value)
+            for name, value in tokenizer.special_tokens_map.items()
+        }
         self._stays = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_confined": None}  # another process makes its own
 
     def stay(self) -> None:
         """Writes in this process from now on, which has been started to be ended: SIGPROF ends it when a conversation
@@ -66,39 +66,54 @@ class Writer:
 
         Raises TemplateError where the template takes more time or memory than any that is meant well.
         """
-        if self._stays:
-            written = []
-            for start in range(0, len(asked), 64):
-                with memory_limit(_RENDER_BYTES):
-                    written += [self._written_here(*one) for one in asked[start : start + 64]]
-            return written
-        if self._confined is None:
-            self._confined = Confined(self._render, seconds=RENDER_SECONDS, more_bytes=_RENDER_BYTES)
         requests = [([message.as_dict() for message in messages], end) for messages, end in asked]
+        template = {"text": self.text, "variables": self._variables}
+        if self._stays:
+            _rendered(template)
+            answers = self._here(requests)
+        else:
+            answers = iter(_COPY.ask([template, *requests])[1:])
         written: list[str | Refused] = []
-        for answer in self._confined.ask(requests):
+        for answer in answers:
             if isinstance(answer, Ended):
                 raise too_much(str(answer)) from answer
             written.append(Refused(str(answer)) if isinstance(answer, WorkFailed) else answer)
         return written
 
-    def _written_here(self, messages: Sequence[Message], generation_prompt: bool) -> str | Refused:
-        signal.setitimer(signal.ITIMER_PROF, RENDER_SECONDS)
-        try:
-            return self._render(([message.as_dict() for message in messages], generation_prompt))
-        except MemoryError as error:
-            raise too_much("more memory than there is") from error
-        except Exception as error:  # a template is a program of somebody else's: it may fail with anything
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            return Refused(f"{type(error).__name__}: {first_line}".removesuffix(": "))
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    def _here(self, requests: Sequence[Any]) -> Iterator[Any]:
+        for start in range(0, len(requests), 64):
+            with memory_limit(_RENDER_BYTES):
+                for request in requests[start : start + 64]:
+                    signal.setitimer(signal.ITIMER_PROF, RENDER_SECONDS)
+                    try:
+                        yield tried(_rendered, request, _RENDER_BYTES)
+                    finally:
+                        signal.setitimer(signal.ITIMER_PROF, 0)
 
-    def _render(self, request: Any) -> Any:
-        messages, generation_prompt = request
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self.text, tokenize=False, add_generation_prompt=generation_prompt
-        )
+
+_template: dict[str, Any] = {}
+"""Of the process that renders: the template that was given last."""
+
+
+def _rendered(request: Any) -> str | None:
+    """A conversation as text by the template that was given last; None for one that is given."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if isinstance(request, dict):
+        _template.update(request)
+        return None
+    messages, generation_prompt = request
+    (text,), _ = render_jinja_template(
+        [messages],
+        chat_template=_template["text"],
+        add_generation_prompt=generation_prompt,
+        **_template["variables"],
+    )
+    return text
+
+
+_COPY = Confined(_rendered, seconds=RENDER_SECONDS, more_bytes=_RENDER_BYTES)
+"""One for all templates of this process."""
 
 
 def too_much(what: str) -> TemplateError:
