@@ -248,7 +248,7 @@ def test_cores_that_processes_leave_idle_are_named(
     monkeypatch: pytest.MonkeyPatch, n_cores: int, n_threads: int, said: str | None
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(ranks, "_cores", lambda: n_cores)
+    monkeypatch.setattr(ranks.system, "cores", lambda: n_cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert said in (ranks.idle_cores() or "") if said else ranks.idle_cores() is None

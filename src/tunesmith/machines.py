@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -69,7 +68,7 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
         return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
     memory = system.memory()
     # Processes that train together on a host are told their number by what started them, and share what is free.
-    available = system.own_bytes() + memory.free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    available = system.own_bytes() + memory.free // system.local_processes()
     whose = memory.whose
     if memory_bytes:
         available, whose = memory_bytes, system.MACHINE

@@ -118,7 +118,11 @@ def _one_of(names: Sequence[str]) -> Callable[[Any], bool]:
     return ok
 
 
-_NEVER: Callable[[Any], bool] = lambda value: not value  # noqa: E731
+def _never(value: Any) -> bool:
+    """Empty, or not there."""
+    return not value
+
+
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -130,9 +134,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         ("use_kernels", "kernel_config", "fusion_config", "distributed_config", "custom_generate", "custom_pipelines"),
-        (_NEVER, "no such field: it would load code from a hub"),
+        (_never, "no such field: it would load code from a hub"),
     ),
-    "transformers_weights": (_NEVER, "no such field: the weights are the folder's *.safetensors"),
+    "transformers_weights": (_never, "no such field: the weights are the folder's *.safetensors"),
     "quant_method": (
         lambda value: not isinstance(value, str) or value.lower() not in _FETCHING,
         "a way to quantise whose code is installed, not fetched from a hub",
@@ -144,7 +148,7 @@ _GENERATION = {
         ("custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "watermarking_config",
          "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "compile_config", "stop_strings",
          "sequence_bias", "bad_words_ids", "continuous_batching_config"),
-        (_NEVER, "no such field: only sampling and greedy search are used"),
+        (_never, "no such field: only sampling and greedy search are used"),
     ),
     **dict.fromkeys(
         ("num_beams", "num_beam_groups", "num_return_sequences"),
@@ -267,7 +271,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     if "peft_type" not in read:
         raise ModelError(str(path), "no peft_type", "the settings of a LoRA adapter", "Copy the adapter again.")
     for field, value in read.items():
-        good, expected = _ADAPTER.get(field, (_NEVER, "nothing: a plain LoRA adapter has no use for it"))
+        good, expected = _ADAPTER.get(field, (_never, "nothing: a plain LoRA adapter has no use for it"))
         if value not in (None, [], {}) and not good(value):
             fix = "Save the adapter as plain LoRA (merged into a base or converted), or ask who made it."
             found = json.dumps(value, ensure_ascii=False)

@@ -178,9 +178,9 @@ def _require_room(base: PreTrainedModel | PeftModel, folder: Path, read: dict[st
     rank = max([read.get("r", 8), *(read.get("rank_pattern") or {}).values()])
     wanted = 0
     for path, module in base.named_modules():
-        sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        sides: list[Any] = [getattr(module, "in_features", None), getattr(module, "out_features", None)]
         if None not in sides and (names == ["all-linear"] or any(f".{path}".endswith(f".{name}") for name in names)):
-            wanted += rank * sum(sides)  # type: ignore[arg-type]
+            wanted += rank * sum(sides)
     if layers is not None:
         n_layers = base.config.get_text_config().num_hidden_layers
         wanted = wanted * len(layers if isinstance(layers, list) else [layers]) // max(1, n_layers)

@@ -59,7 +59,7 @@ def memories(root: Path = _ROOT) -> Iterator[Memory]:
     yield Memory(machine.available, machine.total, MACHINE)
     for group, name in _groups(root, "memory"):
         stat = _table(group / "memory.stat")
-        # v2: memory.high is no wall, but behind it a process only waits. v1: the last one counts groups that can not
+        # v2: memory.high is no wall, but beyond it a process only waits. v1: the last one counts groups that can not
         # be seen from within a container.
         bounds = [_number(group / file) for file in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         bounds.append(stat.get("hierarchical_memory_limit"))
@@ -121,11 +121,18 @@ def _core_limits(root: Path) -> Iterator[Cores]:
             yield Cores(int(numbers[0]) / int(numbers[1]), name)
 
 
+def local_processes() -> int:
+    """How many processes train together on this host, as what started them says; what it has is shared out among
+    them."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdigit() else 1
+
+
 def bound_threads() -> None:
     """Lets libraries that are loaded later start no more threads than there are cores: by themselves they know a
     process's affinity, but not the time that a control group has, and OMP_NUM_THREADS may say any number. 16 threads on
     two cores take 1.4 times the time of the processor that two take (2026-11)."""
-    count, asked = cores(), os.environ.get("OMP_NUM_THREADS", "")
+    count, asked = max(1, cores() // local_processes()), os.environ.get("OMP_NUM_THREADS", "")
     known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if asked.isdigit() and int(asked) > count:
         os.environ["OMP_NUM_THREADS"] = str(count)

@@ -181,7 +181,7 @@ def serve(
     from tunesmith.serving.server import Serving
 
     def tell(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
 
     source = context.get_parameter_source("api_key")
     if api_key and source is not None and source.name == "COMMANDLINE":

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tunesmith import system
 from tunesmith.errors import ProofError, RunError, TunesmithError
 
 # What launchers set; Trainer must not find it, or it would wrap the model a second time.
@@ -200,23 +201,14 @@ def idle_cores() -> str | None:
     """Says that the processes of this host leave cores idle, where they compute on those; torchrun gives each of them
     one thread."""
     fair, used = _fair_threads(), torch.get_num_threads()
-    if local_processes() == 1 or torch.cuda.is_available() or used >= fair:
+    if system.local_processes() == 1 or torch.cuda.is_available() or used >= fair:
         return None
-    used_by = f"{local_processes()} processes with {used} thread{'s' if used > 1 else ''} each"
-    return f"Of this host's {_cores()} cores {used_by} leave some idle; start it with OMP_NUM_THREADS={fair}."
-
-
-def local_processes() -> int:
-    """How many of them are on this host; what it has is shared out among them."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    used_by = f"{system.local_processes()} processes with {used} thread{'s' if used > 1 else ''} each"
+    return f"Of this host's {system.cores()} cores {used_by} leave some idle; start it with OMP_NUM_THREADS={fair}."
 
 
 def _fair_threads() -> int:
-    return max(1, _cores() // local_processes())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, system.cores() // system.local_processes())
 
 
 @contextmanager
