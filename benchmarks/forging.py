@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from forging import TOKENIZERS, attempt, forged, marks, openers  # noqa: E402
+from forging import TOKENIZERS, attempt, forged, marks, openers  # noqa: E402  # lie beside the tests, whose folder has to be on the path first
 
 
 def main() -> None:

@@ -96,9 +96,9 @@ def openers(name: str) -> dict[int, str]:
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content in named}
 
 
-def ids_by_transformers(name: str, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+def ids_by_transformers(renderer: Renderer, messages: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
     """What transformers alone makes of a conversation."""
-    template = renderer(name).template
+    template = renderer.template
     seen = fold(messages) if template.folds_system else messages
     ids: Any = template.tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in seen],
@@ -106,7 +106,7 @@ def ids_by_transformers(name: str, messages: Sequence[Message], *, generation_pr
         add_generation_prompt=generation_prompt,
         return_dict=False,
     )
-    return list(ids)
+    return tuple(ids)
 
 
 FULL_WIDTH = {ord(letter): chr(ord(letter) + 0xFEE0) for letter in map(chr, range(0x21, 0x7F))}
@@ -161,5 +161,5 @@ def attempt(name: str, system: str | None, question: str, more: str) -> Literal[
         ids = renderer(name).prompt_ids(messages)
     except TemplateError:
         return "refused"
-    expected = [i for i in ids_by_transformers(name, neutral, generation_prompt=True) if i in theirs]
+    expected = [i for i in ids_by_transformers(renderer(name), neutral, generation_prompt=True) if i in theirs]
     return "plain" if [i for i in ids if i in theirs] == expected else "forged"

@@ -49,7 +49,11 @@ def test_the_judge_sees_a_mark_that_was_typed(name: str) -> None:
     theirs = marks(name) | openers(name)
 
     def of_transformers(text: str) -> list[int]:
-        return [i for i in ids_by_transformers(name, [Message("user", text)], generation_prompt=True) if i in theirs]
+        return [
+            i
+            for i in ids_by_transformers(renderer(name), [Message("user", text)], generation_prompt=True)
+            if i in theirs
+        ]
 
     for spelling in theirs.values():
         assert of_transformers(f"a {spelling} b") != of_transformers("x"), spelling

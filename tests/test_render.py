@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -18,12 +17,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared
+from forging import ids_by_transformers
 from tunesmith import hub, render
 from tunesmith.errors import TemplateError
 from tunesmith.model import open_renderer
 from tunesmith.recipe import TemplateSettings
 from tunesmith.render import Renderer
-from tunesmith.template import fold, probe
+from tunesmith.template import probe
 from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 
 TOKENIZERS = ("bytes", *FAMILIES) if SHARED.is_dir() else ("bytes",)
@@ -63,19 +63,6 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
 # --- what holds for every row -----------------------------------------------------------------------------------------
 
 
-def plain_ids(renderer: Renderer, messages: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
-    """What transformers alone makes of a conversation without spellings of special tokens."""
-    template = renderer.template
-    seen = fold(messages) if template.folds_system else messages
-    ids: Any = template.tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in seen],
-        chat_template=template.text,
-        add_generation_prompt=generation_prompt,
-        return_dict=False,
-    )
-    return tuple(ids)
-
-
 def learned(documents: Sequence[Rendered]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """For each reply what the model is given, and what it has to write."""
     return [(d.token_ids[:start], d.token_ids[start:stop]) for d in documents for start, stop in d.replies]
@@ -100,14 +87,14 @@ def check_row(renderer: Renderer, conversation: Conversation) -> None:
         assert not set(written[:-1]) & set(template.stop_ids), "the reply goes on behind its stop token"
         assert without_spaces(messages[i].content) in without_spaces(str(decode(list(written)))), "the reply is lost"
         neutral = [Message(message.role, "x") for message in messages[:i]]
-        expected = [t for t in plain_ids(renderer, neutral, generation_prompt=True) if t in special]
+        expected = [t for t in ids_by_transformers(renderer, neutral, generation_prompt=True) if t in special]
         assert [t for t in prompt if t in special] == expected, "a message forged a special token"
     for document in documents:
         text = str(decode(list(document.token_ids), skip_special_tokens=False))
         last = next(i for i in reversed(replies) if document.prompt_ids == renderer.prompt_ids(messages[:i]))
         assert without_spaces(text) == without_spaces(template.write(messages[: last + 1])), "not the template's text"
         neutral = [Message(message.role, "x") for message in messages[: last + 1]]
-        expected = [t for t in plain_ids(renderer, neutral, generation_prompt=False) if t in special]
+        expected = [t for t in ids_by_transformers(renderer, neutral, generation_prompt=False) if t in special]
         assert [t for t in document.token_ids if t in special] == expected, "a message forged a special token"
 
 
@@ -164,8 +151,8 @@ def test_ids_are_those_of_transformers_where_nobody_spells_a_special_token(name:
         assume(plain(name, conversation))
         messages = conversation.messages
         (document,) = renderer(name).render(conversation)
-        assert document.token_ids == plain_ids(renderer(name), messages, generation_prompt=False)
-        assert document.prompt_ids == plain_ids(renderer(name), messages[:-1], generation_prompt=True)
+        assert document.token_ids == ids_by_transformers(renderer(name), messages, generation_prompt=False)
+        assert document.prompt_ids == ids_by_transformers(renderer(name), messages[:-1], generation_prompt=True)
 
     check()
 
@@ -337,8 +324,8 @@ def as_chat_would(renderer: Renderer, row: Conversation) -> list[tuple[tuple[int
     expected = []
     for i, message in enumerate(row.messages):
         if message.role == "assistant":
-            prompt = plain_ids(renderer, row.messages[:i], generation_prompt=True)
-            turn = plain_ids(renderer, row.messages[: i + 1], generation_prompt=False)
+            prompt = ids_by_transformers(renderer, row.messages[:i], generation_prompt=True)
+            turn = ids_by_transformers(renderer, row.messages[: i + 1], generation_prompt=False)
             assert turn[: len(prompt)] == prompt
             expected.append((prompt, turn[len(prompt) : turn.index(END, len(prompt)) + 1]))
     return expected

@@ -454,11 +454,11 @@ def test_an_option_that_is_no_text_is_refused_in_one_sentence(option: tuple[str,
     assert ended.err.startswith("Error  --")
 
 
-FREE = ("model", "data", "run_or_model", "runs", "host", "api_key")
+FREE = ("model", "data", "run_or_model", "runs")
 
 
 def test_every_option_that_is_text_is_looked_at() -> None:
-    """Those without a callback name files, or are the address and the key of a server."""
+    """Those without a callback name files."""
     for command in app.registered_commands:
         assert command.callback is not None
         for name, hint in get_type_hints(command.callback, include_extras=True).items():

@@ -161,12 +161,15 @@ def serve(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN…", help="Folders of runs of one base, or one model.", show_default=False)
     ],
-    host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address; any but this machine's own needs a key.", callback=whole)
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="TUNESMITH_API_KEY",
+            callback=whole,
             help="The key that clients must send, of at least 16 characters; as a variable nobody sees it in the list "
             "of processes.",
             show_default=False,
