@@ -363,6 +363,23 @@ def test_code_in_a_models_folder_never_runs(command: str, model_type: str, model
     assert ended.code == 2 or (model_type == "llama" and ended.code == 0)
 
 
+def test_what_fetches_kernels_from_a_hub_is_never_imported(model: Path, tmp_path: Path) -> None:
+    """bitsandbytes fetches one as soon as it is imported, where the package `kernels` is installed too."""
+    site, marker = tmp_path / "site", tmp_path / "fetched"
+    for name, code in (
+        ("kernels", f"def get_kernel(*_, **__): open({str(marker)!r}, 'w')"),
+        ("bitsandbytes/nn", "class Linear4bit: pass\nclass Linear8bitLt: pass"),
+        ("bitsandbytes", "from . import nn\ntry:\n    from kernels import get_kernel\n    get_kernel('org/name')\n"
+         "    raise SystemExit('fetched')\nexcept ImportError:\n    pass"),
+    ):  # fmt: skip
+        (site / name).mkdir(parents=True, exist_ok=True)
+        (site / name / "__init__.py").write_text(code)
+    command = ("check", "--model", model, "--data", tmp_path / "rows.jsonl", "--json")
+    ended = tunesmith(*command, PYTHONPATH=str(site))
+    assert ended.code == 0, ended.err
+    assert not marker.exists()
+
+
 def test_code_beside_a_gguf_file_never_runs(smollm2: Path, tmp_path: Path) -> None:
     """Prevents what was seen: the question on standard input, and `y` running it."""
     from tunesmith import hub

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -224,7 +225,7 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_ATTEMPTS - 1:
-                    fix = f"Watch it with: tunesmith watch {path}"
+                    fix = f"Watch it with: tunesmith watch {shlex.quote(str(path))}"
                     raise RunError(str(path), "another process at work in it", "one at a time", fix) from None
                 time.sleep(0.05)
             except OSError as error:

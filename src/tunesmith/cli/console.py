@@ -27,6 +27,8 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     system.bound_threads()
+    # bitsandbytes fetches code for a CPU from a hub as soon as it is imported, where the package `kernels` is there.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # which lets an import fail
 
     if verbose:
         os.environ["TUNESMITH_VERBOSE"] = "1"
