@@ -14,7 +14,7 @@ def named(text: str) -> str:
 
 
 def without(text: str, known: Iterable[str]) -> str:
-    """A text in which absolute paths under the folders of `known` ones, and of the user's home, begin behind them."""
+    """A text in which absolute paths under the folders of `known` ones, and of the user's home, begin after them."""
     folders = {str(Path(path).parent) for path in known if Path(path).is_absolute()} | {str(Path.home())}
     for folder in sorted(folders - {"/"}, key=len, reverse=True):
         text = text.replace(f"{folder}/", "")

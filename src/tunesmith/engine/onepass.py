@@ -22,7 +22,7 @@ def version() -> str | None:
 
 
 def kernels(*given: Tensor) -> Any | None:
-    """The module `kernels` where it can work on these tensors: fp32 in the processor's memory, row behind row."""
+    """The module `kernels` where it can work on these tensors: fp32 in the processor's memory, row after row."""
     if all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in given):
         return _kernels()
     return None

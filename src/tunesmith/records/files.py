@@ -346,5 +346,5 @@ def _parquet(path: Path) -> Iterator[Parsed]:
                         origin = Origin(str(path), row, "row")
                         yield Parsed(value, origin, too_long_row(origin, part.nbytes) if too_long else None)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        where = f"{path}: behind row {row}" if row else str(path)
+        where = f"{path}: after row {row}" if row else str(path)
         raise DataError(where, f"damaged Parquet ({first_line(error)})", "Parquet", "Write it again.") from None
