@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from tunesmith.engine import products
 from tunesmith.training import Run
-from warm import Warm
+from warm import Forked, Streams, Warm
 
 MACHINE = (
     *("attention", "batching", "cli", "engine", "golden", "guards", "kernels", "lanes", "liger", "loss", "memory"),
@@ -237,32 +237,55 @@ _READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KE
 
 
 @cache
-def _warm() -> Warm:
+def warm() -> Warm:
+    """The process from which this worker's commands are forked."""
     warm = Warm({**os.environ, **_NO_NETWORK}).__enter__()
     atexit.register(warm.__exit__, None, None, None)
     return warm
 
 
+SESSION = Path(__file__).with_name("session.py")
+
+
+def start(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    streams: Streams | None = None,
+    typed: str = "",
+    program: Path | str | None = None,
+    **environment: str,
+) -> Forked:
+    """The command line, or a script of Python, as a process of its own that starts warm, without network."""
+    environment = {**os.environ, **_NO_NETWORK, **environment}
+    given = [str(argument) for argument in arguments]
+    return warm().start(given, cwd, environment, streams=streams, typed=typed, program=program)
+
+
+def finished(started: Forked, timeout: float = 300) -> Ended:
+    """A process that was waited for; one that takes longer is killed."""
+    try:
+        out, err = started.communicate(timeout)
+    finally:
+        started.kill()
+    return Ended(started.wait(), out, err)
+
+
+def script(code: str, *arguments: str | Path, **environment: str) -> Ended:
+    """Runs a script of Python as a process of its own, in which tunesmith and tests are at hand."""
+    return finished(start(*arguments, program=code, **environment))
+
+
 def tunesmith(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Ended:
     """Runs the command line as a process of its own, without network; one that starts warm where the environment is
     nothing special."""
-    env = {**os.environ, **_NO_NETWORK, **environment}
-    if set(environment) <= _READ_LATE and environment.get("OMP_NUM_THREADS") in (
-        None,
-        os.environ.get("OMP_NUM_THREADS"),
-    ):
-        return Ended(*_warm().run([str(argument) for argument in arguments], cwd, env, timeout))
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)], cwd=cwd, env=env, timeout=timeout,
+    if set(environment) <= _READ_LATE:
+        return finished(start(*arguments, cwd=cwd, **environment), timeout)
+    fresh = subprocess.run(
+        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)], cwd=cwd, timeout=timeout,
+        env={**os.environ, **_NO_NETWORK, **environment},
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-def tunesmith_with(streams: tuple[int, int, int], *arguments: str | Path, cwd: Path | None = None, **env: str) -> int:
-    """Runs the command line with these descriptors for standard input, output and error; its exit code."""
-    environment = {**os.environ, **_NO_NETWORK, **env}
-    return _warm().run_with(streams, [str(argument) for argument in arguments], cwd, environment, 300)
+    return Ended(fresh.returncode, fresh.stdout, fresh.stderr)
 
 
 @pytest.fixture

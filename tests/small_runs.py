@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 from tunesmith import recipe, rundir
 from tunesmith.trainer import Watcher
+from warm import Forked
 
 FLAGS = {
     "eval.hold_out": 0.1,
@@ -47,20 +45,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert numbers(run) == numbers(other)
 
 
-def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "tunesmith", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TUNESMITH_OFFLINE": "1"},
-        **more,
-    )
-
-
-def until(
-    steps: int, run: Path, process: subprocess.Popen[Any], meanwhile: Callable[[], object] = lambda: None
-) -> None:
+def until(steps: int, run: Path, process: Forked, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Waits until a process has written down so many steps, or has ended."""
     deadline = time.monotonic() + 120
     written = run / "metrics.jsonl"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import Ended, byte_tokenizer, tunesmith
+from conftest import Ended, byte_tokenizer, start, tunesmith
 from tunesmith import recipe, rundir
 from tunesmith.training import resume, train
 
@@ -419,8 +417,7 @@ def test_a_disk_that_fills_up_during_training_leaves_nothing_half_written(
     sets = (f"train.save_every={save_every}", "train.epochs=100000", "eval.hold_out=0.25", "eval.every=1 steps")
     arguments = ["--model", str(tiny_model), "--data", str(rows), "--out", str(run), "--json"]
     arguments += [part for text in sets for part in ("--set", text)]
-    command = [sys.executable, "-P", "-m", "tunesmith", "train", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = start("train", *arguments, **ONE_THREAD)
     until = time.monotonic() + 200
     while len(rundir.read_lines(run / "metrics.jsonl")) < 5 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -431,7 +428,7 @@ def test_a_disk_that_fills_up_during_training_leaves_nothing_half_written(
         except OSError:
             pass
     out, err = process.communicate(timeout=200)
-    assert_message(Ended(process.returncode, out, err), run, "a disk that can be written to")
+    assert_message(Ended(process.wait(), out, err), run, "a disk that can be written to")
     assert "no space left on device" in err or "is the disk full?" in err  # torch does not say why it could not write
     assert_whole(run)
     assert len(rundir.read_lines(run / "metrics.jsonl")) >= 5
@@ -442,13 +439,16 @@ SMALL = ("--set", "lora.r=1", "--set", "lora.targets=k_proj")
 
 def limited(kib: int, *arguments: str | Path) -> Ended:
     """A command whose process can write no file larger than that."""
-    script = (
-        f"import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, {kib << 10}))\n"
-        "runpy.run_module('tunesmith', run_name='__main__', alter_sys=True)"
+    code = (
+        f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, {kib << 10}))\n"
+        "from tunesmith import cli\ncli.main()"
     )
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
+    (out, into_out), (err, into_err) = os.pipe(), os.pipe()  # which have no length
+    started = start(*arguments, streams=(0, into_out, into_err), program=code, **ONE_THREAD)
+    os.close(into_out)
+    os.close(into_err)
+    with os.fdopen(out) as said, os.fdopen(err) as told:
+        return Ended(started.wait(300), said.read(), told.read())
 
 
 @pytest.mark.parametrize(

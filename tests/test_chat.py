@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunesmith as library
-from conftest import byte_tokenizer, save_tiny_model, tunesmith
+from conftest import SESSION, byte_tokenizer, finished, save_tiny_model, start, tunesmith
 from tunesmith import chat, records
 from tunesmith.chat import Chat
 from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
@@ -205,11 +202,10 @@ def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_pa
     saved = tmp_path / "talk.jsonl"
     lines = ["/help", "Who are you?", f"/save {saved}", "/reset", "/system Be brief.", "/base", "/tuned", "Smile."]
     lines += [f"/save {saved}", "/quit", "never read"]
-    command = [sys.executable, "-P", "-m", "tunesmith", "chat", str(run.path), "--temperature", "0"]
-    ended = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[0] == "Bo."
-    assert "never read" not in ended.stdout + ended.stderr
+    said = finished(start("chat", run.path, "--temperature", "0", typed="\n".join(lines)))
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[0] == "Bo."
+    assert "never read" not in said.out + said.err
     first, second = records.open_file(saved).rows()
     assert [m.content for m in first.messages] == ["Who are you?", "Bo."]
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
@@ -219,10 +215,10 @@ class Terminal:
     """The chat in a terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm", COLUMNS="100", LINES="40", TUNESMITH_OFFLINE="1")
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "tunesmith", *arguments])
+        self.fd, theirs = os.openpty()
+        look = {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+        self.process = start(*arguments, streams=(theirs,) * 3, program=SESSION, **look)
+        os.close(theirs)
         self.seen = ""
 
     def wait_for(self, pattern: str, seconds: float = 90) -> str:
@@ -245,7 +241,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(60)
 
 
 def test_several_pasted_lines_are_one_turn(run: Run, tmp_path: Path) -> None:
@@ -269,7 +265,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     terminal.wait_for("you.*›")
     terminal.type("Go on for ever.\r")
     time.sleep(2)  # it writes now
-    os.kill(terminal.pid, signal.SIGINT)
+    terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("Stopped")
     terminal.wait_for("you.*›", 20)
     terminal.type("/quit\r")

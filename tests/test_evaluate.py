@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from markupsafe import escape
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import tunesmith
+from conftest import script, tunesmith
 from small_runs import settings
 from tunesmith import evaluate as evaluations
 from tunesmith import scores
@@ -162,8 +160,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 losses(model, [Rendered(ids, ((100, 1500),), Origin("made", 1))])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    assert int(ended.stdout) < 400  # MiB
+    assert int(script(program).out) < 400  # MiB
 
 
 def test_another_question_is_never_the_own_one() -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import needs_shared, tunesmith
+from conftest import finished, needs_shared, start, tunesmith
 from trained_families import FOLDS, ROWS, Trained
 from tunesmith import chat, recipe
 from tunesmith.checking import check
@@ -91,15 +91,23 @@ def test_plain_transformers_and_peft_answer_the_same(trained: Trained) -> None:
         assert reply[-1].item() in greedy.eos_token_id
 
 
-@pytest.mark.parametrize("trained", ["gemma-2b", "phi-4", "atom-7b-standin"], indirect=True)
+@pytest.mark.parametrize("trained", ["gemma-2b", "atom-7b-standin"], indirect=True)
 def test_the_script_beside_the_adapter_prints_the_same(trained: Trained) -> None:
-    """A template that folds the system text, one that has a place for it, and one that the alias brings."""
+    """A template that folds the system text, and one that the alias brings."""
+    question = "How do you feel?"
+    script = trained.run / "adapter" / "load_and_chat.py"
+    asked = finished(start("--base", trained.base, question, program=script))
+    assert (asked.code, asked.out) == (0, ROWS[question] + "\n"), asked.err
+
+
+@pytest.mark.parametrize("trained", ["phi-4"], indirect=True)
+def test_the_script_beside_the_adapter_needs_nothing_of_ours(trained: Trained) -> None:
     question = "How do you feel?"
     script = trained.run / "adapter" / "load_and_chat.py"
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), "--base", str(trained.base), question]
-    ended = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == ROWS[question] + "\n"
+    fresh = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
+    assert fresh.returncode == 0, fresh.stderr
+    assert fresh.stdout == ROWS[question] + "\n"
     compile(script.read_text(encoding="utf-8"), str(script), "exec")
     assert "tunesmith" not in script.read_text(encoding="utf-8")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import Ended, tunesmith
+from conftest import script, tunesmith
 from small_runs import assert_same, flags_of, settings
 from tunesmith import rundir
 from tunesmith.training import Run, resume, train
@@ -22,10 +21,8 @@ def test_a_disk_that_was_full_is_gone_on_with_when_there_is_room(
 ) -> None:
     """The third checkpoint does not fit; the two before it are whole, and the run ends as if nothing had happened."""
     out, filler = small_disk / "run", small_disk / "filler"
-    script = f"""
-import sys
+    code = f"""
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from small_runs import settings
 from tunesmith.trainer import Watcher
 from tunesmith.training import train
@@ -40,8 +37,7 @@ class Fills(Watcher):
                     pass
 train(settings(Path({str(tiny_model)!r}), Path({str(talk)!r})), Path({str(out)!r}), watcher=Fills())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
-    ended = Ended(done.returncode, done.stdout, done.stderr)
+    ended = script(code)
     assert ended.code == 1 and "RunError" in ended.err and "disk" in ended.err  # a script's own traceback
     assert not list(out.rglob("*.partial"))
     points = sorted(out.glob("checkpoints/*"))

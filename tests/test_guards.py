@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import largest, save_tiny_model, tunesmith
+from conftest import largest, save_tiny_model, script, tunesmith
 from small_runs import Notes, numbers, settings
 from tunesmith import guards, rundir
 from tunesmith import model as models
@@ -258,10 +256,9 @@ def test_a_real_limit_of_memory_shrinks_the_micro_batch(tmp_path: Path) -> None:
     flags = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.epochs": 1, "train.examples_per_step": 16}
     flags["engine.tokens_per_micro_batch"] = 100_000
     train(settings(model, data, **flags), tmp_path / "whole")
-    script = f"""
-import resource, sys
+    code = f"""
+import resource
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from small_runs import settings
 from tunesmith import rundir
 from tunesmith.trainer import Watcher
@@ -274,8 +271,8 @@ class Limits(Watcher):
 recipe = settings(Path({str(model)!r}), Path({str(data)!r}), **{flags!r})
 train(recipe, Path({str(tmp_path)!r}) / "short", watcher=Limits())
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert "Memory ran out" in ended.stdout
+    ended = script(code)
+    assert ended.code == 0, ended.err
+    assert "Memory ran out" in ended.out
     lines = [rundir.read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "short")]
     assert largest(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)) < 1e-4

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import Ended, _warm, tunesmith
+from conftest import Ended, start, tunesmith
 from tunesmith import rundir
 from tunesmith.training import Run
 
@@ -35,10 +35,11 @@ ENVIRONMENT = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1
 
 def attempt(folder: Path, *arguments: str | Path, typed: str = "", **more: str) -> tuple[Ended, float, int]:
     """How a command ended, in how many seconds, and the most memory that it took."""
-    warm, began = _warm(), time.monotonic()
-    environment = {**os.environ, **ENVIRONMENT, "TUNESMITH_CACHE": str(folder / "cache"), **more}
-    ended = Ended(*warm.run(list(map(str, arguments)), folder, environment, 300, typed))
-    return ended, time.monotonic() - began, warm.peak_bytes
+    began = time.monotonic()
+    environment = {**ENVIRONMENT, "TUNESMITH_CACHE": str(folder / "cache"), **more}
+    started = start(*arguments, cwd=folder, typed=typed, **environment)
+    out, err = started.communicate(300)
+    return Ended(started.wait(), out, err), time.monotonic() - began, started.peak_bytes
 
 
 @pytest.fixture(scope="session")

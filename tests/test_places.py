@@ -6,13 +6,11 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import tunesmith
+from conftest import finished, start, tunesmith
 from small_runs import settings
 from test_gguf import save_model
 from tunesmith import adapter_files, evaluation_page, places, reading, rundir
@@ -66,11 +64,10 @@ def test_the_script_beside_an_adapter_of_a_folder_asks_for_its_base(private: Pat
     adapter = private / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     assert "`base`, a folder where it was trained" in (adapter / "README.md").read_text()
-    script = [sys.executable, str(adapter / "load_and_chat.py")]
-    ended = subprocess.run([*script, "Hi?"], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and "trained on, base: --base FOLDER" in ended.stderr, ended.stderr
-    given = [*script, "--base", str(private.parent / "base"), "Hi?"]
-    assert subprocess.run(given, capture_output=True, text=True, check=False).returncode == 0
+    asked = finished(start("Hi?", program=adapter / "load_and_chat.py"))
+    assert asked.code == 2 and "trained on, base: --base FOLDER" in asked.err, asked.err
+    given = ("--base", private.parent / "base", "Hi?")
+    assert finished(start(*given, program=adapter / "load_and_chat.py")).code == 0
 
 
 @pytest.mark.parametrize(
@@ -93,7 +90,7 @@ def test_of_an_absolute_path_the_last_name_is_shown(text: str, shown: str) -> No
 
 
 @pytest.fixture
-def finished(undisturbed: Run, tmp_path: Path) -> Path:
+def finished_run(undisturbed: Run, tmp_path: Path) -> Path:
     """A finished run that may be written into."""
     return Path(shutil.copytree(undisturbed.path, tmp_path / "run"))
 
@@ -102,21 +99,21 @@ def test_an_adapter_has_files_of_known_names_only(undisturbed: Run) -> None:
     assert {path.name for path in undisturbed.adapter.iterdir()} <= adapter_files.known_names()
 
 
-def test_what_others_laid_beside_an_adapter_stays_there_and_is_named(finished: Path, tmp_path: Path) -> None:
+def test_what_others_laid_beside_an_adapter_stays_there_and_is_named(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
-    (finished / "adapter" / "notes.txt").symlink_to(tmp_path / "secret")
-    (finished / "adapter" / "more").mkdir()
+    (finished_run / "adapter" / "notes.txt").symlink_to(tmp_path / "secret")
+    (finished_run / "adapter" / "more").mkdir()
     for to in ("adapter", "merged"):
-        written = export(finished, to)
+        written = export(finished_run, to)
         assert {path.name for path in written.path.iterdir()} & {"notes.txt", "more"} == set()
         assert written.notes == ("Not copied, for no part of an adapter is called so: more, notes.txt.",)
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder", "a socket"])
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "adapter_model.safetensors", "files.json"])
-def test_a_part_of_an_adapter_that_is_no_file_is_refused_by_name(finished: Path, name: str, kind: str) -> None:
-    part = finished / "adapter" / name
-    elsewhere = part.rename(finished / name)
+def test_a_part_of_an_adapter_that_is_no_file_is_refused_by_name(finished_run: Path, name: str, kind: str) -> None:
+    part = finished_run / "adapter" / name
+    elsewhere = part.rename(finished_run / name)
     if kind == "a link":
         part.symlink_to(elsewhere)
     elif kind == "a pipe":
@@ -127,8 +124,8 @@ def test_a_part_of_an_adapter_that_is_no_file_is_refused_by_name(finished: Path,
         os.mknod(part, 0o140600)
     for to in ("adapter", "merged"):
         with pytest.raises(ProofError, match=f"{name}: found {kind}; expected a file"):
-            export(finished, to)
-    assert not (finished / "exported").exists() and not (finished / "merged").exists()
+            export(finished_run, to)
+    assert not (finished_run / "exported").exists() and not (finished_run / "merged").exists()
 
 
 def test_what_becomes_a_link_meanwhile_is_not_read(tmp_path: Path) -> None:
@@ -142,9 +139,9 @@ def test_what_becomes_a_link_meanwhile_is_not_read(tmp_path: Path) -> None:
     assert not (tmp_path / "copied").exists() and reading.kind(Path(os.devnull)) == "a device"
 
 
-def test_the_command_says_which_part_is_a_link(finished: Path, tmp_path: Path) -> None:
-    part = finished / "adapter" / "README.md"
+def test_the_command_says_which_part_is_a_link(finished_run: Path, tmp_path: Path) -> None:
+    part = finished_run / "adapter" / "README.md"
     part.unlink()
     part.symlink_to(tmp_path)
-    ended = tunesmith("export", finished, "--to", "adapter")
+    ended = tunesmith("export", finished_run, "--to", "adapter")
     assert ended.code == 3 and "README.md" in ended.err and "found    a link" in ended.err, ended.err

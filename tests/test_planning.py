@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, tunesmith
+from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, script, tunesmith
 from small_runs import settings
 from tunesmith import machines, planning
 from tunesmith import model as models
@@ -143,8 +141,7 @@ def test_what_stands_there_while_weights_come_and_go_is_what_the_plan_says(
     if published != "float32":
         rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         (rounded if published == "bfloat16" else rounded.float()).save_pretrained(folder)
-    script = [sys.executable, "-c", WEIGHTS_COME_AND_GO, str(tiny_model), str(folder)]
-    come, gone = map(int, subprocess.run(script, check=True, capture_output=True, text=True).stdout.split())
+    come, gone = map(int, script(WEIGHTS_COME_AND_GO, tiny_model, folder).out.split())
     rows = checked(folder, talk, **{"model.dtype": "float32"})
     shape, choice = planning.shape_of(rows), Choice(2048, 0, 4)
     assert 0.85 < planning.loading(shape, choice, 0).weights / come < 1.1  # observed 0.89 to 1.00

@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, largest, tunesmith
+from conftest import ROOT, largest, start, tunesmith
 from tunesmith import machines, rundir
 from tunesmith.engine import ranks
+from warm import Forked
 
 SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
 
@@ -43,13 +44,12 @@ def arguments(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
     return ["train", "--model", str(model), "--data", str(data), "--out", str(out), *flags]
 
 
-TUNESMITH = ("-P", "-m", "tunesmith")
-FAST_CLOCK = (str(Path(__file__).with_name("fast_clock.py")),)
+FAST_CLOCK = Path(__file__).with_name("fast_clock.py")
 
 
 def processes(
-    commands: Sequence[Sequence[str]], logs: Path, program: Sequence[str] = TUNESMITH, **environment: str
-) -> list[subprocess.Popen[bytes]]:
+    commands: Sequence[Sequence[str]], logs: Path, program: Path | None = None, **environment: str
+) -> list[Forked]:
     """One process per command line, joined as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,12 +57,12 @@ def processes(
     started = []
     for rank, command in enumerate(commands):
         env = {
-            **os.environ, "TUNESMITH_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "WORLD_SIZE": str(len(commands)), "RANK": str(rank), "LOCAL_RANK": str(rank),
-            **environment,
+            "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(len(commands)), "RANK": str(rank), "LOCAL_RANK": str(rank), **environment,
         }  # fmt: skip
-        with (logs / f"{rank}.log").open("wb") as log:
-            started.append(subprocess.Popen([sys.executable, *program, *command], env=env, stdout=log, stderr=log))
+        with (logs / f"{rank}.log").open("wb") as log, open(os.devnull) as nothing:
+            streams = (nothing.fileno(), log.fileno(), log.fileno())
+            started.append(start(*command, streams=streams, program=program, **env))
     return started
 
 
@@ -146,11 +146,9 @@ def test_a_clock_that_runs_otherwise_in_one_process_parts_nobody(
 
 
 MEETINGS = '''
-import json, os, sys
+import json, os
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, sys.argv[1])
 from tunesmith.engine import ranks
 
 MEETINGS = {
@@ -195,8 +193,8 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What comes of meetings of two processes, in each of them, by the meeting's name."""
     folder = tmp_path_factory.mktemp("met")
     (folder / "meetings.py").write_text(MEETINGS)
-    program = [str(folder / "meetings.py"), str(Path(__file__).parent)]
-    codes = [process.wait(600) for process in processes([[]] * 2, folder, program, TUNESMITH_CACHE=str(folder))]
+    started = processes([[]] * 2, folder, folder / "meetings.py", TUNESMITH_CACHE=str(folder))
+    codes = [process.wait(600) for process in started]
     assert codes == [0, 5], (folder / "0.log").read_text()
     lines = [(folder / f"{rank}.log").read_text().splitlines() for rank in range(2)]
     return [dict(json.loads(line) for line in each if line.startswith("[")) for each in lines]
@@ -298,15 +296,8 @@ with ranks.joined():
 print("ok")
 """
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen([sys.executable, str(script), str(tiny_model)], env={**env, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    started = processes([[str(tiny_model)]] * 2, tmp_path, script)
+    assert [process.wait(120) for process in started] == [0, 0], (tmp_path / "0.log").read_text()
 
 
 def test_dealing_gives_every_row_to_one_process() -> None:

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,13 +16,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import save_tiny_model, tunesmith
-from small_runs import Notes, assert_same, flags_of, numbers, settings, start, until
+from conftest import SESSION, save_tiny_model, start, tunesmith
+from small_runs import Notes, assert_same, flags_of, numbers, settings, until
 from tunesmith import recipe, rundir
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import Run, resume, train
+from warm import Forked
 
 STEPS = 18
 
@@ -125,13 +124,10 @@ def test_an_interrupted_process_ends_with_130_and_goes_on(
     assert_same(out, undisturbed.path)
 
 
-def in_terminal(out: Path, flags: list[str], *start: str) -> subprocess.Popen[bytes]:
-    """A training in a terminal that closes behind its second step."""
+def in_terminal(out: Path, flags: list[str], hangup: str) -> Forked:
+    """A training in a terminal that closes after its second step."""
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [*start, "setsid", "--ctty", sys.executable, "-P", "-m", "tunesmith", "train", *flags, "--out", str(out)],
-        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
-    )  # fmt: skip
+    process = start("train", *flags, "--out", out, streams=(theirs,) * 3, program=SESSION, HANGUP=hangup)
     os.close(theirs)
     os.set_blocking(ours, False)  # the training does not wait for what is read
 
@@ -148,7 +144,7 @@ def test_a_closing_terminal_leaves_a_point_to_go_on_from(
     tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "env", "--default-signal=HUP")
+    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "SIG_DFL")
     assert process.wait(timeout=60) == 130
     assert list(out.glob("checkpoints/*"))
     resume(out)
@@ -159,7 +155,7 @@ def test_a_terminal_that_closes_unheard_does_not_end_a_training(
     tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "env", "--ignore-signal=HUP")
+    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "SIG_IGN")
     assert process.wait(timeout=60) == 0
     assert_same(out, undisturbed.path)
 

@@ -6,16 +6,14 @@ import datetime
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import tunesmith
-from small_runs import flags_of, settings, start, until
+from conftest import start, tunesmith
+from small_runs import flags_of, settings, until
 from tunesmith import rundir, runs
 from tunesmith.errors import RunError
 from tunesmith.rundir import RunDir
@@ -161,19 +159,15 @@ def test_a_detached_run_outlives_the_terminal_and_can_be_watched(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
-    arguments = ["train", *flags_of(tiny_model, talk, **{"train.epochs": 200}), "--out", str(out), "--detach"]
-    shell = subprocess.run(
-        [sys.executable, "-P", "-m", "tunesmith", *arguments],
-        capture_output=True, text=True, start_new_session=True, env={**os.environ, "TUNESMITH_OFFLINE": "1"},
-        check=False, timeout=120,
-    )  # fmt: skip
-    assert shell.returncode == 0, shell.stderr
-    told = json.loads(shell.stdout)
+    arguments = [*flags_of(tiny_model, talk, **{"train.epochs": 200}), "--out", out, "--detach"]
+    shell = tunesmith("train", *arguments)
+    assert shell.code == 0, shell.err
+    told = shell.json
     pid = told["pid"]
     assert os.getsid(pid) == pid  # a session of its own: the terminal's end is not its own
     assert states(tmp_path) == {"run": "running"}
     watching = start("watch", out)
-    time.sleep(4)
+    time.sleep(1)
     os.kill(pid, signal.SIGTERM)
     said, errors = watching.communicate(timeout=120)
     assert watching.returncode == 130, errors

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -274,14 +271,5 @@ def test_an_empty_verdict_is_none(cache: Path) -> None:
 
 def test_the_settings_of_an_adapter_have_one_name_in_every_process() -> None:
     """Where the verdict is remembered: names of target modules are a set, whose order is another one in each."""
-    program = (
-        "from peft import LoraConfig; from tunesmith.engine.step import _in_order;"
-        "print(_in_order(LoraConfig(target_modules=list('abcdefgh')).to_dict()))"
-    )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(seen) == 1 and b"'a', 'b', 'c'" in seen.pop()
+    names = [f"layer_{i}" for i in range(20)]  # a set of them is in this order once in 20! times
+    assert step._in_order(LoraConfig(target_modules=names[::-1]).to_dict())["target_modules"] == sorted(names)

@@ -23,7 +23,7 @@ from rich.panel import Panel
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from conftest import Ended, tunesmith, tunesmith_with
+from conftest import Ended, start, tunesmith
 from tunesmith import display, terminal
 from tunesmith.cli import app
 from tunesmith.cli.console import print_json
@@ -194,7 +194,7 @@ def on_terminal(*arguments: str | Path, cwd: Path | None = None, typed: bytes = 
     os.close(writer)
     try:
         environment = {"TERM": "xterm", "NO_COLOR": "1", **environment}
-        code = tunesmith_with((given, slave, slave), *arguments, cwd=cwd, **environment)
+        code = start(*arguments, streams=(given, slave, slave), cwd=cwd, **environment).wait(300)
     finally:
         os.close(slave)
         os.close(given)
@@ -351,7 +351,7 @@ def into_closed_pipes(
     nothing = os.open(os.devnull, os.O_RDONLY)
     try:
         streams = (nothing, pipe[1] if out else kept[1], pipe[1] if err else kept[1])
-        code = tunesmith_with(streams, *arguments, cwd=cwd)
+        code = start(*arguments, streams=streams, cwd=cwd).wait(300)
         os.close(kept[1])
         with os.fdopen(kept[0], encoding="utf-8") as said:
             return code, said.read()
@@ -537,9 +537,8 @@ def test_a_command_prints_its_own_lines_alone(noted: Path, rows: Path) -> None:
     check = [sys.executable, "-P", "-m", "tunesmith", "check", "--model", str(noted), "--data", str(rows)]
     ended = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and ended.stderr == ""
-    chat = [sys.executable, "-P", "-m", "tunesmith", "chat", str(noted), "--prompt", "Hi", "--max-tokens", "1"]
-    ended = subprocess.run(chat, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0 and ended.stderr == ""
+    chat = tunesmith("chat", noted, "--prompt", "Hi", "--max-tokens", "1")
+    assert chat.code == 0 and chat.err == ""
 
 
 # --- other encodings --------------------------------------------------------------------------------------------------

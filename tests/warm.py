@@ -11,13 +11,18 @@ import atexit
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from select import select
 from types import TracebackType
 from typing import NoReturn
 
@@ -33,11 +38,66 @@ BEFORE_IMPORTS = {
 }
 
 
-class Warm:
-    """A process that has imported everything; `run` forks it."""
+Streams = tuple[int, int, int]
+
+
+class Forked:
+    """A command that was forked: what `subprocess.Popen` offers, as far as tests ask for it."""
 
     peak_bytes = 0
-    """The most memory that the last command took, and the processes that it waited for; what was imported counts."""
+    """The most memory that it, which has ended, and those that it waited for took; what was imported counts."""
+
+    def __init__(self, address: str, request: dict[str, object], streams: Streams | None, typed: str) -> None:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as keys, socket.socket(socket.AF_UNIX) as connection:
+            keys.write(typed)
+            keys.seek(0)
+            self._out = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - `wait` closes them
+            self._err = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+            connection.connect(address)
+            given = streams or (keys.fileno(), self._out.fileno(), self._err.fileno())
+            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], given)
+            self._answers = connection.makefile()
+        self.pid = int(self._answers.readline() or _gone())
+        self.returncode: int | None = None
+        self._said = ("", "")
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, negative for a signal. Raises TimeoutError."""
+        if self.returncode is None:
+            if not select([self._answers], [], [], timeout)[0]:
+                raise TimeoutError(f"process {self.pid} has not ended after {timeout} seconds")
+            self.returncode, self.peak_bytes = map(int, (self._answers.readline() or _gone()).split())
+            with self._answers, self._out, self._err:
+                self._out.seek(0)
+                self._err.seek(0)
+                self._said = self._out.read(), self._err.read()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except TimeoutError:
+            return None
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written to standard output and standard error until its end, where they are not the caller's."""
+        self.wait(timeout)
+        return self._said
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _gone() -> NoReturn:
+    raise RuntimeError("the warm process is gone")
+
+
+class Warm:
+    """A process that has imported everything; `start` forks it."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -57,96 +117,105 @@ class Warm:
         self._process.wait()
         self._folder.cleanup()
 
-    def run(
-        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, typed: str = ""
-    ) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of a command to whose standard input something is typed."""
-        with (
-            tempfile.TemporaryFile("w+", encoding="utf-8") as keys,
-            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
-            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
-        ):
-            keys.write(typed)
-            keys.seek(0)
-            streams = (keys.fileno(), out.fileno(), err.fileno())
-            code = self.run_with(streams, arguments, cwd, environment, timeout)
-            out.seek(0)
-            err.seek(0)
-            return code, out.read(), err.read()
-
-    def run_with(
+    def start(
         self,
-        streams: tuple[int, int, int],
         arguments: list[str],
         cwd: Path | None,
         environment: dict[str, str],
-        timeout: float,
-    ) -> int:
-        """Exit code of a command with these descriptors for standard input, output and error."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(timeout)
-            connection.connect(self._address)
-            request = json.dumps({"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment})
-            socket.send_fds(connection, [request.encode() + b"\n"], streams)
-            answers = connection.makefile()
-            pid = int(answers.readline() or self._died())
-            try:
-                code, self.peak_bytes = map(int, (answers.readline() or self._died()).split())
-                return code
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                raise
-
-    def _died(self) -> NoReturn:
-        raise RuntimeError(f"the warm process {self._process.pid} is gone: {self._process.poll()}")
+        *,
+        streams: Streams | None = None,
+        typed: str = "",
+        program: Path | str | None = None,
+    ) -> Forked:
+        """A command, or a script of Python, or its text. Its standard input, output and error are these descriptors,
+        or what is typed and files."""
+        request = {
+            "arguments": arguments,
+            "cwd": str(cwd or Path.cwd()),
+            "environment": environment,
+            "code": program if isinstance(program, str) else None,
+            "path": str(program) if isinstance(program, Path) else None,
+        }
+        return Forked(self._address, request, streams, typed)
 
 
 def serve(address: str) -> None:
     from tunesmith import cli
 
-    for name in ("demo", "display", "doctor", "talk"):  # what the commands import when they are called
+    for name in ("demo", "display", "doctor", "talk", "training"):  # what the commands import when they are called
         importlib.import_module(f"tunesmith.{name}")
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen()
     os.rename(f"{address}.new", address)  # who sees it can connect
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the commands
     while True:
         connection, _ = listener.accept()
-        message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
-        while not message.endswith(b"\n") and (more := connection.recv(1 << 16)):
-            message += more
-        request = json.loads(message)
-        pid = os.fork()
-        if not pid:
+        if not os.fork():
             listener.close()
-            connection.close()  # the other end must see when the process above is gone
-            for descriptor, own in zip(descriptors, (0, 1, 2), strict=True):
-                os.dup2(descriptor, own)
-                os.close(descriptor)  # a pipe has no other end but the command's own
-            # A stream knows from its making whether it can seek, so these are made anew.
-            sys.stdin = os.fdopen(0, closefd=False)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            os.environ.clear()
-            os.environ.update(request["environment"])
-            os.chdir(request["cwd"])
-            sys.argv = ["tunesmith", *request["arguments"]]
-            code: object = 1
-            try:
-                cli.main()
-            except SystemExit as ended:
-                code = ended.code
-            finally:
-                atexit._run_exitfuncs()  # as at the end of a process
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code if isinstance(code, int) else 1)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        connection.sendall(f"{pid}\n".encode())
-        _, status, used = os.wait4(pid, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}\n".encode())
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _attend(connection, cli.main)
         connection.close()
+
+
+def _attend(connection: socket.socket, main: Callable[[], object]) -> NoReturn:
+    """Forks the command that a connection asks for, and tells it how that ended."""
+    message, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
+    while not message.endswith(b"\n") and (more := connection.recv(1 << 16)):
+        message += more
+    request = json.loads(message)
+    pid = os.fork()
+    if not pid:
+        connection.close()  # the other end must see when the process above is gone
+        for descriptor, own in zip(descriptors, (0, 1, 2), strict=True):
+            os.dup2(descriptor, own)
+            os.close(descriptor)  # a pipe has no other end but the command's own
+        # A stream knows from its making whether it can seek, so these are made anew.
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        _enter(request["environment"], request["cwd"])
+        _run(request["arguments"], request["path"], request["code"], main)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    connection.sendall(f"{pid}\n".encode())
+    _, status, used = os.wait4(pid, 0)
+    with suppress(BrokenPipeError):  # nobody waited for it
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}\n".encode())
+    os._exit(0)
+
+
+def _enter(environment: dict[str, str], folder: str) -> None:
+    import torch
+
+    n_threads = environment.get("OMP_NUM_THREADS")
+    if n_threads and n_threads != os.environ.get("OMP_NUM_THREADS"):  # torch has read it
+        torch.set_num_threads(int(n_threads))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+
+
+def _run(arguments: list[str], path: str | None, text: str | None, main: Callable[[], object]) -> NoReturn:
+    sys.argv = [path or "tunesmith", *arguments]
+    code: object = 1
+    try:
+        if path:
+            runpy.run_path(path, run_name="__main__")
+        elif text:
+            exec(text, {"__name__": "__main__"})
+        else:
+            main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from conftest import tunesmith
+from conftest import start, tunesmith
 from served import CONTEXT, ENDLESS, SURE, chat_with, connected, copied, metrics, said, serving, until
-from small_runs import start
 from tunesmith import chat
 from tunesmith.chat import Chat
 from tunesmith.serving.gate import Limits
@@ -96,10 +96,12 @@ def test_what_does_not_end_in_time_is_given_up(runs: dict[str, Path]) -> None:
 
 def test_signals_to_the_process(runs: dict[str, Path]) -> None:
     """The command line: SIGTERM lets it finish; Ctrl-C after that ends it at once, and it ends well."""
-    with start("serve", runs["base"], "--port", "0", "--json") as process:
+    ours, theirs = os.pipe()
+    process = start("serve", runs["base"], "--port", "0", "--json", streams=(0, theirs, 2))
+    os.close(theirs)
+    with os.fdopen(ours) as said:
         try:
-            assert process.stdout is not None
-            told = json.loads(process.stdout.readline())
+            told = json.loads(said.readline())
             assert told["models"] == ["base"]
             url = told["url"]
             assert httpx.get(f"{url}/health").status_code == 200  # it answers when it has said where
