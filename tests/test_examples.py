@@ -27,7 +27,7 @@ def test_the_quickstart_notebook_runs_and_the_model_learns_its_name(smollm2: Pat
         if cell.cell_type == "code"
     ]
     assert "Did you mean lora.r?" in printed[1]
-    assert "32 rows read, 32 trainable, 0 faults" in printed[2]
+    assert "16 rows read, 16 trainable, 0 faults" in printed[2]
     before, after = printed[4].split("after: ")
     assert "Hester" not in before
     assert "Hester Quill" in after

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import Ended, start, tunesmith
+from conftest import Ended, finished, start, tunesmith
 from tunesmith import rundir
 from tunesmith.training import Run
 
@@ -38,8 +38,7 @@ def attempt(folder: Path, *arguments: str | Path, typed: str = "", **more: str) 
     began = time.monotonic()
     environment = {**ENVIRONMENT, "TUNESMITH_CACHE": str(folder / "cache"), **more}
     started = start(*arguments, cwd=folder, typed=typed, **environment)
-    out, err = started.communicate(300)
-    return Ended(started.wait(), out, err), time.monotonic() - began, started.peak_bytes
+    return finished(started), time.monotonic() - began, started.peak_bytes
 
 
 @pytest.fixture(scope="session")
@@ -346,22 +345,21 @@ def plant_gguf(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "secret"])
-@pytest.mark.parametrize("command", ["check", "plan", "train", "chat", "serve", "eval"])
+@pytest.mark.parametrize("command", ["check", "plan", "train", "chat", "serve"])
 def test_code_in_a_models_folder_never_runs(command: str, model_type: str, model: Path, tmp_path: Path) -> None:
     """Whatever is typed when transformers asks."""
     plant_all(model, model_type)
     data = ("--model", model, "--data", tmp_path / "rows.jsonl")
     arguments = {
         "chat": ("chat", model, "--prompt", "Hi", "--max-tokens", "1"),
-        "serve": ("serve", model, "--port", "99999"),
-        "eval": ("eval", model),
+        "serve": ("serve", model, "--port", "0"),
         "train": ("train", *data, "--out", "run", "--set", "train.epochs=1"),
     }.get(command, (command, *data))
     ended, _, _ = attempt(tmp_path, *arguments, typed="y\n" * 20)
     assert not (tmp_path / "ran").exists()
     assert "Traceback" not in ended.err
     assert "Do you wish to run" not in ended.out + ended.err
-    assert ended.code == 2 or (model_type == "llama" and ended.code == 0)
+    assert ended.code == 2
 
 
 def test_what_fetches_kernels_from_a_hub_is_never_imported(model: Path, tmp_path: Path) -> None:
