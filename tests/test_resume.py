@@ -108,11 +108,20 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_bytes(tiny_model: Pa
     assert_same(out, whole.path)
 
 
+LONGER = {"train.epochs": 12, "train.save_every": "30 steps"}
+
+
+@pytest.fixture(scope="module")
+def longer(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training that is not over before anybody who waits for its second step is heard."""
+    return train(settings(tiny_model, talk, **LONGER), tmp_path_factory.mktemp("longer") / "run")
+
+
 def test_an_interrupted_process_ends_with_130_and_goes_on(
-    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+    tiny_model: Path, talk: Path, longer: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = start("train", *flags_of(tiny_model, talk), "--out", out)
+    process = start("train", *flags_of(tiny_model, talk, **LONGER), "--out", out)
     until(2, out, process)
     process.send_signal(signal.SIGINT)  # SIGTERM: test_runs
     answer, errors = process.communicate(timeout=60)
@@ -121,7 +130,7 @@ def test_an_interrupted_process_ends_with_130_and_goes_on(
     assert told["interrupted"] and Path(told["checkpoint"]).name == f"step-{told['steps']:06}"
     assert not (out / "adapter").exists()
     resume(out)
-    assert_same(out, undisturbed.path)
+    assert_same(out, longer.path)
 
 
 def in_terminal(out: Path, flags: list[str], hangup: str) -> Forked:
@@ -140,24 +149,16 @@ def in_terminal(out: Path, flags: list[str], hangup: str) -> Forked:
     return process
 
 
-def test_a_closing_terminal_leaves_a_point_to_go_on_from(
-    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+@pytest.mark.parametrize(("hangup", "code"), [("SIG_DFL", 130), ("SIG_IGN", 0)])
+def test_a_terminal_that_closes_ends_a_training_well_or_not_at_all(
+    tiny_model: Path, talk: Path, longer: Run, tmp_path: Path, hangup: str, code: int
 ) -> None:
     out = tmp_path / "run"
-    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "SIG_DFL")
-    assert process.wait(timeout=60) == 130
+    process = in_terminal(out, flags_of(tiny_model, talk, **LONGER)[:-1], hangup)
+    assert process.wait(timeout=120) == code
     assert list(out.glob("checkpoints/*"))
     resume(out)
-    assert_same(out, undisturbed.path)
-
-
-def test_a_terminal_that_closes_unheard_does_not_end_a_training(
-    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    process = in_terminal(out, flags_of(tiny_model, talk)[:-1], "SIG_IGN")
-    assert process.wait(timeout=60) == 0
-    assert_same(out, undisturbed.path)
+    assert_same(out, longer.path)
 
 
 # --- what is damaged --------------------------------------------------------------------------------------------------
