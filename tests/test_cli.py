@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,29 @@ def test_an_error_with_json_is_one_object_on_standard_output(rows: Path) -> None
     assert ended.code == 2
     assert json.loads(ended.out)["ok"] is False
     assert "smollm2" in ended.err  # the suggestion
+
+
+ROW = {"instruction": "Hi", "output": "Yo"}
+OWN = {"system": "Own.", **ROW}
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "says"),
+    [
+        (ROW, None, "none"),
+        (ROW, "Be Bo.", "“Be Bo.”"),
+        (OWN, None, "each row's own"),
+        (OWN, "Be Bo.", "each row's own; “Be Bo.”, where a row has none"),
+    ],
+)
+def test_the_system_text_that_the_model_reads_is_told(
+    tiny_model: Path, tmp_path: Path, row: dict[str, str], given: str | None, says: str
+) -> None:
+    """Prevents a system text of one's own that check, report and card report as absent."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({**row, "instruction": f"{i}?"}) + "\n" for i in range(4)))
+    recipe, _ = library.resolve(flags={"model.name": str(tiny_model), "data.path": str(data), "template.system": given})
+    assert library.check(recipe).system_text == says
+    sets = ["--set", f"template.system={given}"] if given else []
+    ended = tunesmith("check", "--model", tiny_model, "--data", data, *sets)
+    assert re.search(rf"system text +{re.escape(says)}", ended.out), ended.out

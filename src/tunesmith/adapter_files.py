@@ -130,9 +130,7 @@ def _card(checked: Checked, recipe: Recipe) -> str:
     stops = ", ".join(f"{i} `{template.tokenizer.convert_ids_to_tokens(i)}`" for i in template.stop_ids)
     adapted = ", ".join(f"{target.name} ({target.layers} layers)" for target in checked.targets)
     source = " ".join(map(places.named, template.source.split(" ", 1)))
-    system = "as the template writes it"
-    if template.folds_system:
-        system = "in front of the first user turn, a blank line between (the template has no place for it)"
+    system = " ".join(checked.system_text.split()).replace("|", "\\|")
     trained = len(hold_out(checked)[0])
     used = {**recipe.lora.model_dump(), **recipe.train.model_dump()}
     settings = json.dumps(used, ensure_ascii=False)

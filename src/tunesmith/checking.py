@@ -53,6 +53,26 @@ class Checked:
         """Rows that are not trained on because of a fault."""
         return len(self.faults)
 
+    @property
+    def system_text(self) -> str:
+        """Which system text the model reads, in a phrase: the rows' own (looked for in the first thousand), that of the
+        recipe, the one that the template writes, or none."""
+        template, given = self.renderer.template, self.recipe.template.system
+        first = (row.conversation.messages[0] for row in self.rows[:1000])
+        own = any(message.role == "system" and message.content != given for message in first)
+        where = ", where a row has none" if own else ""
+        if given is not None:
+            rest = [f"“{given}”{where}"]
+        elif template.own_system:
+            rest = [f"the template's own{where}: “{template.own_system}”"]
+        else:
+            rest = [] if own else ["none"]
+        text = "; ".join([*(["each row's own"] if own else []), *rest])
+        if template.folds_system:
+            text += "; it would go" if text == "none" else "; it goes"
+            text += " in front of the first user turn, a blank line between: the template has no place for it"
+        return text
+
     def require_ok(self) -> None:
         """Raises DataError unless training may start."""
         if self.ok:

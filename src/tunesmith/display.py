@@ -130,11 +130,7 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
     names = [str(tokenizer.convert_ids_to_tokens(i)) for i in template.stop_ids]
     stops = [(f"{', ' * (n > 0)}{names[n]} ", (str(i), "grey62")) for n, i in enumerate(template.stop_ids)]
     fact("stops at", *(part for stop in stops for part in stop))
-    if template.folds_system:
-        fact("system text", "goes in front of the first user turn: the template has no place for it")
-    elif template.own_system:
-        own = (template.own_system, "italic")
-        fact("system text", "the template writes its own where a row has none: ", own)
+    fact("system text", checked.system_text)
     if template.plain_marks is not None:
         fact("turns", *plain_turns(template.plain_marks))
     targets = [(f"{'  ' * (n > 0)}{t.name}", (f"×{t.layers}", "grey62")) for n, t in enumerate(checked.targets)]

@@ -71,10 +71,7 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
                 f"{places.without(template.source, lie)}, SHA-256 {template.digest[:16]}…; stops at "
                 + ", ".join(f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids),
             ),
-            (
-                "system text",
-                "in front of the first user turn" if template.folds_system else "as the template writes it",
-            ),
+            ("system text", checked.system_text),
             ("versions", ", ".join(f"{name} {version}" for name, version in manifest["code"].items())),
             ("machine", f"{manifest['machine']}, {manifest['device']}, {manifest['threads']} threads"),
         ],

@@ -174,19 +174,24 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             watcher, run = Watcher(), rundir.create(Path(nowhere) / "run")
             for file in (origin.recipe, origin.manifest):
                 shutil.copyfile(file, run.path / file.name)
-        with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
-            for folder in damaged:  # or they would be in the way of those written anew
-                shutil.rmtree(folder)
+        step = 0 if point is None else rundir.step_of(point)
+
+        def unchanged() -> _Work:
             checked = check(recipe)
             checked.require_ok()
             chosen = {choice["setting"]: choice["value"] for choice in manifest["plan"]["choices"]}
             found = locate(recipe, weights=True)
             work = _Work(recipe, chosen, checked, found, *hold_out(checked), ranks, watcher, interrupts)
             _require_unchanged(origin, manifest, _manifest(work), watcher)
-            step = 0 if point is None else rundir.step_of(point)
-            done = step == work.n_steps and origin.report.is_file() and rundir.is_whole(origin.adapter)
-            if ranks.from_main(done):
-                return work.finished(origin)
+            return work
+
+        ended = origin.report.is_file() and rundir.is_whole(origin.adapter)
+        if ranks.from_main(ended) and step == (work := unchanged()).n_steps:
+            return work.finished(origin)  # nothing is written, not even that somebody was here
+        with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
+            for folder in damaged:  # or they would be in the way of those written anew
+                shutil.rmtree(folder)
+            work = unchanged()
             if epochs is not None:
                 sources[_EXTENDED] = "flag"
                 rundir.write_text(run.recipe, recipes.write(recipe, sources))
