@@ -169,3 +169,17 @@ def test_the_system_text_that_the_model_reads_is_told(
     sets = ["--set", f"template.system={given}"] if given else []
     ended = tunesmith("check", "--model", tiny_model, "--data", data, *sets)
     assert re.search(rf"system text +{re.escape(says)}", ended.out), ended.out
+
+
+@pytest.mark.parametrize(
+    ("others", "fix"),
+    [([ROW] * 3, "Rename it in the file."), ([], "Rename it in the file, or pass --set data.columns.output=outptu")],
+)
+def test_a_flag_for_the_whole_file_is_named_where_no_row_is_right_without_it(
+    tiny_model: Path, tmp_path: Path, others: list[dict[str, str]], fix: str
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [*({**row, "instruction": f"{i}?"} for i, row in enumerate(others)), {"instruction": "q", "outptu": "a"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, _ = library.resolve(flags={"model.name": str(tiny_model), "data.path": str(data)})
+    assert [fault.fix for fault in library.check(recipe).faults] == [fix]

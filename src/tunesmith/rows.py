@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tunesmith.records import Records
+from tunesmith.records.found import for_one_row
 from tunesmith.render import Renderer
 from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 
@@ -101,11 +102,14 @@ def _key(ids: Sequence[Sequence[int]]) -> bytes:
 def faults_of(table: pa.Table, records: Records) -> list[Fault]:
     """What is wrong with the faulty rows, in the order of the file."""
     faulty = table.filter(table.column("fault").is_valid()).select(["line", "fault"])
-    return [
+    found = [
         Fault(records.origin(record["line"]), **record["fault"])
         for batch in faulty.to_batches()
         for record in batch.to_pylist()
     ]
+    if len(faulty) < len(table):
+        return [replace(fault, fix=for_one_row(fault.fix)) for fault in found]
+    return found
 
 
 class Rows(Sequence[Row]):

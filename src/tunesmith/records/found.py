@@ -25,6 +25,14 @@ def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
     return f"--set {shlex.quote(f'data.columns.{name}={plain(lower[meant])}')}" if meant else None
 
 
+RENAME = "Rename it in the file"
+
+
+def for_one_row(fix: str) -> str:
+    """What to do about a name in a row where others have the right one: a flag would be wrong for those."""
+    return f"{RENAME}." if fix.startswith(f"{RENAME}, or pass --set data.columns.") else fix
+
+
 def list_of_objects(row: Any) -> str | None:
     """The name of the first field that holds a list of objects."""
     if not isinstance(row, dict):

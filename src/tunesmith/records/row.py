@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.records.found import described, list_of_objects, listed, plain, rename_hint
+from tunesmith.records.found import RENAME, described, list_of_objects, listed, plain, rename_hint
 from tunesmith.spelling import nearest
 from tunesmith.types import Message, Role
 
@@ -72,16 +72,16 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             continue
         near = _misspelt(column, tuple(free))
         if near:
-            fix = f"Rename it in the file, or pass {rename_hint(name, column, [near])}"
+            fix = f"{RENAME}, or pass {rename_hint(name, column, [near])}"
             raise Problem(column, f"'{plain(near)}'", f"'{column}'", fix)
         if name in ("instruction", "output"):
             found = listed(row)
             if (talk := list_of_objects(row)) is None:
                 hint = rename_hint(name, column, free) or f"--set data.columns.{name}=…"
-                raise Problem(column, found, f"'{column}'", f"Rename it in the file, or pass {hint}")
+                raise Problem(column, found, f"'{column}'", f"{RENAME}, or pass {hint}")
             for wanted, keys in _TALK_FIELDS.items():
                 if set(keys) <= set(row[talk][0]):
-                    fix = f"Rename it in the file, or pass --set data.columns.{wanted}={talk}"
+                    fix = f"{RENAME}, or pass --set data.columns.{wanted}={talk}"
                     raise Problem(wanted, found, f"'{wanted}'", fix)
             raise Problem(column, f"a list under '{talk}'", "the rows themselves", f"Write the list of '{talk}' alone.")
 
