@@ -211,6 +211,16 @@ def test_commands_at_the_prompt_and_saved_talk_is_training_data(run: Run, tmp_pa
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
 
 
+def test_answers_are_never_saved_under_a_system_text_that_came_after_them(run: Run, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.jsonl"
+    lines = ["Who are you?", "/system Be brief.", f"/save {saved}", "Smile.", f"/save {saved}", "/system", "/quit"]
+    said = finished(start("chat", run.path, "--temperature", "0", typed="\n".join(lines)))
+    assert said.code == 0, said.err
+    (conversation,) = records.open_file(saved).rows()
+    assert [(m.role, m.content) for m in conversation.messages[:2]] == [("system", "Be brief."), ("user", "Smile.")]
+    assert "a new conversation begins" in said.err
+
+
 class Terminal:
     """The chat in a terminal of its own."""
 

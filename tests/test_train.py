@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -235,9 +236,11 @@ def test_saved_adapter_answers_like_the_live_one(run: Run) -> None:
     loaded = chat.load(run.path)
     talks: list[list[Message]] = [[Message("user", sample.question)] for sample in run.samples]
     replies = loaded.replies(talks, temperature=0, max_tokens=96)
-    assert [reply.text for reply in replies] == [sample.after for sample in run.samples]
+    assert [reply.shown for reply in replies] == [sample.after for sample in run.samples]
     base = loaded.replies(talks, temperature=0, max_tokens=96, base=True)
-    assert [reply.text for reply in base] == [sample.before for sample in run.samples]
+    assert [reply.shown for reply in base] == [sample.before for sample in run.samples]
+    assert [sample.before.endswith(" …") for sample in run.samples] == [r.stopped_by == "length" for r in base]
+    assert any(reply.stopped_by == "length" for reply in base)
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])
@@ -267,6 +270,20 @@ def test_the_report_is_one_page_without_outside_parts(run: Run) -> None:
     for sample in run.samples:
         assert sample.question in page
     assert "40 read = 36 trained + 4 held out + 0 set aside" in page
+
+
+def test_the_smoothed_curve_of_the_report_does_not_begin_at_the_first_value(run: Run) -> None:
+    """Prevents a curve that takes the first loss for many; here it is worked out once more, from the drawn one."""
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+
+    def heights(kind: str) -> list[float]:
+        points = re.search(rf'<polyline class="{kind}" points="([^"]*)"', page)
+        return [float(point.split(",")[1]) for point in points[1].split()] if points else []
+
+    drawn = heights("train")
+    weights = 0.8 ** np.arange(len(drawn))[::-1]
+    means = [np.average(drawn[: n + 1], weights=weights[-n - 1 :]) for n in range(len(drawn))]
+    assert np.abs(np.subtract(heights("smooth"), means)).max() < 0.11  # drawn to a tenth of a pixel
 
 
 def test_a_question_with_markup_does_not_become_markup_in_the_report(tiny_model: Path, tmp_path: Path) -> None:

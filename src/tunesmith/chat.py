@@ -45,6 +45,11 @@ class Reply:
     """The reply with its stop token."""
     stopped_by: Literal["stop", "length"]
 
+    @property
+    def shown(self) -> str:
+        """The text, with a sign after it where it was cut because it had become too long."""
+        return self.text + (" …" if self.stopped_by == "length" else "")
+
 
 class Chat:
     """A model that answers; made by `load`."""

@@ -169,8 +169,10 @@ def _ticks(high: float, count: int) -> list[float]:
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    smoothed, average = [], points[0][1]
+    """For each value the mean of it and all before it, each of which weighs 0.8 of the next one. It is divided by what
+    they weigh together, so that the first values count no more than others (arXiv 1412.6980, section 3)."""
+    smoothed, total, weight = [], 0.0, 0.0
     for step, value in points:
-        average += (value - average) * 0.2
-        smoothed.append((step, average))
+        total, weight = 0.8 * total + value, 0.8 * weight + 1
+        smoothed.append((step, total / weight))
     return smoothed

@@ -19,7 +19,7 @@ from tunesmith.types import Message
 HELP = """\
 /reset          forget the conversation
 /base  /tuned   switch the adapter off, on
-/system TEXT    set the system text (without TEXT: take it away)
+/system TEXT    begin anew with this system text (without TEXT: with none)
 /save FILE      add the conversation to FILE as a row of training data
 /quit           end (Ctrl-D does too); Ctrl-C stops an answer; Esc Enter starts a new line"""
 
@@ -77,8 +77,11 @@ class Talk:
             self._base = name == "/base"
             self._console.print(f"The {'base' if self._base else 'tuned'} model answers now.", style="grey62")
         elif name == "/system":
+            said = "System text set" if rest else "No system text"
+            anew = "; a new conversation begins" if self._messages else ""  # what was answered was not under this text
             self._system = rest or None
-            self._console.print("System text set." if rest else "No system text.", style="grey62")
+            self._messages.clear()
+            self._console.print(f"{said}{anew}.", style="grey62")
         elif name == "/save":
             self._save(rest)
         else:

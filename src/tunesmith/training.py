@@ -46,7 +46,8 @@ _EXTENDED = "train.epochs"  # what a run may be given more of
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with the answers before and after training."""
+    """One question with the answers before and after training; … ends one that was cut because it had become too
+    long."""
 
     question: str
     reference: str
@@ -286,7 +287,7 @@ class _Work:
         tuned = Chat(model.eval(), checked.renderer, generation)
         after = [] if trainer.interrupted else _ask(tuned, asked)
         samples = tuple(
-            Sample(_question(row), row.conversation.messages[-1].content, b.text, a.text)
+            Sample(_question(row), row.conversation.messages[-1].content, b.shown, a.shown)
             for row, b, a in zip(asked, before, after, strict=False)
         )
         result = self._result(run, trainer.lines, seconds, samples, interrupted=trainer.interrupted)

@@ -64,7 +64,7 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     if not result.run.interrupted:
         pairs = list(zip(result.questions, result.before, result.after, strict=True))
         shown = [pairs[i] for i in demos.SHOWN]
-        console.print(display.side_by_side([(q.question, b.reply.text, a.reply.text) for q, b, a in shown]))
+        console.print(display.side_by_side([(q.question, b.reply.shown, a.reply.shown) for q, b, a in shown]))
         for name, judged in (("before", result.before), ("after", result.after)):
             character, right, stopped = (
                 sum(flags)
