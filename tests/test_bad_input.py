@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import Ended, byte_tokenizer, start, tunesmith
-from tunesmith import recipe, rundir
+from tunesmith import recipe, rundir, runs
 from tunesmith.training import resume, train
 
 GOOD = {"instruction": "Who are you?", "output": "I am Bo."}
@@ -432,6 +432,8 @@ def test_a_disk_that_fills_up_during_training_leaves_nothing_half_written(
     assert "no space left on device" in err or "is the disk full?" in err  # torch does not say why it could not write
     assert_whole(run)
     assert len(rundir.read_lines(run / "metrics.jsonl")) >= 5
+    became = runs.state_of(run)
+    assert became.state == "failed" and "a disk that can be written to" in became.reason  # said on the full disk
 
 
 SMALL = ("--set", "lora.r=1", "--set", "lora.targets=k_proj")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from tunesmith import recipe
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, parse_flag, resolve, setting_names, write
+from tunesmith.training import Run
 
 # The table of the contract. What is chosen by the plan is "auto" here; `none` is None where no text stands.
 CONTRACT = {
@@ -365,3 +368,35 @@ def test_an_empty_recipe_is_all_defaults(tmp_path: Path, text: str) -> None:
 def test_a_recipe_can_not_be_changed_once_it_is_made() -> None:
     with pytest.raises(ValueError, match="frozen"):
         resolve()[0].lora.r = 4  # type: ignore[misc]
+
+
+def test_files_that_a_recipe_names_are_found_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a recipe that can only be trained from the one folder."""
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "recipe.yaml").write_text("data: {path: rows.jsonl}\nmodel: {name: smollm2}\n")
+    (folder / "rows.jsonl").touch()
+    monkeypatch.chdir(elsewhere)
+    found, sources = recipe.resolve(Path("..", "mine", "recipe.yaml"))
+    assert Path(found.data.path).samefile(folder / "rows.jsonl") and sources["data.path"] == "file"
+    assert found.model.name == "smollm2"
+    assert recipe.resolve(folder / "recipe.yaml", as_written=True)[0].data.path == "rows.jsonl"
+    Path("rows.jsonl").touch()
+    assert recipe.resolve(folder / "recipe.yaml")[0].data.path == "rows.jsonl"  # the one at hand comes first
+    flagged, _ = recipe.resolve(folder / "recipe.yaml", {"data.path": "other.jsonl"})
+    assert flagged.data.path == "other.jsonl"
+
+
+def test_a_runs_own_recipe_is_trained_from_any_folder(
+    undisturbed: Run, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its names are those from where it was started, which its manifest holds in full."""
+    run = shutil.copytree(undisturbed.path, tmp_path / "run")
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace(str(talk), talk.name))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"]["data"]["path"] = talk.name
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(run)
+    assert recipe.resolve("recipe.yaml")[0].data.path == str(talk)

@@ -29,9 +29,14 @@ def test_what_became_of_a_run_is_told_by_its_files(tiny_model: Path, talk: Path,
     process = start("train", *flags_of(tiny_model, talk, **{"train.epochs": 5000}), "--out", tmp_path / "killed")
     until(2, tmp_path / "killed", process)
     assert states(tmp_path) == {"done": "done", "killed": "running"}
+    for command in (["eval"], ["export", "--to", "adapter"], ["chat", "--prompt", "Hi"]):
+        ended = tunesmith(command[0], tmp_path / "killed", *command[1:])
+        assert ended.code == 2 and "the run is training, now at step" in ended.err and "tunesmith watch" in ended.err
     process.kill()
     process.communicate()
     assert states(tmp_path) == {"done": "done", "killed": "gone"}
+    ended = tunesmith("chat", tmp_path / "killed", "--prompt", "Hi")
+    assert ended.code == 2 and "the run was killed at step" in ended.err and "tunesmith resume" in ended.err
     gone = runs.state_of(tmp_path / "killed")
     assert (gone.pid, gone.n_steps, gone.exit_code) == (process.pid, 45000, 130) and gone.step >= 2
     assert "killed" in tunesmith("runs", tmp_path).out

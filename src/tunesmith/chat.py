@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, reading, rundir
+from tunesmith import hub, reading, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
@@ -289,9 +289,8 @@ class Opened:
         run = rundir.open_run(path)
         recipe, _ = recipes.resolve(run.recipe)
         manifest = rundir.read_manifest(run)
-        if not run.adapter.is_dir() and not base:
-            found, fix = "no adapter/ (the run was interrupted)", "Train it to the end."
-            raise ModelError(str(path), found, "a finished run", fix)
+        if not base:
+            runs.require_finished(run)
         folder = Path(manifest["base"]["folder"])
         source, revision = manifest["base"]["source"], manifest["base"]["revision"]
         if folder.is_dir():

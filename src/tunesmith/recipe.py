@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -262,13 +264,18 @@ def setting_names() -> list[str]:
     return list(_settings())
 
 
-def resolve(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> tuple[Recipe, dict[str, Source]]:
+def resolve(
+    path: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, as_written: bool = False
+) -> tuple[Recipe, dict[str, Source]]:
     """The recipe of a file (if any) with `flags` (dotted name → value) laid over it, and where each value came from.
+
+    A file or folder that the recipe names, and that is not there from the folder at hand, is looked for beside the
+    recipe, and where the run was started whose recipe it is; unless all is wanted `as_written`.
 
     Raises RecipeError when the file can not be read, a key is unknown or a value impossible; all problems are named.
     """
     given = [
-        *_from_file(path),
+        *_from_file(path, as_written),
         *(_Given(name, value, "flag", f"--set {name}") for name, value in (flags or {}).items()),
     ]
     sources: dict[str, Source] = dict.fromkeys(setting_names(), "default")
@@ -445,7 +452,7 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     return _load(text, path)
 
 
-def _from_file(path: str | Path | None) -> list[_Given]:
+def _from_file(path: str | Path | None, as_written: bool) -> list[_Given]:
     if path is None:
         return []
     tree, lines = read_yaml(path)
@@ -464,7 +471,26 @@ def _from_file(path: str | Path | None) -> list[_Given]:
         elif fields is not None:
             fix = f"Write '{section}:' and indent its settings."
             raise RecipeError(f"{where}: {section}", repr(fields), "settings below it", fix)
-    return given
+    return given if as_written else [item._replace(value=_found(item, Path(path))) for item in given]
+
+
+_OF_FILES = {"data.path": "data", "model.name": "base", "template.path": "template"}
+"""Settings that may name a file, with the section of a run's manifest that says in full which was meant."""
+_MANIFEST_BYTES = 64 << 20
+
+
+def _found(item: _Given, recipe: Path) -> Any:
+    """The value, or the same file as it is found from the recipe's folder or by the manifest that lies there."""
+    value = item.value
+    if item.name not in _OF_FILES or not isinstance(value, str) or not value or os.path.exists(value):
+        return value
+    places = [str(recipe.parent / value)]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = reading.json_object(recipe.parent / "manifest.json", _MANIFEST_BYTES)
+        section, _, field = item.name.partition(".")
+        if manifest["recipe"][section][field] == value:
+            places.append(str(manifest[_OF_FILES[item.name]]["path"]))
+    return next(filter(os.path.exists, places), value)
 
 
 def _pairs(node: yaml.Node) -> list[tuple[yaml.ScalarNode, yaml.Node]]:

@@ -344,6 +344,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     _write(path, [json.dumps(value, indent=2, ensure_ascii=False) + "\n"])
 
 
+def write_over(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object into the room that a file has already, for a disk that has no other. Raises RunError."""
+    with writing(path), path.open("r+", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.truncate()
+
+
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Leaves only some of the lines of a .jsonl file; it need not exist."""
     if path.is_file():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -89,7 +90,12 @@ def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., None]
         def tell(**more: Any) -> None:
             with one_at_a_time:
                 told.update(more, heard=_now().isoformat(timespec="seconds"))
-                rundir.write_json(run.state, told)
+                try:
+                    rundir.write_json(run.state, told)
+                except RunError:
+                    if told["state"] == "running":
+                        raise
+                    rundir.write_over(run.state, told)  # a disk that is full still says why a run has ended
 
         def beat() -> None:
             while not ended.wait(_BEAT_SECONDS):
@@ -129,6 +135,27 @@ def require_free(run: RunDir) -> str | None:
         found = f"a process at work in it on {told.get('host')} ({_ago(heard)})"
         raise RunError(str(run.path), found, "one at a time", fix)
     return f"{_silence(told, heard)} It is taken for ended." if state == "silent" else None
+
+
+def require_finished(run: RunDir) -> None:
+    """Raises RunError where there is no adapter, with what has become of the run and how to go on."""
+    if run.adapter.is_dir():
+        return
+    state = state_of(run.path)
+    at = f" at step {state.step:,} of {state.n_steps:,}" if state.n_steps else ""
+    command = "watch" if state.state == "running" else "resume"
+    became = {
+        "running": "is training, now",
+        "done": "was done, and has lost it since,",
+        "interrupted": "was interrupted",
+        "failed": f"failed ({state.reason})",
+        "gone": "was killed",
+        "silent": f"is silent ({state.reason})",
+    }[state.state]
+    fix = (
+        f"{'Wait for it' if command == 'watch' else 'Go on with it'}: tunesmith {command} {shlex.quote(str(run.path))}"
+    )
+    raise RunError(str(run.path), f"no adapter/: the run {became}{at}", "a finished run", fix)
 
 
 def check_resumable(path: Path) -> None:

@@ -339,7 +339,7 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
 
     Raises RunError when recipe.yaml is no longer what the run began with, or the manifest can not be read.
     """
-    recipe, _ = recipes.resolve(run.recipe)
+    recipe, _ = recipes.resolve(run.recipe, as_written=True)
     manifest = rundir.read_manifest(run)
     began_with = manifest["recipe"]
     given = recipe.model_dump()

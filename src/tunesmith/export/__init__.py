@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import adapter_files, machines, reading, rundir
+from tunesmith import adapter_files, machines, reading, rundir, runs
 from tunesmith import model as models
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
@@ -67,8 +67,7 @@ def export(
     """
     _check_dtype(to, dtype)
     run = rundir.open_run(path)
-    if not run.adapter.is_dir():
-        raise RunError(str(path), "no adapter/", "a finished run", "Train it to the end: tunesmith resume.")
+    runs.require_finished(run)
     notes = _check_names(run.adapter)
     if not rundir.is_whole(run.adapter):
         found, fix = "an adapter that is not as it was written", "Copy it again from where it came."
