@@ -15,6 +15,7 @@ import tunesmith as library
 from conftest import tunesmith
 from tunesmith import doctor
 from tunesmith.engine import onepass, products
+from tunesmith.recipe import Recipe, parse_flag, setting_names
 
 COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
 
@@ -183,3 +184,17 @@ def test_a_flag_for_the_whole_file_is_named_where_no_row_is_right_without_it(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe, _ = library.resolve(flags={"model.name": str(tiny_model), "data.path": str(data)})
     assert [fault.fix for fault in library.check(recipe).faults] == [fix]
+
+
+def test_help_shows_every_default_as_it_is_set() -> None:
+    """Prevents [false] for 0 and [true] for 1, which Python takes for the same."""
+    text = tunesmith("train", "--help", COLUMNS="4000").out
+    for name in setting_names():
+        section, _, field = name.partition(".")
+        default = getattr(getattr(Recipe(), section), field)
+        shown = re.search(rf"{re.escape(name)} \[(.*?)\]", text)
+        assert shown, name
+        if default not in ("", None, {}, []):
+            assert parse_flag(f"{name}={shown[1]}")[1] == default and (shown[1] in ("true", "false")) is (
+                type(default) is bool
+            )

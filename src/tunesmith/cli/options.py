@@ -58,17 +58,21 @@ OutOption = Annotated[
 ]
 
 
+def _as_written(default: object) -> str:
+    """A default as one writes it in a recipe."""
+    if default is None or isinstance(default, (dict, list)):
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default) or "–"
+
+
 def _settings_help() -> str:
     lines = []
     for section, field in recipes.Recipe.model_fields.items():
         for name, setting in cast("type[BaseModel]", field.annotation).model_fields.items():
             default = setting.get_default(call_default_factory=True)
-            shown = (
-                {None: "none", True: "true", False: "false", "": "–"}.get(default, default)
-                if not isinstance(default, (dict, list))
-                else "none"
-            )
-            lines.append(f"[cyan]{section}.{name}[/] \\[{shown}]  {setting.description}")
+            lines.append(f"[cyan]{section}.{name}[/] \\[{_as_written(default)}]  {setting.description}")
     return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
 
 
