@@ -339,6 +339,19 @@ def test_a_person_gets_lines_that_fit_the_terminal(width: int) -> None:
     assert "\nrows.jsonl:3  messages[2].role\n" in out
 
 
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_what_is_learned_is_between_signs_where_there_is_no_colour(
+    looked_at: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"instruction": "Who?", "output": "Bo."}) + "\n")
+    check = ("check", "--model", tiny_model, "--data", data)
+    out = (on_terminal(*check, NO_COLOR="1") if looked_at else tunesmith(*check)).out
+    assert re.findall("⟦[^⟧]*⟧", out) == ["⟦ and ⟧", "⟦Bo.<|im_end|>⟧"]
+    coloured = on_terminal(*check, NO_COLOR="")
+    assert "⟦" not in coloured.out and "Green" in coloured.out
+
+
 # --- nobody reads -----------------------------------------------------------------------------------------------------
 
 
@@ -547,11 +560,11 @@ def test_a_command_prints_its_own_lines_alone(noted: Path, rows: Path) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1", "utf-8"])
 def test_every_sign_of_ours_has_a_plainer_one(encoding: str) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding, errors=terminal.ERRORS)
-    out.write("▁▂▃▄▅▆▇█ … → ≤ ≠ × ✓ ✗ › ⏎ – � 你好 😀 \udcc4 " + terminal.safe("\x1b\x7f"))
+    out.write("▁▂▃▄▅▆▇█ … → ≤ ≠ × ✓ ✗ › ⏎ – ⟦ ⟧ � 你好 😀 \udcc4 " + terminal.safe("\x1b\x7f"))
     out.flush()
     text = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     if encoding == "ascii":
-        assert text == r"_.-~=+*# ... -> <= != x + x > | - ? \u4f60\u597d \U0001f600 \xc4 \x1b\x7f"
+        assert text == r"_.-~=+*# ... -> <= != x + x > | - [[ ]] ? \u4f60\u597d \U0001f600 \xc4 \x1b\x7f"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk"])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LEARNED, _GIVEN = "#052e16 on #86efac", "grey62"
+_SIGNS = ("⟦", "⟧")  # around what is learned, where there is no colour
 _SHOWN_TOKENS = 400
 
 
@@ -154,22 +155,26 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
             fact(name, (f"{len(pairs):,} rows {what}", "yellow"), f" (lines {lines}{more})")
     if checked.rows and show:
         console.print()
-        console.print(
-            styled(
-                "What the model sees. ",
-                ("Green", _LEARNED),
-                " is learned: the reply and the token that ends it. ",
-                ("Grey", _GIVEN),
-                " is given.",
-            )
-        )
+        learned = "is learned: the reply and the token that ends it."
+        if console.has_colour:
+            said = styled("What the model sees. ", ("Green", _LEARNED), f" {learned} ", ("Grey", _GIVEN), " is given.")
+        else:
+            said = styled(f"What the model sees. What is between {_SIGNS[0]} and {_SIGNS[1]} {learned}")
+        console.print(said)
         for row in checked.rows[:show]:
             place = styled(_place(row.conversation.origin), one_line=True)
             fits = place.cell_len + 6 < console.width  # a panel cuts a title that is too long
             if not fits:
                 console.print(place, soft_wrap=True)
             title = place if fits else None
-            console.print(Panel(coloured(checked, row), title=title, title_align="left", border_style="grey35"))
+            console.print(
+                Panel(
+                    coloured(checked, row, signs=not console.has_colour),
+                    title=title,
+                    title_align="left",
+                    border_style="grey35",
+                )
+            )
     show_faults(console, checked.faults)
 
 
@@ -188,15 +193,21 @@ def _histogram(found: Sequence[tuple[int, int]]) -> str:
     return f"{bars}  (data.max_length={found[-1][0]} loses nothing)"
 
 
-def coloured(checked: Checked, row: Row) -> Text:
-    """A row as the model sees it, its learned tokens in colour."""
-    text = Text()
+def coloured(checked: Checked, row: Row, *, signs: bool = False) -> Text:
+    """A row as the model sees it, its learned tokens in colour, and between signs where there is none."""
+    text, open_, close = Text(), *(_SIGNS if signs else ("", ""))
     for document in row.documents:
+        before = False
         for number, token in enumerate(tokens(checked.renderer, document, _SHOWN_TOKENS)):
+            if token.supervised != before:
+                text.append(open_ if token.supervised else close)
+            before = token.supervised
             style = _LEARNED if token.supervised else _GIVEN
             if not token.supervised and number % 2:
                 style += " on grey11"  # so that the borders between tokens can be seen
             text.append(safe(token.text).replace("\n", "⏎\n"), style)
+        if before:
+            text.append(close)
         if len(document.token_ids) > _SHOWN_TOKENS:
             text.append(f" … {len(document.token_ids) - _SHOWN_TOKENS} more tokens", "italic")
     text.rstrip()

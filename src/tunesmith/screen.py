@@ -55,6 +55,11 @@ class Screen(Console):
             options["soft_wrap"] = True
         super().print(*objects, **options)
 
+    @property
+    def has_colour(self) -> bool:
+        """Styles can be told apart by their colour: on a terminal that shows any, unless NO_COLOR is set."""
+        return self.color_system is not None and not self.no_color
+
     def labelled(self, label: str, text: str | Text, width: int = 8) -> None:
         """A line of a list: what it is, and beside it the text, wrapped there."""
         head = styled((f"  {label:{width}} ", "grey62"))
