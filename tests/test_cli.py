@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 import tunesmith as library
-from conftest import tunesmith
+from conftest import ROOT, tunesmith
 from tunesmith import doctor
 from tunesmith.engine import onepass, products
 from tunesmith.recipe import Recipe, parse_flag, setting_names
@@ -198,3 +199,13 @@ def test_help_shows_every_default_as_it_is_set() -> None:
             assert parse_flag(f"{name}={shown[1]}")[1] == default and (shown[1] in ("true", "false")) is (
                 type(default) is bool
             )
+
+
+def test_doctor_knows_every_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"all", "benchmarks", "dev"}
+    lines = ['no-such-package[more]>=1; extra == "eval"', 'torch>=2; extra == "serve"', "torch>=2"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
+    (extras,) = (finding for finding in doctor.examine() if finding.name == "extras")
+    assert "serve" in extras.found and "eval" not in extras.found
+    assert "tunesmith[eval]" in extras.fix and "serve" not in extras.fix

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def _findings() -> Iterator[Finding]:
         ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")),
         True,
     )
+    yield _extras()
     yield _accelerator()
     yield _memory()
     yield _cores()
@@ -72,6 +74,46 @@ def _findings() -> Iterator[Finding]:
     )
     here = Path(hub.cache_dir() / "models" / "smollm2").is_dir()
     yield Finding("demo model", "here" if here else "not here yet", True, "" if here else "tunesmith fetch smollm2")
+
+
+EXTRAS = {
+    "cpu": "faster on a CPU",
+    "gpu": "bases of 4 bits and Liger's kernels",
+    "eval": "BLEU, chrF and a judge in `eval`",
+    "export": "`export --to gguf`, compared with llama.cpp",
+    "serve": "`serve`",
+}
+"""What can be installed beside tunesmith, and what for."""
+
+
+def _extras() -> Finding:
+    """What is installed of that which is only needed for some things."""
+    here, lacking = list[str](), list[str]()
+    for extra, needed_for in EXTRAS.items():
+        if extra == "gpu" and not torch.cuda.is_available():
+            continue
+        absent = [name for name in _packages_of(extra) if not _is_installed(name)]
+        if absent:
+            lacking.append(f"pip install 'tunesmith[{extra}]' for {needed_for}")
+        else:
+            here.append(extra)
+    return Finding("extras", ", ".join(here) or "none", True, "; ".join(lacking))
+
+
+def _packages_of(extra: str) -> list[str]:
+    """By the metadata of the installed tunesmith, as pyproject.toml has them."""
+    lines = importlib.metadata.requires("tunesmith") or []
+    return [
+        re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in lines if re.search(rf"extra == .{extra}\b", line)
+    ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _memory() -> Finding:
