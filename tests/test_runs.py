@@ -6,11 +6,14 @@ import datetime
 import json
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import start, tunesmith
 from small_runs import flags_of, settings, until
@@ -176,7 +179,7 @@ def test_a_detached_run_outlives_the_terminal_and_can_be_watched(
     os.kill(pid, signal.SIGTERM)
     said, errors = watching.communicate(timeout=120)
     assert watching.returncode == 130, errors
-    assert "step" in said and "interrupted" in said
+    assert "step" in said and "held-out" in said and "interrupted" in said
     assert states(tmp_path) == {"run": "interrupted"}
     assert "Stopping after this step" in (out / rundir.OUTPUT).read_text()
 
@@ -185,3 +188,32 @@ def test_a_detached_run_that_can_not_begin_says_so_at_once(tiny_model: Path, tal
     arguments = [*flags_of(tiny_model, talk), "--set", "train.scheduler=nonsense"]
     ended = tunesmith("train", *arguments, "--out", tmp_path / "run", "--detach")
     assert ended.code == 2 and "train.scheduler" in ended.err
+
+
+PIECES = st.lists(st.sampled_from([b'{"step": 1}\n', b'{"step": 2, "x', b'": 1}\n', b"\n", b"\0\0", b"[2]\n", b"torn"]))
+
+
+@given(PIECES, st.integers(0, 6))
+def test_a_file_that_grows_gives_each_line_once(pieces: list[bytes], rewritten: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, read = Path(folder) / "metrics.jsonl", list[dict[str, Any]]()
+        growing = rundir.Growing(path)
+        assert growing.new() == [] and rundir.last_line(path) is None
+        for number, piece in enumerate(pieces):
+            if number == rewritten and path.exists():  # as a run does that goes on
+                rundir.write_lines(path, rundir.read_lines(path))
+                read.clear()
+            with path.open("ab") as file:
+                file.write(piece)
+            read += growing.new()
+            assert read == rundir.read_lines(path)
+            assert rundir.last_line(path) == (read[-1] if read else None)
+
+
+def test_the_last_line_is_found_where_it_is_long_and_where_much_is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "notes": ["x" * 200_000]}) + "\n")
+    assert (rundir.last_line(path) or {})["step"] == 1
+    with path.open("ab") as file:
+        file.write(b"\0" * 200_000 + b"torn\n")
+    assert (rundir.last_line(path) or {})["step"] == 1

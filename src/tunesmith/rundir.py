@@ -378,10 +378,48 @@ def _write(path: Path, parts: Iterable[str]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file of a run. Left out is what a crash leaves: an unfinished last line, NUL bytes, and
     lines that are torn in other ways."""
-    if not path.is_file():
-        return []
+    return _lines(path.read_bytes()) if path.is_file() else []
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last of the lines that `read_lines` gives, which is found without reading the others."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = _lines(file.read())
+    except OSError:
+        return None
+    return (lines or read_lines(path) or [None])[-1]
+
+
+class Growing:
+    """A .jsonl file of a run to which another process goes on writing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at, self._inode = path, 0, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The lines since this was last asked; all of them where the file was written anew since then."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._at:
+                    self._at, self._inode = 0, status.st_ino
+                file.seek(self._at)
+                written = file.read()
+        except OSError:
+            return []
+        whole = written[: written.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return _lines(whole)
+
+
+_LAST_BYTES = 1 << 16
+
+
+def _lines(written: bytes) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_bytes().split(b"\n")[:-1]:
+    for text in written.split(b"\n")[:-1]:
         with suppress(ValueError, RecursionError):
             line = json.loads(text.strip(b"\0"))
             lines += [line] if isinstance(line, dict) else []

@@ -173,8 +173,8 @@ def state_of(path: Path) -> RunState:
     run = rundir.open_run(path)
     told = _told(run)
     state, heard = _state(run, told)
-    lines = rundir.read_lines(run.metrics)
-    quiet = time.time() - run.metrics.stat().st_mtime if lines else None
+    last = rundir.last_line(run.metrics)
+    quiet = time.time() - run.metrics.stat().st_mtime if last else None
     codes = {"running": 0, "done": 0, "failed": told.get("exit_code", 1)}
     return RunState(
         path,
@@ -184,9 +184,9 @@ def state_of(path: Path) -> RunState:
         told["began"],
         told["pid"],
         told["host"],
-        step=lines[-1]["step"] if lines else 0,
+        step=last["step"] if last else 0,
         n_steps=told["n_steps"],
-        loss=lines[-1]["loss"] if lines else None,
+        loss=last["loss"] if last else None,
         quiet_seconds=quiet,
         heard_seconds=heard,
         reason=_silence(told, heard) if state == "silent" else told["reason"],
@@ -276,15 +276,25 @@ def all_in(folder: Path) -> list[RunState]:
     return sorted(found, key=lambda run: run.began)
 
 
-def follow(path: Path, every_seconds: float = 0.3) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """New lines of a run's metrics (one or more at a time) with the number of its steps, until it ends."""
-    seen = 0
+@dataclass(frozen=True)
+class News:
+    """What a run has written down since it was last looked at."""
+
+    metrics: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    n_steps: int
+
+
+def follow(path: Path, every_seconds: float = 0.3) -> Iterator[News]:
+    """What is new in a run, each step once, until it ends."""
+    files = [rundir.Growing(file) for file in (RunDir(path).metrics, RunDir(path).held_out)]
+    seen = [-1, -1]  # steps are written again by a run that has gone on from an earlier one
     while True:
         state = state_of(path)
-        lines = rundir.read_lines(RunDir(path).metrics)
-        if len(lines) > seen:
-            yield lines[seen:], state.n_steps
-            seen = len(lines)
+        new = [[line for line in file.new() if line["step"] > step] for file, step in zip(files, seen, strict=True)]
+        seen = [lines[-1]["step"] if lines else step for lines, step in zip(new, seen, strict=True)]
+        if any(new):
+            yield News(new[0], new[1], state.n_steps)
         if state.state != "running":
             return
         time.sleep(every_seconds)

@@ -69,10 +69,13 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
 
     with display.TrainingDisplay(console) as watcher:
         watcher.began(state.n_steps, run)
-        for lines, n_steps in follow(run):
-            metrics = [StepMetrics.of(line) for line in lines]
-            watcher.went_on(metrics[:-1])
-            watcher.stepped(metrics[-1], n_steps)
+        for news in follow(run):
+            for line in news.held_out:
+                watcher.measured(line["step"], line["loss"])
+            if news.metrics:
+                metrics = [StepMetrics.of(line) for line in news.metrics]
+                watcher.went_on(metrics[:-1])
+                watcher.stepped(metrics[-1], news.n_steps)
             if terminal.nobody_reads():
                 return
     state = state_of(run)
