@@ -259,12 +259,14 @@ def test_a_real_limit_of_memory_shrinks_the_micro_batch(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
+import numpy
 from small_runs import settings
 from tunesmith import rundir
 from tunesmith.trainer import Watcher
 from tunesmith.training import train
 class Limits(Watcher):
     def began(self, n_steps, run):
+        numpy.ones((512, 512)) @ numpy.ones((512, 512))  # OpenBLAS takes room for its threads once, or crashes
         used = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmData"))) << 10
         resource.setrlimit(resource.RLIMIT_DATA, (used + (200 << 20), -1))
     def noted(self, text): print(text)
