@@ -73,7 +73,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo
 WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "broken JSON": ('{"instruction": "q", "output": }', "row", "a value"),
     "missing field": ({"instruction": "q"}, "output", "only 'instruction'"),
-    "misspelt field": ({"instrution": "q", "output": "a"}, "instruction", "data.columns.instruction=instrution"),
+    "misspelt field": ({"instrution": "q", "output": "a"}, "instruction", "Rename it in the file."),
     "number for a text": ({"instruction": "q", "output": 42}, "output", "the number 42"),
     "null answer": ({"instruction": "q", "output": None}, "output", "null"),
     "empty answer": ({"instruction": "q", "output": " "}, "output", "no text"),

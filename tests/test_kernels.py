@@ -125,9 +125,11 @@ def test_a_part_is_what_torch_computes(name: str, tokens: int, width: int, ranks
         del pairs[1 if name != "norm" else 2]
     else:
         pairs = list(zip(PARTS[name](case, in_single), PARTS[name](case, in_double), strict=True))
+    # Few numbers may all be small after the sum, and then their norm magnifies its rounding; observed 4.7e-6.
+    close = CLOSE if width >= 8 else 10 * CLOSE
     for found, expected in pairs:
         part = slice(None) if name != "norm backward" else slice(0, width)
-        assert distance(found[:, part], expected[:, part]) < CLOSE
+        assert distance(found[:, part], expected[:, part]) < close
 
 
 @pytest.mark.parametrize("sign", [1, -1])
