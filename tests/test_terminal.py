@@ -94,6 +94,7 @@ def test_an_updated_status_is_no_markup() -> None:
     def draw(screen: Screen) -> None:
         with screen.status("") as status:
             status.update("[/b] reads [red]x")
+            screen.print(status.renderable)  # as its thread does, which may not come to it
 
     assert "[/b] reads [red]x" in shown(draw)
 
