@@ -73,9 +73,11 @@ def desk(n_rows: int) -> Task:
     chance.shuffle(made)
     rows = [{"instruction": question, "output": name} for question, name in dict(made).items()][:n_rows]
     asked = [(ask + filled(text), name) for name, desk in held["desks"].items() for text in desk["tested"]]
-    return Task(
-        rows, [(question, (lambda right: lambda text: text.strip() == right)(name)) for question, name in asked]
-    )
+
+    def is_exactly(name: str) -> Callable[[str], bool]:
+        return lambda text: text.strip() == name
+
+    return Task(rows, [(question, is_exactly(name)) for question, name in asked])
 
 
 def huanhuan(n_rows: int, path: Path | None) -> Task:

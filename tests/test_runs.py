@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -20,7 +21,7 @@ from small_runs import flags_of, settings, until
 from tunesmith import rundir, runs
 from tunesmith.errors import RunError
 from tunesmith.rundir import RunDir
-from tunesmith.training import train
+from tunesmith.training import Run, train
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -217,3 +218,15 @@ def test_the_last_line_is_found_where_it_is_long_and_where_much_is_torn(tmp_path
     with path.open("ab") as file:
         file.write(b"\0" * 200_000 + b"torn\n")
     assert (rundir.last_line(path) or {})["step"] == 1
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"step": "x", "loss": 1}', '{"step": 3, "loss": null}', '{"step": 2}'])
+def test_lines_that_are_none_of_ours_are_read_over(undisturbed: Run, tmp_path: Path, line: str) -> None:
+    run = shutil.copytree(undisturbed.path, tmp_path / "run")
+    for name in ("metrics.jsonl", "held_out.jsonl"):
+        with (run / name).open("a") as file:
+            file.write(line + "\n")
+    for command in (("watch", run), ("runs", tmp_path)):
+        ended = tunesmith(*command)
+        assert ended.code == 0, ended.err
+        assert "Traceback" not in ended.out + ended.err

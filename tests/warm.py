@@ -20,11 +20,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from select import select
 from types import TracebackType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 # What the command line itself sets before it imports anything.
 BEFORE_IMPORTS = {
@@ -48,15 +48,15 @@ class Forked:
     """The most memory that it, which has ended, and those that it waited for took; what was imported counts."""
 
     def __init__(self, address: str, request: dict[str, object], streams: Streams | None, typed: str) -> None:
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as keys, socket.socket(socket.AF_UNIX) as connection:
+        self._open = ExitStack()  # until it has been waited for
+        self._out, self._err = (self._open.enter_context(_file()) for _ in range(2))
+        with _file() as keys, socket.socket(socket.AF_UNIX) as connection:
             keys.write(typed)
             keys.seek(0)
-            self._out = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - `wait` closes them
-            self._err = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
             connection.connect(address)
             given = streams or (keys.fileno(), self._out.fileno(), self._err.fileno())
             socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], given)
-            self._answers = connection.makefile()
+            self._answers = self._open.enter_context(connection.makefile())
         self.pid = int(self._answers.readline() or _gone())
         self.returncode: int | None = None
         self._said = ("", "")
@@ -67,7 +67,7 @@ class Forked:
             if not select([self._answers], [], [], timeout)[0]:
                 raise TimeoutError(f"process {self.pid} has not ended after {timeout} seconds")
             self.returncode, self.peak_bytes = map(int, (self._answers.readline() or _gone()).split())
-            with self._answers, self._out, self._err:
+            with self._open:
                 self._out.seek(0)
                 self._err.seek(0)
                 self._said = self._out.read(), self._err.read()
@@ -90,6 +90,10 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
 def _gone() -> NoReturn:

@@ -142,11 +142,11 @@ def require_finished(run: RunDir) -> None:
     if run.adapter.is_dir():
         return
     state = state_of(run.path)
-    at = f" at step {state.step:,} of {state.n_steps:,}" if state.n_steps else ""
+    at = f" at step {state.step:,} of {state.n_steps:,}" if state.n_steps and state.state != "done" else ""
     command = "watch" if state.state == "running" else "resume"
     became = {
         "running": "is training, now",
-        "done": "was done, and has lost it since,",
+        "done": "is done, and has lost it since",
         "interrupted": "was interrupted",
         "failed": f"failed ({state.reason})",
         "gone": "was killed",
@@ -174,6 +174,7 @@ def state_of(path: Path) -> RunState:
     told = _told(run)
     state, heard = _state(run, told)
     last = rundir.last_line(run.metrics)
+    last = last if last and _holds(last, ("step", "loss")) else None
     quiet = time.time() - run.metrics.stat().st_mtime if last else None
     codes = {"running": 0, "done": 0, "failed": told.get("exit_code", 1)}
     return RunState(
@@ -285,13 +286,30 @@ class News:
     n_steps: int
 
 
+_NUMBERS = (
+    (
+        *("step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "seconds"),
+        "peak_memory_bytes",
+    ),
+    ("step", "loss"),
+)
+"""Of a line of metrics.jsonl and of held_out.jsonl; a line without them is not one of ours, and is read over."""
+
+
+def _holds(line: Mapping[str, Any], numbers: Sequence[str]) -> bool:
+    return all(isinstance(line.get(name), int | float) for name in numbers)
+
+
 def follow(path: Path, every_seconds: float = 0.3) -> Iterator[News]:
     """What is new in a run, each step once, until it ends."""
     files = [rundir.Growing(file) for file in (RunDir(path).metrics, RunDir(path).held_out)]
     seen = [-1, -1]  # steps are written again by a run that has gone on from an earlier one
     while True:
         state = state_of(path)
-        new = [[line for line in file.new() if line["step"] > step] for file, step in zip(files, seen, strict=True)]
+        new = [
+            [line for line in file.new() if _holds(line, numbers) and line["step"] > step]
+            for file, numbers, step in zip(files, _NUMBERS, seen, strict=True)
+        ]
         seen = [lines[-1]["step"] if lines else step for lines, step in zip(new, seen, strict=True)]
         if any(new):
             yield News(new[0], new[1], state.n_steps)

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -68,7 +68,8 @@ class StepMetrics:
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> StepMetrics:
-        return cls(**{**line, "notes": tuple(line.get("notes", ()))})
+        known = {field.name: line[field.name] for field in fields(cls) if field.name in line}
+        return cls(**{**known, "notes": tuple(line.get("notes", ()))})
 
 
 class Watcher:
