@@ -197,7 +197,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     codes = [process.wait(600) for process in started]
     assert codes == [0, 5], (folder / "0.log").read_text()
     lines = [(folder / f"{rank}.log").read_text().splitlines() for rank in range(2)]
-    return [dict(json.loads(line) for line in each if line.startswith("[")) for each in lines]
+    return [dict(json.loads(line) for line in each if line.startswith('["')) for each in lines]
 
 
 @pytest.mark.parametrize(

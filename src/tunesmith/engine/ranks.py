@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -166,6 +167,26 @@ def _no_answer(error: Exception) -> RunError:
 
 
 @contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """What is written to descriptor 1 meanwhile goes to standard error: the Gloo of torch 2.9 says there that it is
+    connected, where somebody may want one JSON object and nothing else."""
+    try:
+        os.fstat(2)
+        kept = os.dup(1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    if sys.stdout:
+        sys.stdout.flush()
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes that a launcher started this one with; just this one where there was none.
 
@@ -178,9 +199,11 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     began, n_threads = not dist.is_initialized(), torch.get_num_threads()
-    if began:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT)
-    ranks = Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
+    with _output_to_errors():
+        if began:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT)
+        group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    ranks = Ranks(dist.get_rank(), size, group)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(n_threads, _fair_threads()))
     try:
