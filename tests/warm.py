@@ -1,8 +1,8 @@
 """Commands as processes of their own that need not import everything anew: they are forked from one that has.
 
 A fresh process spends seven of its eight seconds importing torch, transformers and peft. Here the imports are done once
-per test worker; each command is a fork that has read nothing else, runs the command line's `main`, or a script, with its
-own arguments, environment, folder, standard output and standard error, and ends with its exit code. What an import
+per test worker; each command is a fork that has read nothing else, runs the command line's `main`, or a script, with
+its own arguments, environment, folder, standard output and standard error, and ends with its exit code. What an import
 itself does is for a fresh process to show.
 """
 
