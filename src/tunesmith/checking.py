@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedConfig
 
-from tunesmith import cache, hub, records
+from tunesmith import cache, hub, records, rehearsal
 from tunesmith import model as models
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Recipe
@@ -113,6 +113,8 @@ def check(
     renderer = models.open_renderer(found, recipe.template)
     targets = models.targets(models.skeleton(config), recipe.lora)
     limit = _longest_allowed(recipe, config)
+    if recipe.data.rehearse is not None:
+        rehearsal.prompts(recipe.data.rehearse)
     table = cache.rendered(data, renderer, on_rows)
     rows, faults = Rows(table, data), faults_of(table, data)
     faults += _too_long(recipe, rows, limit)
@@ -149,10 +151,18 @@ def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
 def hold_out(checked: Checked) -> tuple[Rows, Rows]:
     """The rows to train on and those to measure on: a pure function of seed, share and the data's digest."""
     settings, rows = checked.recipe, checked.rows
-    count = min(int(len(rows) * settings.eval.hold_out), HELD_OUT_AT_MOST)
+    count = _n_held_out(len(rows), settings.eval.hold_out)
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count)] = True
     return rows.pick(~held), rows.pick(held)
+
+
+def _n_held_out(n_rows: int, share: float | Literal["auto"]) -> int:
+    if share != "auto":
+        return min(int(n_rows * share), HELD_OUT_AT_MOST)
+    if n_rows < 50:
+        return n_rows // 5
+    return 10 if n_rows < 100 else min(max(20, n_rows // 20), HELD_OUT_AT_MOST)
 
 
 def held_out_in_training(checked: Checked) -> list[tuple[Origin, Origin]]:

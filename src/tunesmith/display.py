@@ -388,6 +388,8 @@ def show_evaluation(console: Screen, evaluation: Evaluation, lines: Sequence[Seq
     """The verdict, the table, and the answers that changed most."""
     colour = {"better": "green", "worse": "red"}.get(evaluation.verdict, "yellow")
     console.print(evaluation.sentence, style=f"bold {colour}")
+    for line in evaluation.advice:
+        console.print(line)
     table = Table(box=SIMPLE_HEAD)
     table.add_column(f"{evaluation.rows} rows")
     for name in ("base", "tuned"):

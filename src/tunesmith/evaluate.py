@@ -1,33 +1,18 @@
-"""Is the tuned model better than its base, on rows that it never saw, and what did that cost?
-
-The verdict follows from these rules, and from nothing else:
-
-* It is *worse* when the loss of the held-out replies rose, or when it has unlearned to listen: they are no likelier
-  after their own question than after another row's although they are for the base, or less than half as much as for it.
-* It is *better* when that loss fell and the replies are likelier after their own question.
-* Else there is *no difference*.
-* *Rose*, *fell* and *likelier* mean: the interval in which the mean lies in 95 of 100 draws of rows is wholly on one
-  side of zero. *Less than half as much*: it is wholly below half of the base's mean.
-* Beside the verdict it is said if it *forgot* (of a hundred general questions it answers fewer rightly, by at least
-  five, and a sign test gives that less than one chance in twenty), if it *copies* (more than half of the long runs of
-  words in its replies stand in training rows and not in the row's own answer, and twice as many as the base has), if it
-  *does not stop* (fewer than nine of ten replies end by themselves, and fewer than the base's), and if it *repeats
-  itself* (a tenth of what it writes stands earlier in the same reply, and twice as much as the base's).
-"""
+"""Base against tuned model: what is measured on rows that neither saw, and what it cost."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tunesmith import chat as chats
 from tunesmith import harness, rundir, scores
 from tunesmith import model as models
+from tunesmith import verdict as verdicts
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
@@ -36,43 +21,14 @@ from tunesmith.general import questions
 from tunesmith.rows import Row
 from tunesmith.training import recipe_of
 from tunesmith.types import Message, Rendered
+from tunesmith.verdict import Side
 
-Verdict = Literal["better", "no difference", "worse"]
 ASKED_AT_MOST = 100
 """Held-out rows whose replies are written and compared; the loss is measured on all of them."""
 
 _GENERAL_TOKENS = 48
 _TOKENS_AT_ONCE = 1024
 _TRAINING_ROWS = 100_000  # whose replies are looked through for copies
-
-
-@dataclass(frozen=True)
-class Side:
-    """What was measured of the base, or of the tuned model."""
-
-    loss: float
-    """Nats per supervised token of the held-out rows."""
-    loss_interval: tuple[float, float]
-    listening: float
-    """By how many nats per token a reply is likelier after its own question than after another row's."""
-    listening_interval: tuple[float, float]
-    likeness: float
-    """chrF to the row's own answer, 0 to 1."""
-    exact: float | None
-    """Share of replies with the words of the row's own answer, among rows whose answer is short."""
-    stopped: float
-    """Share of replies that ended by themselves."""
-    repetition: float
-    copied: float | None
-    """Share of long runs of words that stand in training rows; None where no reply was long enough."""
-    general: int
-    """General questions answered rightly."""
-    tokens_per_second: float
-    """Written, with several replies side by side."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))
 
 
 @dataclass(frozen=True)
@@ -103,9 +59,11 @@ class Evaluation:
     tuned: Side
     change_interval: tuple[float, float]
     """Of tuned loss minus base loss, by row."""
-    verdict: Verdict
+    verdict: verdicts.Name
     sentence: str
     """The verdict with its reasons."""
+    advice: tuple[str, ...]
+    """What to do next, as far as the figures say it."""
     answers: tuple[Answer, ...]
     """Worst first."""
     general: tuple[tuple[str, str, bool, str, bool], ...]
@@ -157,7 +115,8 @@ def evaluate(
     )
     tell("Loading the model …")
     chat = chats.load(path)
-    evaluation = _measure(chat, list(rows), str(data or recipe.data.path), known, judge, tell)
+    curve = [(line["epoch"], line["loss"]) for line in rundir.read_lines(run.held_out)]
+    evaluation = _measure(chat, list(rows), str(data or recipe.data.path), known, curve, judge, tell)
     if tasks:
         tell("lm-evaluation-harness …")
         evaluation = replace(evaluation, tasks=harness.measure(chat, tasks))
@@ -169,6 +128,7 @@ def _measure(
     rows: Sequence[Row],
     data: str,
     known: frozenset[scores.Run],
+    curve: Sequence[tuple[float, float]],
     judge: Callable[[Sequence[Answer]], list[str]] | None,
     tell: Callable[[str], None],
 ) -> Evaluation:
@@ -218,7 +178,9 @@ def _measure(
     change = scores.interval(changes, n_supervised)
     lost = sum(b and not t for (_, b), (_, t) in zip(*general, strict=True))
     gained = sum(t and not b for (_, b), (_, t) in zip(*general, strict=True))
-    verdict, sentence = conclude(sides[0], sides[1], change, lost, gained)
+    verdict = verdicts.conclude(sides[0], sides[1], change, len(rows), lost, gained)
+    listens = sides[1].listening_interval[0] > 0
+    advice = verdicts.advice(verdict.name, curve, verdicts.has_forgotten(lost, gained), listens)
     # A row of several documents is shown with the loss of its last one.
     last = [n - 1 for n in itertools.accumulate(len(row.documents) for row in rows)]
     answers = [
@@ -247,61 +209,13 @@ def _measure(
         base=sides[0],
         tuned=sides[1],
         change_interval=change,
-        verdict=verdict,
-        sentence=sentence,
+        verdict=verdict.name,
+        sentence=verdict.sentence,
+        advice=tuple(advice),
         answers=tuple(sorted(answers, key=lambda answer: answer.base_loss - answer.tuned_loss)),
         general=tuple((q.question, *b, *t) for q, b, t in zip(questions(), general[0], general[1], strict=True)),
         judge=preferred,
     )
-
-
-def conclude(base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int) -> tuple[Verdict, str]:
-    """The verdict and its sentence, by the rules above. `lost` and `gained`: general questions that only the base, or
-    only the tuned model, answers rightly."""
-    figures = f"loss {base.loss:.2f} → {tuned.loss:.2f}"
-    listens, listened = tuned.listening_interval[0] > 0, base.listening_interval[0] > 0
-    verdict: Verdict
-    if change[0] > 0:
-        verdict, sentence = "worse", f"Worse than the base: stop here because the loss rose on your data ({figures})"
-    elif listened and not listens:
-        verdict = "worse"
-        sentence = "Worse than the base: stop here because its answers no longer depend on the questions"
-    elif listened and tuned.listening_interval[1] < base.listening / 2:
-        verdict = "worse"
-        sentence = "Worse than the base: stop here because its answers depend on the questions less than half as much"
-    elif change[1] < 0 and listens:
-        verdict, sentence = "better", f"Better on your data ({figures})"
-    elif change[1] < 0:
-        verdict = "no difference"
-        sentence = (
-            f"No better than the base: it has the tone of your data ({figures}), but neither model's answers depend on "
-            "the questions of these rows (do the rows' answers belong to their questions?)"
-        )
-    else:
-        verdict, sentence = "no difference", f"No difference that {figures} on so few rows could show"
-    harms = list(_harms(base, tuned, lost, gained))
-    if harms:
-        return verdict, f"{sentence}{', but' if verdict == 'better' else ';'} {'; '.join(harms)}."
-    return verdict, f"{sentence}, nothing forgotten." if verdict == "better" else f"{sentence}."
-
-
-def _harms(base: Side, tuned: Side, lost: int, gained: int) -> list[str]:
-    found = []
-    if lost - gained >= 5 and _chance(lost, gained) < 0.05:
-        found.append(f"it forgot: {tuned.general} general questions right, {base.general} before")
-    if tuned.copied is not None and tuned.copied > max(0.5, 2 * (base.copied or 0)):
-        found.append(f"it copies: {tuned.copied:.0%} of its long runs of words stand in training rows")
-    if tuned.stopped < min(0.9, base.stopped):
-        found.append(f"only {tuned.stopped:.0%} of its answers end by themselves, {base.stopped:.0%} before")
-    if tuned.repetition > max(0.1, 2 * base.repetition):
-        found.append(f"it repeats itself: {tuned.repetition:.0%} of what it writes")
-    return found
-
-
-def _chance(lost: int, gained: int) -> float:
-    """Of losing at least so many of the questions that changed, were losing and gaining equally likely (sign test)."""
-    n = lost + gained
-    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

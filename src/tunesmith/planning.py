@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tunesmith import hyperparameters, rehearsal, rehearsed, system
 from tunesmith import model as models
-from tunesmith import system
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, products, trie
 from tunesmith.engine.decoder import LAYERS
@@ -29,9 +29,11 @@ from tunesmith.engine.memory import Pieces
 from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
+from tunesmith.hyperparameters import Chosen
 from tunesmith.machines import CARDS, Device, Machine, this_machine
-from tunesmith.recipe import Recipe
-from tunesmith.steps import Step, Steps
+from tunesmith.recipe import Recipe, settled
+from tunesmith.steps import Steps
+from tunesmith.types import Rendered
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
@@ -331,15 +333,6 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A setting that was left to the plan."""
-
-    setting: str
-    value: Any
-    why: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a training will take."""
 
@@ -410,6 +403,8 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
     False.
     """
     machine = machine or this_machine()
+    taught = tuple(hyperparameters.chosen(checked.recipe, checked.config, hold_out(checked)[0]))
+    checked = replace(checked, recipe=applied(checked.recipe, {choice.setting: choice.value for choice in taught}))
     recipe, shape = checked.recipe, shape_of(checked)
     sample = _Sample(checked)
     parts, choice = Parts(0, 0, 0, 0, 0, 0, 0, 0), Choice(0, 0, 4)
@@ -430,7 +425,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
         sample.n_steps,
         round(sample.n_steps * tokens),
         seconds,
-        tuple(_explained(recipe, choice, shape, machine)),
+        (*taught, *_explained(recipe, choice, shape, machine)),
     )
 
 
@@ -496,12 +491,15 @@ class _Sample:
         settings = checked.recipe.train
         rows, _ = hold_out(checked)
         self._share = checked.recipe.engine.share_prefix
-        self._steps = Steps(rows, settings.examples_per_step, settings.seed, checked.data.digest)
-        self.n_steps = len(self._steps) * settings.epochs
-        size = settings.examples_per_step
+        size, epochs = settled(settings.examples_per_step), settled(settings.epochs)
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_tokens.sum()))
+        prompts = rehearsal.prompts(checked.recipe.data.rehearse)[: per_epoch * epochs]
+        general = rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
+        self._steps = Steps(rows, size, settings.seed, checked.data.digest, general, per_epoch)
+        self.n_steps = len(self._steps) * epochs
         chosen: list[np.ndarray] = []
         tokens, longest = [], []
-        for epoch in range(settings.epochs):
+        for epoch in range(epochs):
             order = np.array(self._steps.order(epoch))
             starts = np.arange(0, len(order), size)
             chosen += np.split(order, starts[1:])
@@ -509,13 +507,15 @@ class _Sample:
             longest.append(np.maximum.reduceat(rows.longest[order], starts))
         heavy = [n for seen in (tokens, longest) for n in np.argsort(np.concatenate(seen), kind="stable")[-4:].tolist()]
         evenly = range(0, len(chosen), max(1, len(chosen) // _STEPS_LAID_OUT))
-        self._evenly = [self._documents(rows, chosen[n]) for n in evenly]
-        self._heavy = [self._documents(rows, chosen[n]) for n in dict.fromkeys(heavy)]
-        self._loads: dict[int, list[Load]] = {}
 
-    @staticmethod
-    def _documents(rows: Any, numbers: np.ndarray) -> tuple[Any, ...]:
-        return Step(tuple(document for n in numbers.tolist() for document in rows[n].documents)).documents
+        def documents(number: int) -> tuple[Rendered, ...]:
+            others = self._steps.rehearsed(*divmod(number, len(self._steps)))
+            rows_of = [*(rows[n] for n in chosen[number].tolist()), *(general[n] for n in others)]
+            return tuple(document for row in rows_of for document in row.documents)
+
+        self._evenly = [documents(number) for number in evenly]
+        self._heavy = [documents(number) for number in dict.fromkeys(heavy)]
+        self._loads: dict[int, list[Load]] = {}
 
     def heaviest(self, budget: int) -> list[Load]:
         """The loads of the largest micro-batches."""

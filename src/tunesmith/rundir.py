@@ -3,7 +3,7 @@
 It holds private rows, so whatever the umask says it is its owner's alone, but for adapter/: who is given the path of
 that can read it, and can not list what lies beside it.
 
-RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
+RUN/recipe.yaml  manifest.json  ledger.jsonl  rehearsal.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
 RUN/checkpoints/step-000100/    RUN/adapter/
 """
 
@@ -63,6 +63,10 @@ class RunDir:
     @property
     def held_out(self) -> Path:
         return self.path / "held_out.jsonl"
+
+    @property
+    def rehearsal(self) -> Path:
+        return self.path / "rehearsal.jsonl"
 
     @property
     def state(self) -> Path:
@@ -426,10 +430,11 @@ def _lines(written: bytes) -> list[dict[str, Any]]:
     return lines
 
 
-def thin_out(run: RunDir, keep: int) -> None:
-    """Deletes the oldest checkpoints but `keep`."""
+def thin_out(run: RunDir, keep: int, best: int | None = None) -> None:
+    """Deletes the oldest checkpoints but `keep`, and never that of step `best`."""
     for old in run.points()[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def weights_of(folder: Path) -> dict[str, dict[str, str | int]]:

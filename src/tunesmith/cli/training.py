@@ -273,7 +273,9 @@ def _epochs(sets: list[str]) -> int | None:
             fix = "Leave it out, or train anew with it."
             raise RecipeError(f"--set {name}", "a setting that the run began with", "train.epochs alone", fix)
         settings, _ = recipes.resolve(None, {name: value})
-        epochs = settings.train.epochs
+        if (epochs := settings.train.epochs) == "auto":
+            fix = "Give the number of epochs to reach, counted from the run's beginning."
+            raise RecipeError(f"--set {name}", "auto", "a number", fix)
     return epochs
 
 

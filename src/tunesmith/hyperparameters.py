@@ -1,0 +1,51 @@
+"""What `auto` is in the settings that decide how well a model learns and how much it keeps: a page of arithmetic.
+
+The constants were found by training (docs/log.md, `benchmarks/defaults.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from tunesmith.recipe import Recipe
+from tunesmith.rows import Rows
+
+RATE, AT_WIDTH, NARROWER = 5e-4, 2000, 0.78
+"""A learning rate, the width of model that it is for, and the power by which a narrower model takes a higher one."""
+STEPS = 60
+"""So many steps at least, as long as no row is seen more than `MOST_EPOCHS` times."""
+LEAST_EPOCHS, MOST_EPOCHS = 2, 6
+REHEARSE = 0.1
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting that was left open."""
+
+    setting: str
+    value: Any
+    why: str
+
+
+def chosen(recipe: Recipe, config: PreTrainedConfig, training: Rows) -> Iterator[Chosen]:
+    """What the recipe leaves open of how it trains, by the model and the rows that are trained on."""
+    settings, n_rows = recipe.train, len(training)
+    size = settings.examples_per_step
+    if size == "auto":
+        size = 8 if n_rows < 2000 else 16
+        yield Chosen("train.examples_per_step", size, f"{n_rows:,} rows")
+    if settings.epochs == "auto":
+        steps = math.ceil(n_rows / size)
+        epochs = min(max(LEAST_EPOCHS, math.ceil(STEPS / steps)), MOST_EPOCHS)
+        yield Chosen("train.epochs", epochs, f"{steps:,} steps an epoch")
+    if settings.learning_rate == "auto":
+        width = int(config.get_text_config().hidden_size)
+        rate = float(f"{RATE * (AT_WIDTH / width) ** NARROWER:.1e}")
+        yield Chosen("train.learning_rate", rate, f"a model of width {width:,}")
+    if settings.rehearse == "auto":
+        yield Chosen("train.rehearse", REHEARSE, "so that nothing is forgotten")
