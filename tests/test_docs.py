@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -82,6 +83,10 @@ def test_the_documents_are_there() -> None:
 
 
 def test_the_reference_is_fresh() -> None:
+    pinned = dict(re.findall(r"^(typer|rich|pydantic)==(\S+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M))
+    here = {name: importlib.metadata.version(name) for name in pinned}
+    if here != pinned:
+        pytest.skip(f"the pages are laid out as the pinned versions do it ({pinned}), and here are {here}")
     script = ROOT / "scripts" / "write_reference.py"
     result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
