@@ -32,6 +32,7 @@ from tunesmith.errors import OutOfMemory
 from tunesmith.hyperparameters import Chosen
 from tunesmith.machines import CARDS, Device, Machine, this_machine
 from tunesmith.recipe import Recipe, settled
+from tunesmith.rows import Row
 from tunesmith.steps import Steps
 from tunesmith.types import Rendered
 
@@ -394,6 +395,14 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def rehearsed_in(checked: Checked) -> list[Row]:
+    """The general prompts of a recipe with room for their answers; none where nothing is rehearsed."""
+    if not checked.recipe.train.rehearse:
+        return []
+    prompts = rehearsal.prompts(checked.recipe.data.rehearse)
+    return rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
+
+
 def plan(checked: Checked, machine: Machine | None = None) -> Plan:
     """What the recipe's training will take on a machine (default: this one), with what is best for its memory chosen
     where the recipe leaves it open.
@@ -492,9 +501,8 @@ class _Sample:
         rows, _ = hold_out(checked)
         self._share = checked.recipe.engine.share_prefix
         size, epochs = settled(settings.examples_per_step), settled(settings.epochs)
-        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_tokens.sum()))
-        prompts = rehearsal.prompts(checked.recipe.data.rehearse)[: per_epoch * epochs]
-        general = rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
+        general = rehearsed_in(checked)
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_tokens.sum()), general)
         self._steps = Steps(rows, size, settings.seed, checked.data.digest, general, per_epoch)
         self.n_steps = len(self._steps) * epochs
         chosen: list[np.ndarray] = []

@@ -16,22 +16,24 @@ from tunesmith.rows import Row
 from tunesmith.types import Conversation, Message, Origin, Rendered
 
 ANSWER_TOKENS = 64
-TOKENS_EACH = 90
-"""Of a prompt with its answer, taken before they are known: 64 and the template's with a line's."""
+_LOOKED_AT = 64
 
 
-def per_epoch(share: float, n_tokens: int) -> int:
-    """How many prompts make up this share of an epoch's tokens, `n_tokens` of which are those of the rows."""
-    return math.ceil(share / (1 - share) * n_tokens / TOKENS_EACH)
+def per_epoch(share: float, n_tokens: int, prompts: Sequence[Row]) -> int:
+    """How many of the prompts make up this share of an epoch's tokens, `n_tokens` of which are those of the data."""
+    if not share:
+        return 0
+    lengths = [len(row.documents[0].token_ids) for row in prompts[:_LOOKED_AT]]
+    return math.ceil(share / (1 - share) * n_tokens * len(lengths) / sum(lengths))
 
 
-def unanswered(renderer: Renderer, asked: Sequence[str], system: str | None) -> list[Row]:
+def unanswered(renderer: Renderer, prompts: Sequence[str], system: str | None) -> list[Row]:
     """Rows as long as those with answers are at most; no weights are needed, and none of their answers is true."""
     before = [Message("system", system)] if system else []
-    ids = [renderer.prompt_ids([*before, Message("user", prompt)]) for prompt in asked]
+    ids = [renderer.prompt_ids([*before, Message("user", prompt)]) for prompt in prompts]
     return [
         _row(number, prompt, "…", prompt_ids, prompt_ids[-1:] * ANSWER_TOKENS)
-        for number, (prompt, prompt_ids) in enumerate(zip(asked, ids, strict=True), 1)
+        for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True), 1)
     ]
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, hub, planning, rehearsal, rehearsed, rundir, runs
+from tunesmith import adapter_files, hub, planning, rehearsed, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
@@ -262,8 +262,7 @@ class _Work:
         asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
         untuned = Chat(base, checked.renderer, generation, recipe.template.system)
         before = _ask(untuned, asked)
-        per_epoch = rehearsed.per_epoch(settled(recipe.train.rehearse), int(self.training.n_tokens.sum()))
-        general = self._rehearsed(run, untuned, per_epoch * settled(recipe.train.epochs), point) if per_epoch else ()
+        general, per_epoch = self._rehearsed(run, untuned, point) if recipe.train.rehearse else ((), 0)
         model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
         sharded = self.ranks.size > 1 and processes.wants_sharding()
         if sharded:
@@ -304,29 +303,36 @@ class _Work:
             write_report(run, result, checked)
         return result
 
-    def _rehearsed(self, run: RunDir, base: Chat, most: int, point: Path | None) -> Sequence[Row]:
-        """At most so many general prompts with the base's answers: written by the base and put down in the run's
-        folder, or as they stand there where the run goes on from a checkpoint.
+    def _rehearsed(self, run: RunDir, base: Chat, point: Path | None) -> tuple[Sequence[Row], int]:
+        """General prompts with the base's answers, and how many an epoch has: written by the base and put down in the
+        run's folder, or as they stand there where the run goes on from a checkpoint.
 
         Raises ProofError where the file is not the one that the run began with.
         """
-        if not self.ranks.is_main:
-            lines = None
-        elif point is not None:
-            lines = _unchanged_rehearsal(run)
-        else:
-            prompts = rehearsal.prompts(self.recipe.data.rehearse)[:most]
-            self.watcher.noted(f"The base answers {len(prompts)} general prompts, to be trained along with the rows …")
-            talks = [[Message("user", prompt)] for prompt in prompts]
-            replies = base.replies(talks, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
-            lines = [
-                {"prompt": prompt, "answer": r.text, "prompt_ids": r.prompt_ids, "answer_ids": r.token_ids}
-                for prompt, r in zip(prompts, replies, strict=True)
-            ]
+        lines, per_epoch = None, 0
+        if self.ranks.is_main and point is not None:
+            lines, per_epoch = _unchanged_rehearsal(run)
+        elif self.ranks.is_main:
+            lines, per_epoch = self._answered(base)
             rundir.write_lines(run.rehearsal, lines)
-            made = {"prompts": len(prompts), "sha256": rundir.sha256(run.rehearsal)}
+            made = {"prompts": len(lines), "per_epoch": per_epoch, "sha256": rundir.sha256(run.rehearsal)}
             rundir.write_json(run.manifest, {**rundir.read_manifest(run), "rehearsal": made})
-        return rehearsed.rows_of(self.ranks.from_main(lines))
+        lines, per_epoch = self.ranks.from_main([lines, per_epoch])
+        return rehearsed.rows_of(lines), per_epoch
+
+    def _answered(self, base: Chat) -> tuple[list[dict[str, Any]], int]:
+        settings = self.settled.train
+        rows = planning.rehearsed_in(self.checked)
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_tokens.sum()), rows)
+        rows = rows[: per_epoch * settled(settings.epochs)]
+        self.watcher.noted(f"The base answers {len(rows)} general prompts, to be trained along with the rows …")
+        prompts = [row.conversation.messages[0].content for row in rows]
+        talks = [[Message("user", prompt)] for prompt in prompts]
+        replies = base.replies(talks, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
+        return [
+            {"prompt": prompt, "answer": r.text, "prompt_ids": r.prompt_ids, "answer_ids": r.token_ids}
+            for prompt, r in zip(prompts, replies, strict=True)
+        ], per_epoch
 
     def has_ended(self, run: RunDir, step: int) -> bool:
         """Whether nothing is to be done after a step."""
@@ -440,12 +446,12 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
         watcher.noted(f"Not the versions that the run began with: {', '.join(other)}. The last digits may differ.")
 
 
-def _unchanged_rehearsal(run: RunDir) -> list[dict[str, Any]]:
-    before = rundir.read_manifest(run)["rehearsal"]["sha256"]
-    if not run.rehearsal.is_file() or rundir.sha256(run.rehearsal) != before:
+def _unchanged_rehearsal(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    before = rundir.read_manifest(run)["rehearsal"]
+    if not run.rehearsal.is_file() or rundir.sha256(run.rehearsal) != before["sha256"]:
         found = "other answers than the base gave" if run.rehearsal.is_file() else "no file"
         raise ProofError(str(run.rehearsal), found, "the file that training wrote", "Put it back, or train anew.")
-    return rundir.read_lines(run.rehearsal)
+    return rundir.read_lines(run.rehearsal), before["per_epoch"]
 
 
 # --- what is written down ---------------------------------------------------------------------------------------------
