@@ -57,6 +57,7 @@ LAYERS = [
         "system",
         "interrupts",
         "general",
+        "rehearsal",
         "confined",
         "loopback",
         "reading",
