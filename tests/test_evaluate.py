@@ -334,11 +334,23 @@ def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Pat
         evaluate(run.path)
 
 
-def test_data_that_is_no_longer_the_same_is_refused(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["other", "gone"])
+def test_a_run_is_measured_on_the_rows_that_it_kept_where_the_data_is_no_longer_the_same(
+    tiny_model: Path, talk: Path, tmp_path: Path, change: str
+) -> None:
     data = tmp_path / "talk.jsonl"
     data.write_text(talk.read_text())
-    run = train(settings(tiny_model, data, **{"train.epochs": 1}), tmp_path / "run")
-    data.write_text(talk.read_text().replace("Count to 3.", "Count to three."))
+    run = train(settings(tiny_model, data, **{"train.epochs": 1, "template.system": "Be brief."}), tmp_path / "run")
+    before = evaluate(run.path)
+    if change == "gone":
+        data.unlink()
+    else:
+        data.write_text(talk.read_text().replace("Count to 3.", "Count to three."))
+    after = evaluate(run.path)
+    assert (after.rows, after.tuned.loss, after.base.loss) == (before.rows, before.tuned.loss, before.base.loss)
+    assert after.tuned.copied is None and "is not there as it was at training" in after.advice[0]
+    assert run.path.joinpath("held_out_rows.jsonl").stat().st_mode & 0o077 == 0  # they are private
+    run.path.joinpath("held_out_rows.jsonl").unlink()  # as in runs of earlier versions
     ended = tunesmith("eval", run.path)
     assert ended.code == 2 and "other rows than at training" in ended.err
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
 from tunesmith.general import questions
-from tunesmith.rows import Row
+from tunesmith.recipe import Recipe
+from tunesmith.rows import Row, Rows
+from tunesmith.rundir import RunDir
 from tunesmith.training import recipe_of
 from tunesmith.types import Message, Rendered
 from tunesmith.verdict import Side
@@ -94,40 +96,56 @@ def evaluate(
     run = rundir.open_run(path)
     recipe, _, manifest = recipe_of(run)
     tell("Reading the rows …")
-    checked = check(recipe)
-    if checked.data.digest != manifest["data"]["sha256"]:
-        raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
-    trained, held_out = hold_out(checked)
-    rows: Sequence[Row] = held_out
-    if data is not None:
-        other = check(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(data)})}))
-        other.require_ok()
-        rows = other.rows
+    trained, rows, where = _rows(run, recipe, manifest, data)
     if len(rows) < 2:
         raise RunError(
             str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: --data FILE."
         )
-    known = scores.long_runs(
-        message.content
-        for number in range(min(len(trained), _TRAINING_ROWS))
-        for message in trained[number].conversation.messages
-        if message.role == "assistant"
-    )
+    known = None if trained is None else _runs_of(trained)
     tell("Loading the model …")
     chat = chats.load(path)
     curve = [(line["epoch"], line["loss"]) for line in rundir.read_lines(run.held_out)]
-    evaluation = _measure(chat, list(rows), str(data or recipe.data.path), known, curve, judge, tell)
+    evaluation = _measure(chat, list(rows), where, known, curve, judge, tell)
+    if trained is None:
+        advice = f"{recipe.data.path} is not there as it was at training, so copies of its rows were not looked for."
+        evaluation = replace(evaluation, advice=(advice, *evaluation.advice))
     if tasks:
         tell("lm-evaluation-harness …")
         evaluation = replace(evaluation, tasks=harness.measure(chat, tasks))
     return evaluation
 
 
+def _rows(run: RunDir, recipe: Recipe, manifest: Mapping[str, Any], data: Path | None) -> tuple[Rows | None, Rows, str]:
+    """The rows that were trained on, those to measure on, and the file that has these.
+
+    Where the data is no longer what was trained on, None, and the held-out rows that the run has kept.
+    """
+
+    def read(file: Path, **others: Any) -> Rows:
+        settings = recipe.data.model_copy(update={"path": str(file), **others})
+        checked = check(recipe.model_copy(update={"data": settings}))
+        checked.require_ok()
+        return checked.rows
+
+    trained = held_out = None
+    if Path(recipe.data.path).exists():
+        checked = check(recipe)
+        if checked.data.digest == manifest["data"]["sha256"]:
+            trained, held_out = hold_out(checked)
+    if data is not None:
+        return trained, read(data), str(data)
+    if held_out is not None:
+        return trained, held_out, recipe.data.path
+    if run.held_out_rows.is_file():
+        return None, read(run.held_out_rows, columns={}, allow_set_aside=True), str(run.held_out_rows)
+    raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
+
+
 def _measure(
     chat: Chat,
     rows: Sequence[Row],
     data: str,
-    known: frozenset[scores.Run],
+    known: frozenset[scores.Run] | None,
     curve: Sequence[tuple[float, float]],
     judge: Callable[[Sequence[Answer]], list[str]] | None,
     tell: Callable[[str], None],
@@ -287,7 +305,19 @@ def _exact(replies: Sequence[Reply], rows: Sequence[Row]) -> float | None:
     return _mean(hits) if hits else None
 
 
-def _copied(replies: Sequence[Reply], rows: Sequence[Row], known: frozenset[scores.Run]) -> float | None:
+def _runs_of(trained: Rows) -> frozenset[scores.Run]:
+    """The long runs of words in the replies that were trained on."""
+    return scores.long_runs(
+        message.content
+        for number in range(min(len(trained), _TRAINING_ROWS))
+        for message in trained[number].conversation.messages
+        if message.role == "assistant"
+    )
+
+
+def _copied(replies: Sequence[Reply], rows: Sequence[Row], known: frozenset[scores.Run] | None) -> float | None:
+    if known is None:
+        return None
     shares = [scores.copied(r.text, _reference(row), known) for r, row in zip(replies, rows, strict=True)]
     found = [share for share in shares if share is not None]
     return _mean(found) if found else None

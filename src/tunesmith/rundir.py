@@ -3,7 +3,8 @@
 It holds private rows, so whatever the umask says it is its owner's alone, but for adapter/: who is given the path of
 that can read it, and can not list what lies beside it.
 
-RUN/recipe.yaml  manifest.json  ledger.jsonl  rehearsal.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
+RUN/recipe.yaml  manifest.json  ledger.jsonl  held_out_rows.jsonl  rehearsal.jsonl  metrics.jsonl  held_out.jsonl
+RUN/state.json  report.html
 RUN/checkpoints/step-000100/    RUN/adapter/
 """
 
@@ -63,6 +64,10 @@ class RunDir:
     @property
     def held_out(self) -> Path:
         return self.path / "held_out.jsonl"
+
+    @property
+    def held_out_rows(self) -> Path:
+        return self.path / "held_out_rows.jsonl"
 
     @property
     def rehearsal(self) -> Path:
