@@ -395,11 +395,9 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def rehearsed_in(checked: Checked) -> list[Row]:
-    """The general prompts of a recipe with room for their answers; none where nothing is rehearsed."""
-    if not checked.recipe.train.rehearse:
-        return []
-    prompts = rehearsal.prompts(checked.recipe.data.rehearse)
+def general_prompts(checked: Checked, at_most: int) -> list[Row]:
+    """The general prompts that a recipe rehearses, with room for their answers."""
+    prompts = rehearsal.prompts(checked.recipe.data.rehearse)[:at_most] if at_most else ()
     return rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
 
 
@@ -501,8 +499,8 @@ class _Sample:
         rows, _ = hold_out(checked)
         self._share = checked.recipe.engine.share_prefix
         size, epochs = settled(settings.examples_per_step), settled(settings.epochs)
-        general = rehearsed_in(checked)
-        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_tokens.sum()), general)
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_supervised.sum()))
+        general = general_prompts(checked, per_epoch * epochs)
         self._steps = Steps(rows, size, settings.seed, checked.data.digest, general, per_epoch)
         self.n_steps = len(self._steps) * epochs
         chosen: list[np.ndarray] = []

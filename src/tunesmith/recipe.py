@@ -217,8 +217,8 @@ class TrainSettings(Section):
     )
     rehearse: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         default="auto",
-        description="Share of the tokens that are general prompts with the base's own answers, trained along so that "
-        "nothing is forgotten; 0 = none.",
+        description="Share of the learned tokens that are the base's own answers to general prompts, trained along so "
+        "that nothing is forgotten; 0 = none.",
     )
     report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
         default_factory=list,

@@ -16,15 +16,11 @@ from tunesmith.rows import Row
 from tunesmith.types import Conversation, Message, Origin, Rendered
 
 ANSWER_TOKENS = 64
-_LOOKED_AT = 64
 
 
-def per_epoch(share: float, n_tokens: int, prompts: Sequence[Row]) -> int:
-    """How many of the prompts make up this share of an epoch's tokens, `n_tokens` of which are those of the data."""
-    if not share:
-        return 0
-    lengths = [len(row.documents[0].token_ids) for row in prompts[:_LOOKED_AT]]
-    return math.ceil(share / (1 - share) * n_tokens * len(lengths) / sum(lengths))
+def per_epoch(share: float, n_learned: int) -> int:
+    """How many prompts make up this share of the tokens that an epoch learns, `n_learned` of which are the data's."""
+    return math.ceil(share / (1 - share) * n_learned / ANSWER_TOKENS)
 
 
 def unanswered(renderer: Renderer, prompts: Sequence[str], system: str | None) -> list[Row]:

@@ -326,9 +326,8 @@ class _Work:
 
     def _answered(self, base: Chat) -> tuple[list[dict[str, Any]], int]:
         settings = self.settled.train
-        rows = planning.rehearsed_in(self.checked)
-        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_tokens.sum()), rows)
-        rows = rows[: per_epoch * settled(settings.epochs)]
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
+        rows = planning.general_prompts(self.checked, per_epoch * settled(settings.epochs))
         self.watcher.noted(f"The base answers {len(rows)} general prompts, to be trained along with the rows …")
         prompts = [row.conversation.messages[0].content for row in rows]
         talks = [[Message("user", prompt)] for prompt in prompts]
