@@ -41,7 +41,7 @@ def test_help_of_train_lists_every_setting_with_its_default() -> None:
 
     ended = tunesmith("train", "--help")
     assert all(name in ended.out for name in setting_names())
-    assert "lora.r [8]" in ended.out
+    assert "lora.r [16]" in ended.out
 
 
 def test_check_prints_the_contracts_json_and_nothing_else(tiny_model: Path, rows: Path) -> None:

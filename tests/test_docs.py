@@ -227,7 +227,7 @@ def test_a_models_page_shows_the_ids_and_layers_it_has(alias: str) -> None:
     assert numbers(shown.split("**")[1]) == list(document.token_ids[start:stop])
     assert numbers(cell(page, "stop ids"))[: len(renderer.template.stop_ids)] == list(renderer.template.stop_ids)
     config = models.load_config(folder)
-    targets = models.targets(models.skeleton(config), recipes.LoraSettings())
+    targets = models.targets(models.skeleton(config), recipes.LoraSettings(r=8))
     assert numbers(cell(page, "trained at r=8")) == [sum(target.parameters for target in targets)]
     layers = cell(page, "linear layers") + re.search(r"linear layers, (\d+) of each", page)[0]  # type: ignore[index]
     assert f"linear layers, {config.num_hidden_layers} of each" in layers

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, script, tunesmith
-from small_runs import settings
+from small_runs import flags_of, settings
 from tunesmith import machines, planning
 from tunesmith import model as models
 from tunesmith.checking import Checked, check
@@ -119,7 +119,7 @@ for folder in sys.argv[1:]:  # the first one imports and compiles
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     base = models.load_base(locate(folder), ModelSettings(dtype="float32"))
-    model = models.attach(base, LoraSettings(), 0, "base")
+    model = models.attach(base, LoraSettings(r=8), 0, "base")
     with torch.no_grad():
         model(torch.arange(12)[None])  # reads every page
     decoder = Decoder(model)
@@ -313,14 +313,14 @@ def test_the_choices_of_the_beginning_hold_when_a_run_goes_on(tiny_model: Path, 
 
 
 def test_plan_prints_what_the_contract_says(tiny_model: Path, talk: Path) -> None:
-    ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--json")
+    ended = tunesmith("plan", *flags_of(tiny_model, talk))
     assert ended.code == 0, ended.err
     names = {"fits", "peak_memory_bytes", "available_bytes", "parts", "steps", "seconds", "choices"}
     assert names <= ended.json.keys()
     parts = {"runtime", "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"}
     assert ended.json["parts"].keys() == parts
     assert all(choice.keys() == {"setting", "value", "why"} for choice in ended.json["choices"])
-    assert ended.json["steps"] == 9 and ended.json["fits"]
+    assert ended.json["steps"] == 18 and ended.json["fits"]
     assert "plan" in ended.err and "workspace" in ended.err
 
 
