@@ -147,7 +147,7 @@ def evaluate(
         rows = other.rows
     if len(rows) < 2:
         raise RunError(
-            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: --data FILE."
+            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: eval --data FILE."
         )
     known = scores.long_runs(
         message.content
