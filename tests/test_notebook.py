@@ -117,27 +117,25 @@ def test_ctrl_c_in_a_notebook_is_said_and_the_record_is_that_of_the_last_step(
 ) -> None:
     manager, client = start_new_kernel(startup_timeout=600, kernel_name="python3", env=environment(), cwd=str(tmp_path))
     try:
-        client.execute_interactive(recipe_cell(tiny_model, talk, **{"train.epochs": 10_000}), timeout=300)
-        asked, text = client.execute("run = tunesmith.train(recipe, 'run')"), ""
+        client.execute_interactive(recipe_cell(tiny_model, talk, **{"train.epochs": 10_000}), timeout=600)
+        asked, texts = client.execute("run = tunesmith.train(recipe, 'run')"), [""]
         for message in messages(client, asked):
-            text = message.get("data", {}).get("text/plain", text)
-            if "step 3 of" in text:
-                manager.interrupt_kernel()
-        said: list[str] = []
-        client.execute_interactive(
-            "print(run.interrupted, run.steps)", timeout=300, output_hook=lambda m: said.append(m["content"]["text"])
-        )
+            if "data" in message:
+                texts.append(message["data"]["text/plain"])
+                if "step 3 of" in texts[-1] and "step 3 of" not in texts[-2]:
+                    manager.interrupt_kernel()
+        said = "".join(m.get("text", "") for m in messages(client, client.execute("print(run.interrupted, run.steps)")))
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    steps = int("".join(said).removeprefix("True "))
-    assert text.startswith(f"step {steps:,} of 90,000, loss ") and "Stopping after this step" in text
+    steps = int(said.removeprefix("True "))
+    assert texts[-1].startswith(f"step {steps:,} of 90,000, loss ") and "Stopping after this step" in texts[-1]
 
 
 def messages(client: Any, asked: str) -> Iterator[dict[str, Any]]:
     """What the kernel says of a cell until it has ended."""
     while True:
-        message = client.get_iopub_msg(timeout=300)
+        message = client.get_iopub_msg(timeout=600)
         if message["parent_header"].get("msg_id") != asked:
             continue
         yield message["content"]
@@ -148,8 +146,8 @@ def messages(client: Any, asked: str) -> Iterator[dict[str, Any]]:
 def test_tab_offers_the_public_names_in_a_kernel() -> None:
     manager, client = start_new_kernel(startup_timeout=600, kernel_name="python3", env=environment())
     try:
-        client.execute_interactive("import tunesmith", timeout=300)
-        matches = client.complete("tunesmith.", 10, reply=True, timeout=300)["content"]["matches"]
+        client.execute_interactive("import tunesmith", timeout=600)
+        matches = client.complete("tunesmith.", 10, reply=True, timeout=600)["content"]["matches"]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # With the package `kernels` installed, transformers would fetch code for some layers from a hub.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
+# In a notebook without ipywidgets tqdm warns as soon as a library imports it; no bar of it is shown here.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 __all__ = [
     "Chat",

@@ -11,9 +11,9 @@ from tunesmith.terminal import safe
 _CELL = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere"
 
 
-def block(title: str, *parts: Markup) -> Markup:
-    """What a value is, in a line, and what belongs to it below."""
-    return Markup("<div><b>{}</b>{}</div>").format(text(title), Markup("").join(parts))
+def block(title: str, *parts: Markup) -> str:
+    """What a value is, in a line, and what belongs to it below: the whole of what is shown."""
+    return str(Markup("<div><b>{}</b>{}</div>").format(text(title), Markup("").join(parts)))
 
 
 def paragraph(what: str) -> Markup:

@@ -37,7 +37,7 @@ class Display(Watcher):
         self._held_out: list[tuple[int, float]] = []
         self._notes: list[str] = []
         self._shown: Any = None
-        self._showing = False
+        self._showing = self._is_old = False
 
     def planned(self, plan: Plan) -> None:
         self._plan = plan
@@ -90,15 +90,17 @@ class Display(Watcher):
         return f"{text}, {clock(sum(seconds))}" + f", {clock(left)} left" * (left > 0)
 
     def _show(self) -> None:
-        if self._showing:  # a note of Ctrl-C came meanwhile; the step that it ends after will show it
+        self._is_old = True
+        if self._showing:  # a note of Ctrl-C came meanwhile, and is shown below
             return
         self._showing = True
         try:
-            if self._shown is None:
-                display = importlib.import_module("IPython.display").display
-                self._shown = display(self, display_id=True)
-            else:
-                self._shown.update(self)
+            while self._is_old:
+                self._is_old = False
+                if self._shown is None:
+                    self._shown = importlib.import_module("IPython.display").display(self, display_id=True)
+                else:
+                    self._shown.update(self)
         finally:
             self._showing = False
 
