@@ -330,7 +330,7 @@ def test_a_run_is_measured_from_another_folder_than_it_was_started_in(
 
 def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     run = train(settings(tiny_model, rows, **{"eval.hold_out": 0, "train.epochs": 1}), tmp_path / "run")
-    with pytest.raises(RunError, match="--data FILE"):
+    with pytest.raises(RunError, match=r"evaluate\(data=FILE\)"):
         evaluate(run.path)
 
 

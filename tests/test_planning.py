@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused_unless_it_is_wanted_anyway(tiny_model: Pat
     made = planning.plan(checked(tiny_model, talk), machine(0.001))
     error = made.too_large()
     assert isinstance(error, OutOfMemory) and error.exit_code == 2
-    assert "--anyway" in error.fix and "0.0 GiB that are free" in error.expected
+    assert "anyway=True" in error.fix and "0.0 GiB that are free" in error.expected
     assert not (tmp_path / "run").exists()
 
 

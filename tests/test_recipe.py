@@ -240,7 +240,7 @@ def test_none_is_nothing(word: str | None, tmp_path: Path) -> None:
         ("gradient_checkpointing", "engine.recompute_layers"),
         ("system_prompt", "template.system"),
         ("val_size", "eval.hold_out"),
-        ("output_dir", "--out"),
+        ("output_dir", "`out`"),
         ("train.epocs", "train.epochs"),
         ("lora.targts", "lora.targets"),
         ("model", "model.name"),
@@ -250,7 +250,7 @@ def test_none_is_nothing(word: str | None, tmp_path: Path) -> None:
 )
 def test_an_unknown_setting_is_refused_with_the_right_one(name: str, wanted: str) -> None:
     error = refused({name: 1})
-    assert error.where == f"--set {name}"
+    assert error.where == f"flags['{name}']"
     assert f"'{name}'" in error.found
     assert error.fix == f"Did you mean {wanted}?"
 
@@ -300,7 +300,7 @@ def test_an_impossible_value_is_refused_and_the_setting_explained(
 ) -> None:
     error = refused({name: value})
     setting = "data.columns" if name.startswith("data.columns") else name
-    assert error.where.startswith("--set ") and setting in error.where
+    assert error.where.startswith("flags['") and setting in error.where
     assert found in error.found
     assert expected in error.expected
     section, field = setting.split(".")
@@ -311,7 +311,7 @@ def test_several_problems_are_named_together(tmp_path: Path) -> None:
     path = file(tmp_path, "lora:\n  rank: 8\n  alpha: -1\n\nnonsense:\n  a: 1\ntrain:\n  epochs: 0\n")
     error = refused({"train.lr": 1, "lora.dropout": 2}, path)
     message = str(error)
-    for part in (f"{path}:2", f"{path}:3", f"{path}:5", f"{path}:8", "--set train.lr", "--set lora.dropout"):
+    for part in (f"{path}:2", f"{path}:3", f"{path}:5", f"{path}:8", "flags['train.lr']", "flags['lora.dropout']"):
         assert part in error.where
     for part in ("'lora.rank'", "lora.alpha = -1", "'nonsense'", "train.epochs = 0", "'train.lr'", "lora.dropout = 2"):
         assert part in error.found
@@ -360,8 +360,8 @@ def test_a_recipe_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_data_in_the_place_of_a_recipe_is_recognised(tmp_path: Path) -> None:
-    path = file(tmp_path, '{"instruction": "a", "output": "b"}\n', "rows.jsonl")
-    assert f"--data {path}" in refused(path=path).fix
+    path = file(tmp_path, '{"instruction": "a", "output": "b"}\n', "my rows.jsonl")
+    assert refused(path=path).fix == f"Pass it as flags={{'data.path': '{path}'}}"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "lora:\ntrain:\n", "\ufefflora:\n  r: 16\n"])

@@ -38,8 +38,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 here = str(Path(__file__).resolve().parent)
 parser = argparse.ArgumentParser(description="Ask this adapter.")
 parser.add_argument("question")

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, reading, rundir, runs
+from tunesmith import hub, markup, reading, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
@@ -28,6 +28,7 @@ from tunesmith.types import ChatMessage, Message
 from tunesmith.writing import Text, reply_text
 
 MAX_TOKENS = 512
+_SHOWN = 120  # letters of a reply in a line
 _LEAST_TEMPERATURE = 1e-3
 """Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
 _SIDE_BY_SIDE = 32  # conversations
@@ -44,6 +45,17 @@ class Reply:
     token_ids: tuple[int, ...]
     """The reply with its stop token."""
     stopped_by: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        text = repr(self.text[:_SHOWN]) + " …" * (len(self.text) > _SHOWN)
+        return f"<Reply {text}; {self._how}>"
+
+    def _repr_html_(self) -> str:
+        return markup.block("", markup.paragraph(self.shown), markup.paragraph(self._how))
+
+    @property
+    def _how(self) -> str:
+        return f"{len(self.token_ids):,} tokens, stopped by {self.stopped_by}"
 
     @property
     def shown(self) -> str:

@@ -11,15 +11,17 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedConfig
 
-from tunesmith import cache, hub, records, rehearsal
+from tunesmith import cache, hub, markup, records, rehearsal
 from tunesmith import model as models
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Recipe
+from tunesmith.records.found import plain
 from tunesmith.render import Renderer
 from tunesmith.rows import Rows, faults_of
 from tunesmith.types import Fault, Origin
 
 HELD_OUT_AT_MOST = 200
+_SHOWN = 10  # faults and lines, in a notebook
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,33 @@ class Checked:
     """Rows that say the same as an earlier one, with that one."""
     contradictions: list[tuple[Origin, Origin]]
     """Rows with the prompt of an earlier one and another reply, with that one."""
+
+    def __repr__(self) -> str:
+        return f"<Checked {self._in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        total, supervised = int(self.rows.n_tokens.sum()), int(self.rows.n_supervised.sum())
+        facts = [
+            ("model", self.recipe.model.name),
+            ("template", self.renderer.template.source),
+            ("system text", self.system_text),
+            ("tokens", f"{total:,}, of them learned {supervised:,}"),
+        ]
+        for name, pairs in (("repeats", self.repeats), ("contradictions", self.contradictions)):
+            lines = ", ".join(str(row.line) for row, _ in pairs[:_SHOWN]) + " …" * (len(pairs) > _SHOWN)
+            facts += [(name, f"{len(pairs):,} rows (lines {lines})")] if pairs else []
+        parts = [markup.table(facts)]
+        if shown := self.faults[:_SHOWN]:
+            rows = [(fault.origin, fault.field, fault.found, fault.expected, fault.fix) for fault in shown]
+            parts.append(markup.table(rows, ("", "field", "found", "expected", "fix")))
+        if more := self.n_set_aside - len(shown):
+            parts.append(markup.paragraph(f"… and {more:,} more; all of them are in .faults"))
+        return markup.block(self._in_a_line, *parts)
+
+    @property
+    def _in_a_line(self) -> str:
+        rows = f"{self.n_read:,} rows read = {len(self.rows):,} trainable + {self.n_set_aside:,} faulty"
+        return f"{plain(self.data.path)}: {rows}; {'ok' if self.ok else 'not ok'}"
 
     @property
     def ok(self) -> bool:

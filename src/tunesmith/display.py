@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tunesmith.checking import Checked, held_out_in_training, lengths
 from tunesmith.planning import Plan
+from tunesmith.planning import clock as _clock
 from tunesmith.rows import Row
 from tunesmith.screen import Screen, styled
 from tunesmith.shown import tokens
@@ -429,9 +430,3 @@ def show_run(console: Screen, run: Run) -> None:
 
 def _place(origin: Origin) -> str:
     return str(replace(origin, path=Path(origin.path).name))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

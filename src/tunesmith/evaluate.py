@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import caller, harness, rundir, scores
 from tunesmith import chat as chats
-from tunesmith import harness, rundir, scores
 from tunesmith import model as models
 from tunesmith import verdict as verdicts
 from tunesmith.chat import Chat, Reply
@@ -99,7 +99,7 @@ def evaluate(
     trained, rows, where = _rows(run, recipe, manifest, data)
     if len(rows) < 2:
         raise RunError(
-            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: --data FILE."
+            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: eval --data FILE."
         )
     known = None if trained is None else _runs_of(trained)
     tell("Loading the model …")
@@ -229,7 +229,7 @@ def _measure(
         change_interval=change,
         verdict=verdict.name,
         sentence=verdict.sentence,
-        advice=tuple(advice),
+        advice=tuple(map(caller.told, advice)),
         answers=tuple(sorted(answers, key=lambda answer: answer.base_loss - answer.tuned_loss)),
         general=tuple((q.question, *b, *t) for q, b, t in zip(questions(), general[0], general[1], strict=True)),
         judge=preferred,

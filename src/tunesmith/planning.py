@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tunesmith import hyperparameters, rehearsal, rehearsed, system
+from tunesmith import hyperparameters, markup, rehearsal, rehearsed, system
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, products, trie
@@ -346,6 +346,26 @@ class Plan:
     seconds: float
     choices: tuple[Chosen, ...]
 
+    def __repr__(self) -> str:
+        return f"<Plan {self.in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        memory = markup.table(
+            ((name, f"{count / 2**20:,.0f}") for name, count in asdict(self.parts).items()), ("memory", "MiB")
+        )
+        chosen = markup.table(
+            ((choice.setting, choice.value, choice.why) for choice in self.choices), ("chosen", "", "why")
+        )
+        return markup.block(self.in_a_line, memory, *([chosen] if self.choices else []))
+
+    @property
+    def in_a_line(self) -> str:
+        """Whether it fits, its memory and its time."""
+        needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
+        fits = "fits" if self.fits else "does not fit"
+        time = f"{self.steps:,} steps in about {clock(self.seconds)}"
+        return f"{fits}: {needed:.1f} of {there:.1f} GiB on {self.machine.name}; {time}"
+
     @property
     def peak_memory_bytes(self) -> int:
         return self.parts.total
@@ -381,9 +401,19 @@ class Plan:
             "the plan",
             f"{needed:.1f} GiB needed at the least, most of it for {largest[0]} ({largest[1] / 2**30:.1f} GiB)",
             f"{there:.1f} GiB that are free ({self.machine.name}{by})",
-            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it --anyway. Or: "
-            f"{more[0].lower()}{more[1:]}.",
+            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it with "
+            f"--anyway. Or: {more[0].lower()}{more[1:]}.",
         )
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(7), clock(3700)
+    ('0:07', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -498,7 +499,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     """The file's content, and the line of every section and setting in it; raises RecipeError."""
     if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
-        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {path}")
+        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {shlex.quote(str(path))}")
     try:
         text = reading.content(Path(path), _MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, hub, planning, rehearsed, rundir, runs
+from tunesmith import adapter_files, caller, hub, markup, notebook, planning, rehearsed, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
@@ -34,6 +34,7 @@ from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
 from tunesmith.recipe import Recipe, settled
+from tunesmith.records.found import plain
 from tunesmith.report import write_report
 from tunesmith.rows import Row, Rows
 from tunesmith.rundir import RunDir
@@ -82,6 +83,26 @@ class Run:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def __repr__(self) -> str:
+        return f"<Run {self._in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        rows = f"{self.rows_trained:,} trained + {self.rows_held_out:,} held out + {self.rows_set_aside:,} set aside"
+        facts = [
+            ("rows", rows),
+            ("tokens", f"{self.tokens:,}, of them learned {self.supervised_tokens:,}"),
+            ("time", planning.clock(self.seconds)),
+            ("checkpoint" if self.interrupted else "adapter", self.checkpoint if self.interrupted else self.adapter),
+        ]
+        asked = markup.table(((s.question, s.before, s.after) for s in self.samples), ("question", "before", "after"))
+        return markup.block(self._in_a_line, markup.table(facts), *([asked] if self.samples else []))
+
+    @property
+    def _in_a_line(self) -> str:
+        state = "stopped after " if self.interrupted else ""
+        held_out = self.held_out_loss and ", held-out loss {:.3f} → {:.3f}".format(*self.held_out_loss)
+        return f"{plain(str(self.path))}: {state}{self.steps:,} steps, last loss {self.final_loss:.3f}{held_out or ''}"
+
     def __fspath__(self) -> str:
         """A run can be named wherever its folder can: `tunesmith.load(run)`."""
         return str(self.path)
@@ -104,7 +125,7 @@ def train(
     into memory raises OutOfMemory, unless it is wanted `anyway`. Raises DataError for faulty rows, RecipeError,
     ModelError, TemplateError and RunError before anything is written, ProofError when a result can not be right.
     """
-    told = watcher = watcher or Watcher()
+    told = watcher = watcher or notebook.watcher()
     with (
         processes.joined() as ranks,
         tempfile.TemporaryDirectory() as nowhere,
@@ -151,7 +172,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
     RunError when another process trains in it or when data, base, template or recipe are not those that it began
     with, ProofError when there are checkpoints and none is whole.
     """
-    told = watcher = watcher or Watcher()
+    told = watcher = watcher or notebook.watcher()
     with (
         processes.joined() as ranks,
         tempfile.TemporaryDirectory() as nowhere,
@@ -347,7 +368,7 @@ class _Work:
         how = "It can go on for longer: --set train.epochs=N."
         if step < self.n_steps:
             how = f"It stopped because of eval.patience={self.recipe.eval.patience}."
-        self.watcher.noted(f"This run is done. {how}")
+        self.watcher.noted(caller.told(f"This run is done. {how}"))
         lines = earlier_lines(run, step)
         return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
 

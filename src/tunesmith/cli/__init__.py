@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from tunesmith import system
+from tunesmith import caller, system
 from tunesmith.cli.console import show_error, show_usage
 from tunesmith.errors import RunError, TunesmithError
 
@@ -51,6 +51,7 @@ for command in (machine.models, machine.fetch, machine.doctor):
 
 def main() -> None:
     """Runs the command line and ends the process with the contract's exit code."""
+    caller.is_command_line()
     terminal.open_streams()
     code = 1
     try:
