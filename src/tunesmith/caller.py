@@ -21,7 +21,7 @@ _ALONE = {
     r"--set train\.epochs=N\b": "epochs=N",  # of `resume`
     r"`tunesmith train --help` lists": "`tunesmith.Recipe()` shows",
     r"--anyway\b": "anyway=True",
-    r"--to (\w+)": r"to='\1'",
+    r"--(to|like) (\w+)": r"\1='\2'",
     r"--(out|dtype|tasks)\b": r"`\1`",
     r"--set\b(?! )": "flags",
 }
