@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import tunesmith as library
 from conftest import ROOT, tunesmith
 from tunesmith import doctor
 from tunesmith.engine import onepass, products
+from tunesmith.hub import aliases
 from tunesmith.recipe import Recipe, parse_flag, setting_names
 
 COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
@@ -34,6 +36,11 @@ def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert "HEAVY [] CODE 0" in ended.stdout
     assert "Usage:" in ended.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    ended = tunesmith("--version")
+    assert (ended.code, ended.out) == (0, f"tunesmith {importlib.metadata.version('tunesmith')}\n")
 
 
 def test_help_of_train_lists_every_setting_with_its_default() -> None:
@@ -99,7 +106,7 @@ def test_train_prints_the_contracts_json(tiny_model: Path, rows: Path, tmp_path:
 
 def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
     models = tunesmith("models", "--json").json["models"]
-    assert [m["alias"] for m in models] == ["smollm2", "phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b"]
+    assert [m["alias"] for m in models] == list(aliases())
     assert all({"alias", "source", "parameters"} <= set(m) for m in models)
     fetched = tunesmith("fetch", tiny_model, "--json").json
     assert fetched["path"] == str(tiny_model) and fetched["bytes"] > 0 and fetched["source"] == "folder"

@@ -14,7 +14,8 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"cli.following", "cli.machine", "cli.training", "cli.using"},
-    {"cli.console", "cli.options"},
+    {"cli.console", "cli.onward"},
+    {"cli.options"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate", "serving.server"},
     {"export", "serving.app"},
@@ -55,6 +56,7 @@ LAYERS = [
         "caller",
         "errors",
         "types",
+        "commands",
         "system",
         "interrupts",
         "markup",
@@ -72,7 +74,7 @@ LAYERS = [
         "export.go_template",
     },
 ]
-COMMAND_LINE = LAYERS[:4]
+COMMAND_LINE = LAYERS[:5]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 

@@ -324,6 +324,26 @@ def test_plan_prints_what_the_contract_says(tiny_model: Path, talk: Path) -> Non
     assert "plan" in ended.err and "workspace" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("rtx-4080", "RTX 4080"), ("4070", "RTX 4070"),
+        ("4060ti", "RTX 4060 Ti"), ("t4", "T4"), ("Tesla T4", "T4"), ("l4", "L4"), ("A10", "A10"), ("a100", "A100"),
+        ("h100", "H100"), ("NVIDIA H200", "H200"), ("5090", "RTX 5090"),
+    ],
+)  # fmt: skip
+def test_a_card_is_known_as_people_say_it(name: str, card: str) -> None:
+    (known,) = (each for each in machines.CARDS if each.name == card)
+    found = machines.card(name)
+    assert (found.name, found.available_bytes, found.flops) == (card, known.memory_bytes, known.flops)
+
+
+def test_no_two_cards_go_by_one_name() -> None:
+    assert [machines.card(each.name).name for each in machines.CARDS] == [each.name for each in machines.CARDS]
+    with pytest.raises(RecipeError, match="RTX 4080"):
+        machines.card("9090")
+
+
 def test_a_card_and_a_memory_can_be_named(tiny_model: Path, talk: Path) -> None:
     made = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "rtx 4090", "--json").json
     assert (made["available_bytes"], made["device"], made["parts"]["runtime"]) == (24 * GIB, "cuda", 0)

@@ -259,12 +259,16 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
 class TrainingDisplay(Watcher):
     """Step, loss with a sparkline, tokens per second, time left and memory, while it trains."""
 
-    def __init__(self, console: Screen) -> None:
+    def __init__(self, console: Screen, at_first: str = "Laying out the steps …") -> None:
+        """`at_first` is what is done before there is a plan, or the training itself."""
         self._console = console
+        self.run: Path | None = None
+        """The folder of the training, once there is one."""
+        self._status = console.status(at_first)
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
-        self._line = Text()
+        self._line = Text("Before the first step: the engine is checked, and the loss measured on rows held out …")
         self._progress = Progress(
             TextColumn("training", style="bold", markup=False),
             BarColumn(bar_width=None),
@@ -275,17 +279,24 @@ class TrainingDisplay(Watcher):
         )
         self._live = Live(console=console, refresh_per_second=8, transient=False)
         self._plain_at = 0.0
+        self._rest = ""
+        """What is done after the last step."""
 
     def __enter__(self) -> TrainingDisplay:
+        self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._status.stop()
         self._live.stop()
 
     def planned(self, plan: Plan) -> None:
         show_plan(self._console, plan, in_full=False)
+        self._status.update("Loading the model, and asking it what the trained one will be asked …")
 
     def began(self, n_steps: int, run: Path) -> None:
+        self.run = run
+        self._status.stop()
         self._task = self._progress.add_task("train", total=n_steps, left="")
         if self._console.for_people:
             self._live.start()
@@ -310,6 +321,7 @@ class TrainingDisplay(Watcher):
             *held_out,
             f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
         )
+        self._rest = "" if metrics.step < n_steps else "The adapter, its answers and the report are written …"
         self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
         if self._console.for_people:
             self._update()
@@ -324,7 +336,7 @@ class TrainingDisplay(Watcher):
         self._console.print(text, style="yellow")
 
     def _update(self) -> None:
-        self._live.update(Group(self._progress, self._line))
+        self._live.update(Group(self._progress, self._line, *([self._rest] if self._rest else [])))
 
 
 _MEANINGS = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from tunesmith import commands
 from tunesmith.caller import told
 from tunesmith.types import Fault
 
@@ -72,7 +73,7 @@ class MissingExtra(TunesmithError, ImportError):
             needed_for,
             "a package missing",
             f"the extra '{extra}'",
-            f"Install it with: pip install 'tunesmith[{extra}]'",
+            f"Install it with: {commands.pip_install(f'tunesmith[{extra}]')}",
         )
 
 

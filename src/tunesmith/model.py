@@ -181,16 +181,16 @@ def _chosen_template(
         return _read_template(Path(settings.path)), f"file {settings.path}"
     if settings.name != "auto":
         return _shipped_template(settings.name), f"shipped {settings.name}"
+    if (alias := found.alias) and alias.template and (alias.instead or not own):
+        return _shipped_template(alias.template), f"alias {alias.name}"
     if own:
         return _unix_lines(own), "tokenizer"
-    if found.alias is not None and found.alias.template:
-        return _shipped_template(found.alias.template), f"alias {found.alias.name}"
     raise TemplateError(
         str(found.folder),
         "a tokenizer without a chat template",
         "one, so that training and chat agree",
-        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or --set template.name=NAME "
-        f"({', '.join(_shipped_names())}).",
+        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or, of those that are shipped, "
+        + " or ".join(f"--set template.name={name}" for name in _shipped_names()),
     )
 
 

@@ -5,9 +5,10 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +35,22 @@ app = typer.Typer(
     help="From a file of examples to a model that answers like them.",
 )
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunesmith {importlib.metadata.version('tunesmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(training.demo)
 for command in (training.check, training.plan, training.train):
