@@ -18,7 +18,7 @@ KNOWN = [name for parameter in GROUP.commands["train"].params for name in parame
 
 
 def asked(*files: str, data: str | None = None, sets: list[str] | None = None, **short: str) -> Given:
-    return given([Path(file) for file in files], None, data, sets, **short)
+    return given([Path(file) for file in files], None, data, sets, None, **short)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "a b/ROWS.CSV", "rows.parquet"])
@@ -79,8 +79,8 @@ def test_a_short_form_is_described_by_the_recipe(name: str) -> None:
     for command in ("check", "plan", "train"):
         (option,) = (each for each in GROUP.commands[command].params if f"--{name}" in each.opts)
         assert described.description in option.help and f"--set {SHORT[name]}" in option.help
-        assert float(option.show_default) == getattr(setting, field)
-    with pytest.raises(RecipeError, match=f"{SHORT[name]}: found 'x'; expected .*number"):
+        assert option.show_default == str(getattr(setting, field))
+    with pytest.raises(RecipeError, match=f"{SHORT[name]}.*: found 'x'; expected .*number"):
         asked(**{name: "x"})
 
 
@@ -104,7 +104,7 @@ def test_every_name_of_another_tool_is_answered_with_ours(setting: str) -> None:
     [
         ("--learning_rate", "Write --set train.learning_rate=…, or --lr."),
         ("--num_train_epochs", "Write --set train.epochs=…, or --epochs."),
-        ("--per_device_train_batch_size", "or --batch. Rows per optimizer step, over all devices."),
+        ("--per_device_train_batch_size", "or --batch. Rows per optimizer step, over all devices; auto"),
         ("--lora_r", "Write --set lora.r=…, or --rank."),
         ("--model_name_or_path", "Write --set model.name=…, or --model."),
         ("--cutoff_len", "Write --set data.max_length=…. "),
@@ -125,3 +125,18 @@ def test_where_there_is_no_such_setting_the_options_are_listed(line: str) -> Non
     assert ended.code == 2 and "--set" not in ended.err
     fix = ended.err[ended.err.rindex("listed by: ") :].removeprefix("listed by: ").split()
     assert fix[1:] == [words[0], "--help"]
+
+
+def test_settings_of_somebody_else_s_lie_below_what_is_given(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora:\n  r: 4\n")
+    common = (recipe, "--model", tiny_model, "--data", talk, "--like", "tutorial", "--epochs", "1")
+    ended = tunesmith("train", *common, "--out", tmp_path / "run", "--json")
+    assert ended.code == 0, ended.err
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    for line in ("r: 4  # file", "epochs: 1  # flag", "learning_rate: 0.0001  # flag", "rehearse: 0.0  # flag"):
+        assert f"  {line}\n" in text
+    said = tunesmith("check", *common)
+    assert "--like tutorial" in said.out.replace("\n", " ")  # what comes next is the same once more
+    refused = tunesmith("plan", *common[:-4], "--like", "nobody")
+    assert refused.code == 2 and "one of tutorial" in refused.err

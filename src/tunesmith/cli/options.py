@@ -94,6 +94,16 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+LikeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="|".join(recipes.LIKE),
+        callback=whole,
+        help="Settings of somebody else's, below all that is given here: those that notebooks copied per model have.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
 RunArgument = Annotated[
@@ -120,7 +130,12 @@ class Given:
 
 
 def given(
-    files: Sequence[Path] | None, model: str | None, data: str | None, sets: Sequence[str] | None, **short: str | None
+    files: Sequence[Path] | None,
+    model: str | None,
+    data: str | None,
+    sets: Sequence[str] | None,
+    like: str | None,
+    **short: str | None,
 ) -> Given:
     """The recipe that files and options come to. Raises RecipeError for what is given twice, and as `resolve` does."""
     rows = [str(file) for file in files or () if file.suffix.lower() in _ROWS]
@@ -142,8 +157,9 @@ def given(
         before = first.setdefault(setting, where)
         if before != where:
             raise RecipeError(where, f"{setting}, which {before} gives too", "it once", "Leave one of the two out.")
-    recipe, sources = recipes.resolve(settings[0] if settings else None, {name: value for _, name, value in said})
-    words = [*map(str, files or ())]
+    flags = {name: value for _, name, value in said}
+    recipe, sources = recipes.resolve(settings[0] if settings else None, flags, like=like)
+    words = [*map(str, files or ()), *(() if like is None else ("--like", like))]
     words += [word for option, _, value in options for word in (option, value)]
     return Given(recipe, sources, (*words, *(word for text in sets or () for word in ("--set", text))))
 

@@ -21,6 +21,7 @@ from tunesmith.cli.options import (
     EpochsOption,
     FilesArgument,
     JsonOption,
+    LikeOption,
     ModelOption,
     OutOption,
     RankOption,
@@ -118,6 +119,7 @@ def check(
     lr: RateOption = None,
     rank: RankOption = None,
     batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     show: Annotated[int, typer.Option(min=0, help="How many rows to show in colour.")] = 3,
     as_json: JsonOption = False,
@@ -126,7 +128,7 @@ def check(
     """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
     console = start(verbose, as_json)
     # What is wrong here is said before torch is loaded.
-    asked = given(files, model, data, sets, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     checked = _looked_at(console, asked.recipe)
     with console.status(LIBRARIES):
         from tunesmith import display
@@ -155,6 +157,7 @@ def plan(
     lr: RateOption = None,
     rank: RankOption = None,
     batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     memory: Annotated[
         str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", callback=whole, show_default=False)
@@ -169,7 +172,7 @@ def plan(
 ) -> None:
     """Memory and time of a training before the start, by what takes them. Needs no weights."""
     console = start(verbose, as_json)
-    asked = given(files, model, data, sets, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     with console.status(LIBRARIES):
         from tunesmith import display, machines, planning
 
@@ -201,6 +204,7 @@ def train(
     lr: RateOption = None,
     rank: RankOption = None,
     batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     detach: DetachOption = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Begin even if the plan says that it does not fit.")] = False,
@@ -209,7 +213,7 @@ def train(
 ) -> None:
     """Check, plan, train, save, report."""
     console = start(verbose, as_json)
-    asked = given(files, model, data, sets, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     settings = asked.recipe
     if out is not None:
         rundir.check_target(out)
