@@ -17,10 +17,11 @@ from tunesmith.rows import Rows
 
 RATE, AT_WIDTH, NARROWER = 5e-4, 2000, 0.78
 """A learning rate, the width of model that it is for, and the power by which a narrower model takes a higher one."""
-STEPS = 60
+STEPS = 80
 """So many steps at least, as long as no row is seen more than `MOST_EPOCHS` times."""
-LEAST_EPOCHS, MOST_EPOCHS = 2, 6
-REHEARSE = 0.1
+LEAST_EPOCHS, MOST_EPOCHS = 2, 10
+REHEARSE = 0.25
+"""Of the learned tokens."""
 
 
 @dataclass(frozen=True)
