@@ -147,7 +147,10 @@ RAISED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "no recipe": (lambda m, f: library.resolve(f / "none.yaml"), "leave it out and use flags."),
     "faulty rows": (lambda m, f: library.train(settings(m, _faulty(f)), f / "run"), "{'data.allow_set_aside': True}"),
     "another header": (_of_another_header, "{'data.columns.instruction': 'question', 'data.columns.output': 'answer'}"),
-    "no template": (_without_template, "flags={'template.path': 'FILE.jinja'} or flags={'template.name': 'NAME'}"),
+    "no template": (
+        _without_template,
+        "flags={'template.path': 'FILE.jinja'} or, of those that",
+    ),
     "a folder with files": (lambda m, f: library.train(settings(m, _faulty(f)), m), "Choose another `out`."),
     "too little memory": (_too_small, "anyway=True"),
     "nothing to evaluate on": (_without_held_out, "evaluate(data=FILE)"),

@@ -182,7 +182,10 @@ def test_the_system_text_that_the_model_reads_is_told(
 
 @pytest.mark.parametrize(
     ("others", "fix"),
-    [([ROW] * 3, "Rename it in the file."), ([], "Rename it in the file, or pass --set data.columns.output=outptu")],
+    [
+        ([ROW] * 3, "Rename it in the file."),
+        ([], "Rename it in the file, or pass flags={'data.columns.output': 'outptu'}"),
+    ],
 )
 def test_a_flag_for_the_whole_file_is_named_where_no_row_is_right_without_it(
     tiny_model: Path, tmp_path: Path, others: list[dict[str, str]], fix: str

@@ -23,6 +23,7 @@ from nbformat import v4
 import tunesmith as library
 from conftest import ROOT
 from small_runs import FLAGS, settings
+from test_gguf import save_model
 from tunesmith import notebook
 from tunesmith.chat import Reply
 from tunesmith.checking import Checked
@@ -173,8 +174,17 @@ def test_names_and_version_are_had_without_torch() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*\n", ended.stdout)
 
 
-def test_a_script_prints_nothing_of_its_own(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
-    code = recipe_cell(tiny_model, talk, **{"train.epochs": 1}) + "\ntunesmith.load(tunesmith.train(recipe, 'run'))"
+def test_a_script_hears_nothing_of_the_libraries(talk: Path, tmp_path: Path) -> None:
+    """From training to what is served: no line, no warning, no bar."""
+    code = recipe_cell(save_model(tmp_path / "model"), talk, **{"train.epochs": 1}) + (
+        "\nfrom tunesmith.evaluate import evaluate"
+        "\nfrom tunesmith.export import export, live"
+        "\nlive.N_PROMPTS, live.REPLY_TOKENS = 2, 4"
+        "\nrun = tunesmith.train(recipe, 'run')"
+        "\ntunesmith.load(run).reply([{'role': 'user', 'content': 'Hi'}], max_tokens=4)"
+        "\nevaluate(run.path)"
+        "\nfor to in ('adapter', 'merged', 'gguf'): export(run.path, to)"
+    )
     ended = in_a_process(code, cwd=tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 

@@ -288,6 +288,9 @@ class TrainingDisplay(Watcher):
 
     def __exit__(self, *_: object) -> None:
         self._status.stop()
+        if self._live.is_started:
+            self._rest = ""
+            self._update(at_once=True)
         self._live.stop()
 
     def planned(self, plan: Plan) -> None:
@@ -300,7 +303,7 @@ class TrainingDisplay(Watcher):
         self._task = self._progress.add_task("train", total=n_steps, left="")
         if self._console.for_people:
             self._live.start()
-            self._update()
+            self._update(at_once=True)
 
     def went_on(self, earlier: Sequence[StepMetrics]) -> None:
         self._losses += [line.loss for line in earlier]
@@ -324,7 +327,7 @@ class TrainingDisplay(Watcher):
         self._rest = "" if metrics.step < n_steps else "The adapter, its answers and the report are written …"
         self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
         if self._console.for_people:
-            self._update()
+            self._update(at_once=bool(self._rest))
         elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
             self._plain_at = time.monotonic()
             self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left")
@@ -335,8 +338,9 @@ class TrainingDisplay(Watcher):
     def noted(self, text: str) -> None:
         self._console.print(text, style="yellow")
 
-    def _update(self) -> None:
-        self._live.update(Group(self._progress, self._line, *([self._rest] if self._rest else [])))
+    def _update(self, *, at_once: bool) -> None:
+        lines = Group(self._progress, self._line, *([self._rest] if self._rest else []))
+        self._live.update(lines, refresh=at_once)
 
 
 _MEANINGS = {

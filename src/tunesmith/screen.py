@@ -90,6 +90,7 @@ class Screen(Console):
 class _Status(Status):
     def update(self, status: RenderableType | None = None, **options: Any) -> None:
         super().update(None if status is None else _plainly(status), **options)
+        self._live.refresh()  # what is said is shown, however soon something else is
 
 
 def styled(*parts: str | tuple[str, str] | Text, one_line: bool = False) -> Text:

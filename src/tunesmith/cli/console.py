@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import commands, system, terminal
-from tunesmith.cli.options import ours
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 
 if TYPE_CHECKING:
@@ -138,6 +137,7 @@ def show_error(error: TunesmithError) -> None:
 
 def show_usage(error: Any) -> None:
     """What is wrong with the words of a command, as typer found it."""
+    from tunesmith.cli.options import ours
     from tunesmith.screen import Screen, styled
 
     said = error.format_message()
