@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,24 +28,22 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
         print_json({"models": rows})
         return
 
-    def table(*, narrow: bool) -> Table:
-        """With what is long below the source, where not all of it fits beside it: an id is never cut."""
-        drawn = Table(box=None, padding=(0, 2))
-        for name in ("alias", "size", "source", *(() if narrow else ("licence", "note"))):
-            drawn.add_column(name)
-        for row in rows:
-            size = row["parameters"]
-            cells = [
-                styled((row["alias"], "bold")),
-                f"{size / 1e9:.1f} B" if size > 0.9995e9 else f"{size / 1e6:.0f} M",
-            ]
-            more = [row["licence"], row["note"]]
-            below = styled(row["source"], ("\n" + ". ".join(more), "grey62"))
-            drawn.add_row(*cells, *([below] if narrow else [row["source"], *more]))
-        return drawn
+    def size(row: dict[str, Any]) -> str:
+        count = row["parameters"]
+        return f"{count / 1e9:.1f} B" if count > 0.9995e9 else f"{count / 1e6:.0f} M"
 
-    wide = table(narrow=False)
-    console.print(wide if console.measure(wide).maximum <= console.width else table(narrow=True))
+    table = Table(box=None, padding=(0, 2))
+    for name in ("alias", "size", "source", "licence", "note"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(styled((row["alias"], "bold")), size(row), row["source"], row["licence"], row["note"])
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table)
+    else:  # a table would cut ids
+        for row in rows:
+            console.print(styled((row["alias"], "bold"), f"  {size(row)}, {row['licence']}"))
+            console.labelled("", styled((row["source"], "cyan")), 0)
+            console.labelled("", row["note"], 0)
     console.print(
         "\nAny model that transformers builds itself and whose tokenizer has a chat template works too: "
         "hf:org/name, ms:org/name or a folder."
