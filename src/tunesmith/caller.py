@@ -16,7 +16,7 @@ _is_command_line = False
 # As `shlex.quote` writes it, without the sentence's own mark behind it.
 _WORD = r"(?:'[^']*'|\"'\"|[^\s'\"])*(?:'[^']*'|[^\s'\".,;:)])"
 _FLAGS = re.compile(rf"--(?:set|data) {_WORD}(?: --set {_WORD})*")
-_OF_A_FUNCTION = re.compile(r"\b(eval|export) --(\w+)(?: (\w+))?")
+_OF_A_FUNCTION = re.compile(r"(?<!tunesmith )\b(eval|export) --(\w+)(?: (\w+))?")
 _ALONE = {
     r"--set train\.epochs=N\b": "epochs=N",  # of `resume`
     r"`tunesmith train --help` lists": "`tunesmith.Recipe()` shows",

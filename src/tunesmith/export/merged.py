@@ -38,6 +38,7 @@ _BOUNDS = {
 }
 
 
+@models.quietly()
 def write_merged(
     merged: Merged, run: RunDir, folder: Path, dtype: torch.dtype | None, live: Answers, tell: Callable[[str], None]
 ) -> list[Compared]:
