@@ -88,7 +88,11 @@ def test_what_python_reads_is_the_recipe_of_the_flag(flag: str) -> None:
     assert library.resolve(flags=given) == library.resolve(flags={name: value})
 
 
-@given(st.text(min_size=1, max_size=20), st.sampled_from(["", ".", " or so", ", or not"]))
+_LIKE_OPTIONS = ["--like", "--out", "eval --data x", "--set a=b", "--anyway"]
+_COLUMNS = st.text(min_size=1, max_size=20) | st.sampled_from(_LIKE_OPTIONS)
+
+
+@given(_COLUMNS, st.sampled_from(["", ".", " or so", ", or not"]))
 def test_a_hint_for_any_column_is_one_that_resolve_takes(column: str, after: str) -> None:
     hint = rename_hint("output", column, [column])
     assert hint is not None

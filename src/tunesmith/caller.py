@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 _is_command_line = False
@@ -16,15 +17,6 @@ _is_command_line = False
 # As `shlex.quote` writes it, without the sentence's own mark behind it.
 _WORD = r"(?:'[^']*'|\"'\"|[^\s'\"])*(?:'[^']*'|[^\s'\".,;:)])"
 _FLAGS = re.compile(rf"--(?:set|data) {_WORD}(?: --set {_WORD})*")
-_OF_A_FUNCTION = re.compile(r"(?<!tunesmith )\b(eval|export) --(\w+)(?: (\w+))?")
-_ALONE = {
-    r"--set train\.epochs=N\b": "epochs=N",  # of `resume`
-    r"`tunesmith train --help` lists": "`tunesmith.Recipe()` shows",
-    r"--anyway\b": "anyway=True",
-    r"--(to|like) (\w+)": r"\1='\2'",
-    r"--(out|dtype|tasks)\b": r"`\1`",
-    r"--set\b(?! )": "flags",
-}
 
 
 def is_command_line() -> None:
@@ -45,10 +37,13 @@ def in_python(text: str) -> str:
     >>> in_python("Choose another --out.")
     'Choose another `out`.'
     """
-    text = _OF_A_FUNCTION.sub(_call, text)
-    for pattern, written in _ALONE.items():
-        text = re.sub(pattern, written, text)
-    return _FLAGS.sub(_flags, text)
+    # From left to right, each place once: a column may be named like an option.
+    parts, at = [], 0
+    while here := [(found, how) for pattern, how in _HOW if (found := pattern.search(text, at))]:
+        found, how = min(here, key=lambda one: one[0].start())
+        parts += [text[at : found.start()], found.expand(how) if isinstance(how, str) else how(found)]
+        at = found.end()
+    return "".join(parts) + text[at:]
 
 
 def _call(found: re.Match[str]) -> str:
@@ -81,3 +76,16 @@ def _value(text: str) -> Any:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
+
+
+# Of two that begin at the same place, the first.
+_HOW: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"(?<!tunesmith )\b(eval|export) --(\w+)(?: (\w+))?"), _call),
+    (re.compile(r"--set train\.epochs=N\b"), "epochs=N"),  # of `resume`
+    (_FLAGS, _flags),
+    (re.compile(r"`tunesmith train --help` lists"), "`tunesmith.Recipe()` shows"),
+    (re.compile(r"--anyway\b"), "anyway=True"),
+    (re.compile(r"--(to|like) (\w+)"), r"\1='\2'"),
+    (re.compile(r"--(out|dtype|tasks)\b"), r"`\1`"),
+    (re.compile(r"--set\b(?! )"), "flags"),
+]
