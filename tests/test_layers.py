@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tunesmith"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"cli.following", "cli.machine", "cli.training", "cli.using"},
+    {"cli.following", "cli.machine", "cli.tuning", "cli.using"},
+    {"cli.training"},
     {"cli.console", "cli.options"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
-    {"demo", "evaluate", "serving.server"},
+    {"demo", "evaluate", "tune", "tuning_page", "serving.server"},
     {"export", "serving.app"},
     {"export.llama", "export.merged", "export.ollama", "serving.answers"},
     {"export.gguf_file", "export.live", "serving.asked", "serving.metrics", "serving.openapi", "serving.prompts"},
@@ -68,7 +69,7 @@ LAYERS = [
         "export.go_template",
     },
 ]
-COMMAND_LINE = LAYERS[:4]
+COMMAND_LINE = LAYERS[:5]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 

@@ -32,7 +32,7 @@ from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
-from tunesmith.general import questions
+from tunesmith.general import TOKENS, forgot, questions
 from tunesmith.rows import Row
 from tunesmith.training import recipe_of
 from tunesmith.types import Message, Rendered
@@ -41,7 +41,6 @@ Verdict = Literal["better", "no difference", "worse"]
 ASKED_AT_MOST = 100
 """Held-out rows whose replies are written and compared; the loss is measured on all of them."""
 
-_GENERAL_TOKENS = 48
 _TOKENS_AT_ONCE = 1024
 _TRAINING_ROWS = 100_000  # whose replies are looked through for copies
 
@@ -287,7 +286,7 @@ def conclude(base: Side, tuned: Side, change: tuple[float, float], lost: int, ga
 
 def _harms(base: Side, tuned: Side, lost: int, gained: int) -> list[str]:
     found = []
-    if lost - gained >= 5 and _chance(lost, gained) < 0.05:
+    if forgot(lost, gained):
         found.append(f"it forgot: {tuned.general} general questions right, {base.general} before")
     if tuned.copied is not None and tuned.copied > max(0.5, 2 * (base.copied or 0)):
         found.append(f"it copies: {tuned.copied:.0%} of its long runs of words stand in training rows")
@@ -296,12 +295,6 @@ def _harms(base: Side, tuned: Side, lost: int, gained: int) -> list[str]:
     if tuned.repetition > max(0.1, 2 * base.repetition):
         found.append(f"it repeats itself: {tuned.repetition:.0%} of what it writes")
     return found
-
-
-def _chance(lost: int, gained: int) -> float:
-    """Of losing at least so many of the questions that changed, were losing and gaining equally likely (sign test)."""
-    n = lost + gained
-    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -356,7 +349,7 @@ def _answer(chat: Chat, rows: Sequence[Row], base: bool) -> tuple[list[Reply], f
 
 def _answer_general(chat: Chat, base: bool) -> list[tuple[str, bool]]:
     talks = [[Message("user", question.question)] for question in questions()]
-    written = chat.replies(talks, temperature=0, max_tokens=_GENERAL_TOKENS, base=base)
+    written = chat.replies(talks, temperature=0, max_tokens=TOKENS, base=base)
     return [(r.text, question.right(r.text)) for r, question in zip(written, questions(), strict=True)]
 
 

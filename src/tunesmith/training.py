@@ -75,6 +75,8 @@ class Run:
     interrupted: bool = False
     checkpoint: Path | None = None
     """The newest point to go on from."""
+    asked: bool = False
+    """Somebody asked to stop, be it at the last step."""
 
     @property
     def adapter(self) -> Path:
@@ -328,6 +330,7 @@ class _Work:
             samples=samples,
             interrupted=interrupted,
             checkpoint=(run.points() or [None])[-1],
+            asked=self.interrupts.asked,
         )
 
 

@@ -114,13 +114,13 @@ def check(
 ) -> None:
     """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
     console = start(verbose, as_json)
-    settings, _ = _recipe(None, model, data, sets)  # what is wrong here is said before torch is loaded
-    rows = _rows(settings)
+    settings, _ = recipe_given(None, model, data, sets)  # what is wrong here is said before torch is loaded
+    rows = rows_of(settings)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
     from tunesmith.screen import styled
 
-    checked = _checked(console, settings, found, rows)
+    checked = checked_rows(console, settings, found, rows)
     display.show_check(console, checked, show)
     if as_json:
         print_json(display.check_json(checked, show))
@@ -152,14 +152,14 @@ def plan(
 ) -> None:
     """Memory and time of a training before the start, by what takes them. Needs no weights."""
     console = start(verbose, as_json)
-    settings, _ = _recipe(None, model, data, sets)
-    rows = _rows(settings)
+    settings, _ = recipe_given(None, model, data, sets)
+    rows = rows_of(settings)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display, machines, planning
 
     size = None if memory is None else machines.parse_bytes(memory)
     machine = machines.this_machine(size) if card is None else machines.card(card, size)
-    checked = _checked(console, settings, found, rows)
+    checked = checked_rows(console, settings, found, rows)
     checked.require_ok()
     if table:
         plans = planning.fitting(checked, _CARD_SIZES)
@@ -188,15 +188,15 @@ def train(
 ) -> None:
     """Check, plan, train, save, report."""
     console = start(verbose, as_json)
-    settings, sources = _recipe(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
+    settings, sources = recipe_given(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
     if out is not None:
         rundir.check_target(out)
-    rows = _rows(settings)
+    rows = rows_of(settings)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     from tunesmith import display
     from tunesmith.training import run_name, train
 
-    checked = _checked(console, settings, found, rows)
+    checked = checked_rows(console, settings, found, rows)
     checked.require_ok()
     display.show_check(console, checked, 1)
     if detach:
@@ -242,18 +242,18 @@ def resume(
     _show_trained(console, result, as_json)
 
 
-def _recipe(
+def recipe_given(
     path: Path | None, model: str | None, data: str | None, sets: list[str] | None
 ) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
     flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
     return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
 
 
-def _rows(settings: recipes.Recipe) -> records.Records:
+def rows_of(settings: recipes.Recipe) -> records.Records:
     return records.open_file(settings.data.path, settings.data.columns, settings.template.system)
 
 
-def _checked(console: Screen, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
+def checked_rows(console: Screen, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
     """The check, with a count of the rows while a large file is rendered."""
     from tunesmith.checking import check
 
