@@ -87,7 +87,9 @@ TRIALS = 20
 _QUARTERS = 4
 _PRUNER = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
 _TIME = "the time is up"
-_STOP_SECONDS = 10  # for a checkpoint and the end of a step; a twentieth of the time where that is less
+# A twentieth of the time where that is less.
+_STOP_SECONDS = 10  # for a checkpoint and the end of a step
+_END_SECONDS = 30  # for what follows the last trial
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,9 @@ def tune(
     or KeyboardInterrupt, and the trial is gone on with next time. Raises what `train` does, RunError for a folder that
     is something else or where another process is at work, RecipeError when nothing is held out.
     """
-    ends = math.inf if hours is None else time.monotonic() + hours * 3600
+    ends = math.inf
+    if hours is not None:
+        ends = time.monotonic() + hours * 3600 - min(_END_SECONDS, hours * 3600 / 20)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         found, fix = f"{size} processes of one training", "Start each by itself, with --join (a Slurm array, for one)."
@@ -341,7 +345,7 @@ class _Work:
                 return self._now(ended=f"{self._wanted} trials were asked for")
             if time.monotonic() + self._needed(trial) > self._ends:
                 trial.set_user_attr("worker", "")
-                return self._now(ended=f"the next trial would take longer than the time that is left ({_TIME})")
+                return self._now(ended="the next one would take longer than the time that is left")
             if self._carry_out(trial):
                 trial.set_user_attr("worker", "")
                 return self._now(ended="it was interrupted", interrupted=True)
@@ -350,13 +354,13 @@ class _Work:
         """A trial that is this process's from now on: one that was left, or a new one; None where all are begun."""
         with self._turn():
             known = self._study.get_trials(deepcopy=False)
-            # Of the number alone, so that it does not matter how often a study was stopped.
-            seed = _seed(self._recipe.train.seed, len(known))
+            left = [t for t in known if t.state == TrialState.RUNNING and not self._at_work(t.user_attrs.get("worker"))]
+            # Chance is of the trial's number alone, so that it does not matter how often a study was stopped.
+            seed = _seed(self._recipe.train.seed, left[0].number if left else len(known))
             # Trials that others are at work on count as bad ones, so nobody draws what is being tried already.
             self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             if not known:
                 self._study.enqueue_trial(self._own)
-            left = [t for t in known if t.state == TrialState.RUNNING and not self._at_work(t.user_attrs.get("worker"))]
             if left:
                 trial = optuna.Trial(self._study, left[0]._trial_id)
             elif len(known) < self._wanted or any(t.state == TrialState.WAITING for t in known):
@@ -390,6 +394,9 @@ class _Work:
                 if not run.interrupted:
                     facts = self._judge(run)
         except _TimeIsUp:
+            if run is not None and not run.interrupted:  # trained; it can be judged another time
+                trial.set_user_attr("worker", "")
+                return False
             pace.why = _TIME
         except (ProofError, OutOfMemory) as error:
             if trial.number == 0:
@@ -447,7 +454,6 @@ class _Work:
 
     def _tell(self, trial: optuna.Trial, loss: float | None, facts: Mapping[str, Any]) -> None:
         """Writes down what came out of a trial, and the study as it stands."""
-        run = RunDir(self._run(trial.number))
         with self._turn():
             if self._study.get_trials(deepcopy=False)[trial.number].user_attrs.get("worker") != self._name:
                 return  # this process was silent for so long that another one has taken it over
@@ -459,17 +465,14 @@ class _Work:
                 if not trial.constraints:
                     trial.set_constraint("forgotten", facts["lost"] - facts["gained"] if facts["forgot"] else 0)
                 self._study.tell(trial, loss)
-        if loss is None:
-            rundir.thin_out(run, 1)
-        else:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
         study = self._now()
         self._told(study, study.trials[trial.number])
 
     # --- as it stands -------------------------------------------------------------------------------------------------
 
     def _now(self, *, ended: str = "", interrupted: bool = False) -> Study:
-        """The study as it stands, which is written down as well: the best recipe, and the page."""
+        """The study as it stands, which is written down as well: the best recipe, and the page. Checkpoints that nobody
+        needs any more are deleted."""
         with self._turn():
             found = self._study.get_trials(deepcopy=False)
             base = None
@@ -491,6 +494,11 @@ class _Work:
                 study = dataclasses.replace(study, recipe=text)
                 rundir.write_text(self._path / study.best_recipe.name, text)
             write_page(study, _RULES)
+            for trial in study.trials:
+                if trial.state == "done":
+                    shutil.rmtree(RunDir(trial.run).checkpoints, ignore_errors=True)
+                elif trial.state == "pruned":
+                    rundir.thin_out(RunDir(trial.run), 1)
         return study
 
     def _trial(self, trial: optuna.trial.FrozenTrial) -> Trial:

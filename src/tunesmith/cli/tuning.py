@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import psutil
 import typer
 
 from tunesmith.cli.console import fetched, print_json, require_extra, start
@@ -48,7 +49,7 @@ def tune(
     verbose: VerboseOption = False,
 ) -> None:
     """Try settings for learning rate, epochs and rank: the lowest held-out loss at which nothing is forgotten."""
-    began = time.monotonic()
+    began = psutil.Process().create_time()
     console = start(verbose, as_json)
     settings, sources = recipe_given(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
     require_extra("tune", "optuna")
@@ -75,7 +76,7 @@ def tune(
         settings,
         out,
         trials=trials,
-        hours=None if hours is None else max(hours - (time.monotonic() - began) / 3600, 0),
+        hours=None if hours is None else max(hours - (time.time() - began) / 3600, 0),
         join=join,
         sources=sources,
         checked=checked,
