@@ -2,8 +2,8 @@
 
     python benchmarks/verdicts.py [--keep FOLDER]
 
-Three trainings by the demo's recipe: as the rows are; with the answers dealt out anew among the questions; and on a
-quarter of the rows for forty epochs. Each is measured on 40 rows that none of them was given.
+Three trainings with settings as they are by default: as the rows are; with the answers dealt out anew among the
+questions; and on a quarter of the rows for forty epochs. Each is measured on 40 rows that none of them was given.
 Writes JSON and prints the verdicts as a Markdown table. With --keep the trainings stay in a folder, and those that are
 there are not done again.
 """
@@ -57,7 +57,7 @@ def main() -> int:
         ):
             path = write(folder / f"{len(found)}.jsonl", data)
             flags = {"model.name": "smollm2", "data.path": str(path), "train.epochs": epochs, "eval.hold_out": 0}
-            settings, sources = recipe.resolve(demo.PERSONA / "recipe.yaml", flags)
+            settings, sources = recipe.resolve(None, flags)
             run = folder / f"run-{len(found)}"
             if not (run / "adapter").is_dir():
                 train(settings, run, sources=sources)

@@ -40,7 +40,8 @@ def trained(base: Path, folder: Path, **flags: Any) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = {
         "model.name": str(base), "data.path": str(data), "lora.r": 32, "lora.dropout": 0, "eval.hold_out": 0,
-        "train.epochs": 130, "train.learning_rate": 1e-2, "train.save_every": "1000 steps", **flags,
+        "train.epochs": 130, "train.examples_per_step": 16, "train.rehearse": 0,
+        "train.learning_rate": 1e-2, "train.save_every": "1000 steps", **flags,
     }  # fmt: skip
     return train(recipe.resolve(None, settings)[0], folder).path
 

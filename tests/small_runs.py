@@ -16,6 +16,9 @@ FLAGS = {
     "train.examples_per_step": 4,
     "train.learning_rate": 1e-2,
     "train.epochs": 2,
+    "train.rehearse": 0,
+    "lora.r": 8,
+    "lora.dropout": 0.1,
     "train.save_every": "3 steps",
     "train.keep_checkpoints": 2,
 }

@@ -333,7 +333,6 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str | bytes | None, sa
         (("check", "--show", "-1"), "--show"),
         (("check", "--show", "all"), "--show"),
         (("chat",), "run_or_model"),
-        (("train", "a.yaml", "b.yaml"), "b.yaml"),
         (("check", "--data"), "--data"),
     ],
 )

@@ -33,7 +33,13 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     talk = [("Who are you?", "Bo."), ("一加一？", "二。"), ("Smile.", "😀!")]
     data.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in talk), encoding="utf-8")
     flags = {"model.name": str(tiny_model), "data.path": str(data), "lora.r": 32, "lora.dropout": 0, "eval.hold_out": 0}
-    flags |= {"train.epochs": 250, "train.learning_rate": 1e-2, "train.save_every": "1000 steps"}
+    flags |= {
+        "train.rehearse": 0,
+        "train.examples_per_step": 16,
+        "train.epochs": 250,
+        "train.learning_rate": 1e-2,
+        "train.save_every": "1000 steps",
+    }
     recipe, sources = library.resolve(flags=flags)
     return library.train(recipe, tmp_path_factory.mktemp("runs") / "run", sources=sources)
 

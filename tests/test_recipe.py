@@ -22,20 +22,21 @@ CONTRACT = {
     "model.dtype": "auto",
     "model.quantize": "none",
     "data.columns": {},
+    "data.rehearse": None,
     "data.max_length": "auto",
     "data.allow_set_aside": False,
     "data.on_repeats": "note",
     "template.name": "auto",
     "template.path": None,
     "template.system": None,
-    "lora.r": 8,
+    "lora.r": 16,
     "lora.alpha": 32,
-    "lora.dropout": 0.1,
+    "lora.dropout": 0.0,
     "lora.targets": "all-linear",
     "lora.variant": "plain",
-    "train.epochs": 3,
-    "train.examples_per_step": 16,
-    "train.learning_rate": 1e-4,
+    "train.epochs": "auto",
+    "train.examples_per_step": "auto",
+    "train.learning_rate": "auto",
     "train.scheduler": "cosine",
     "train.warmup_ratio": 0.03,
     "train.weight_decay": 0.0,
@@ -43,14 +44,17 @@ CONTRACT = {
     "train.seed": 0,
     "train.save_every": "100 steps",
     "train.keep_checkpoints": 3,
+    "train.rehearse": "auto",
     "train.report_to": [],
     "engine.tokens_per_micro_batch": "auto",
     "engine.share_prefix": True,
     "engine.attention": "auto",
     "engine.recompute_layers": "auto",
     "engine.self_check": True,
-    "eval.hold_out": 0.05,
+    "eval.hold_out": "auto",
     "eval.every": "1 epoch",
+    "eval.keep": "last",
+    "eval.patience": 0,
 }
 WITHOUT_DEFAULT = {"model.name", "data.path"}
 
@@ -93,7 +97,7 @@ def test_every_setting_has_a_description_that_reads_as_sentences() -> None:
 def test_a_value_says_whether_it_is_a_default_or_from_the_file_or_a_flag(tmp_path: Path) -> None:
     path = file(tmp_path, "lora:\n  r: 4\n  alpha: 16\ntrain:\n  seed: 7\n")
     values, sources = resolve(path, {"lora.r": 64})
-    assert (values.lora.r, values.lora.alpha, values.train.seed, values.train.epochs) == (64, 16, 7, 3)
+    assert (values.lora.r, values.lora.alpha, values.train.seed, values.train.epochs) == (64, 16, 7, "auto")
     assert (sources["lora.r"], sources["lora.alpha"], sources["train.epochs"]) == ("flag", "file", "default")
     assert list(sources) == setting_names()
 
@@ -101,7 +105,7 @@ def test_a_value_says_whether_it_is_a_default_or_from_the_file_or_a_flag(tmp_pat
 def test_a_written_recipe_says_where_each_value_came_from(tmp_path: Path) -> None:
     text = write(*resolve(file(tmp_path, "lora:\n  r: 4\n"), {"train.seed": 1}))
     lines = text.splitlines()
-    assert "  r: 4  # file" in lines and "  seed: 1  # flag" in lines and "  epochs: 3  # default" in lines
+    assert "  r: 4  # file" in lines and "  seed: 1  # flag" in lines and "  epochs: auto  # default" in lines
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40)
@@ -236,7 +240,7 @@ def test_none_is_nothing(word: str | None, tmp_path: Path) -> None:
         ("gradient_checkpointing", "engine.recompute_layers"),
         ("system_prompt", "template.system"),
         ("val_size", "eval.hold_out"),
-        ("output_dir", "--out"),
+        ("output_dir", "`out`"),
         ("train.epocs", "train.epochs"),
         ("lora.targts", "lora.targets"),
         ("model", "model.name"),
@@ -246,7 +250,7 @@ def test_none_is_nothing(word: str | None, tmp_path: Path) -> None:
 )
 def test_an_unknown_setting_is_refused_with_the_right_one(name: str, wanted: str) -> None:
     error = refused({name: 1})
-    assert error.where == f"--set {name}"
+    assert error.where == f"flags['{name}']"
     assert f"'{name}'" in error.found
     assert error.fix == f"Did you mean {wanted}?"
 
@@ -296,7 +300,7 @@ def test_an_impossible_value_is_refused_and_the_setting_explained(
 ) -> None:
     error = refused({name: value})
     setting = "data.columns" if name.startswith("data.columns") else name
-    assert error.where.startswith("--set ") and setting in error.where
+    assert error.where.startswith("flags['") and setting in error.where
     assert found in error.found
     assert expected in error.expected
     section, field = setting.split(".")
@@ -307,7 +311,7 @@ def test_several_problems_are_named_together(tmp_path: Path) -> None:
     path = file(tmp_path, "lora:\n  rank: 8\n  alpha: -1\n\nnonsense:\n  a: 1\ntrain:\n  epochs: 0\n")
     error = refused({"train.lr": 1, "lora.dropout": 2}, path)
     message = str(error)
-    for part in (f"{path}:2", f"{path}:3", f"{path}:5", f"{path}:8", "--set train.lr", "--set lora.dropout"):
+    for part in (f"{path}:2", f"{path}:3", f"{path}:5", f"{path}:8", "flags['train.lr']", "flags['lora.dropout']"):
         assert part in error.where
     for part in ("'lora.rank'", "lora.alpha = -1", "'nonsense'", "train.epochs = 0", "'train.lr'", "lora.dropout = 2"):
         assert part in error.found
@@ -356,11 +360,11 @@ def test_a_recipe_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_data_in_the_place_of_a_recipe_is_recognised(tmp_path: Path) -> None:
-    path = file(tmp_path, '{"instruction": "a", "output": "b"}\n', "rows.jsonl")
-    assert f"--data {path}" in refused(path=path).fix
+    path = file(tmp_path, '{"instruction": "a", "output": "b"}\n', "my rows.jsonl")
+    assert refused(path=path).fix == f"Pass it as flags={{'data.path': '{path}'}}"
 
 
-@pytest.mark.parametrize("text", ["", "# nothing yet\n", "lora:\ntrain:\n", "\ufefflora:\n  r: 8\n"])
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "lora:\ntrain:\n", "\ufefflora:\n  r: 16\n"])
 def test_an_empty_recipe_is_all_defaults(tmp_path: Path, text: str) -> None:
     assert resolve(file(tmp_path, text))[0] == resolve()[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -252,15 +253,15 @@ def test_the_columns_of_csv_may_stand_in_any_order_with_others_between(tmp_path:
 @pytest.mark.parametrize(
     ("header", "hint"),
     [
-        ("question,answer", "--set data.columns.instruction=question --set data.columns.output=answer"),
-        ("prompt,completion", "--set data.columns.instruction=prompt --set data.columns.output=completion"),
-        ("instruction,response", "--set data.columns.output=response"),
-        ("Instruction,Output", "--set data.columns.instruction=Instruction --set data.columns.output=Output"),
-        ("instrution,ouput", "--set data.columns.instruction=instrution --set data.columns.output=ouput"),
-        ("instruction,the answer,output text", "--set 'data.columns.output=output text'"),
+        ("question,answer", "flags={'data.columns.instruction': 'question', 'data.columns.output': 'answer'}"),
+        ("prompt,completion", "flags={'data.columns.instruction': 'prompt', 'data.columns.output': 'completion'}"),
+        ("instruction,response", "flags={'data.columns.output': 'response'}"),
+        ("Instruction,Output", "flags={'data.columns.instruction': 'Instruction', 'data.columns.output': 'Output'}"),
+        ("instrution,ouput", "flags={'data.columns.instruction': 'instrution', 'data.columns.output': 'ouput'}"),
+        ("instruction,the answer,output text", "flags={'data.columns.output': 'output text'}"),
         ("instruction;output", "Separate the columns by commas, not by ';'."),
         ("instruction\toutput", "Separate the columns by commas, not by tabs."),
-        ("x,y", "--set data.columns.output=answer"),
+        ("x,y", "flags={'data.columns.output': 'answer'}"),
     ],
 )
 def test_another_header_is_refused_with_the_flags_that_map_it(tmp_path: Path, header: str, hint: str) -> None:
@@ -272,11 +273,11 @@ def test_another_header_is_refused_with_the_flags_that_map_it(tmp_path: Path, he
 
 
 def test_the_hint_for_another_header_works(tmp_path: Path) -> None:
-    from tunesmith.recipe import parse_flag, resolve
+    from tunesmith.recipe import resolve
 
     path = save(tmp_path, "question,answer\nWho?,Bo.\n", "rows.csv")
-    flags = [part for part in refused(path).fix.split() if "=" in part]
-    columns = resolve(None, dict(parse_flag(flag) for flag in flags))[0].data.columns
+    flags = ast.literal_eval(refused(path).fix.removeprefix("Try flags="))
+    columns = resolve(None, flags)[0].data.columns
     assert said(contents(path, columns)) == [[("user", "Who?"), ("assistant", "Bo.")]]
 
 

@@ -48,6 +48,104 @@ def test_what_became_of_a_run_is_told_by_its_files(tiny_model: Path, talk: Path,
     assert ended.code == 130 and "tunesmith resume" in ended.out
 
 
+# --- which run is meant -----------------------------------------------------------------------------------------------
+
+
+def make_run(path: Path, age: int = 0) -> Path:
+    path.mkdir(parents=True)
+    for name in ("manifest.json", "recipe.yaml"):
+        (path / name).write_text("{}")
+    (path / "adapter").mkdir()
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with eight runs in `runs/` and two elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["my run", "lighthouse", "smollm2", "a", "b", "c", "d", "e"]):
+        make_run(Path("runs") / name, age)
+    for name in ("here", "elsewhere/lightship"):
+        make_run(Path(name))
+    (tmp_path / "runs" / "damaged" / "checkpoints").mkdir(parents=True)
+    os.utime(tmp_path / "runs" / "damaged", (0, 0))
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("my run", "runs/my run"), ("runs/my run", "runs/my run"), ("runs/my run/adapter", "runs/my run"),
+        ("my run/adapter", "runs/my run"), ("here", "here"), ("elsewhere/lightship", "elsewhere/lightship"),
+        ("damaged", "runs/damaged"), ("smollm2", "runs/smollm2"),
+    ],
+)  # fmt: skip
+def test_a_run_is_found_by_its_path_or_by_its_name(work: Path, name: str, meant: str) -> None:
+    assert runs.find(name) == runs.named(name) == runs.named_or_model(name) == Path(meant)
+    assert runs.find(work / meant) == work / meant
+
+
+@pytest.mark.parametrize("name", ["phi-4", "hf:org/name", "ms:org/name", "org/name", "model", "./model"])
+def test_what_is_no_run_may_be_a_model(work: Path, name: str) -> None:
+    assert runs.named_or_model(name) is None and (work / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("my-run", "'runs/my run'"), ("runs/my_run", "'runs/my run'"), ("lighthous", "runs/lighthouse"),
+        ("elsewhere/lightshop", "elsewhere/lightship"), ("nope", None), ("runs/nope", None), ("./nope", None),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("work")
+def test_a_name_that_is_nothing_is_answered_with_those_there_are(name: str, meant: str | None) -> None:
+    for find in (runs.named, runs.named_or_model):
+        with pytest.raises(RunError) as caught:
+            find(name)
+        assert caught.value.where == name
+        assert ("Did you mean" in caught.value.fix) is (meant is not None)
+        assert meant is None or f"Did you mean {meant}" in caught.value.fix
+        if not name.startswith("elsewhere"):
+            assert "in runs there are 'my run', lighthouse, smollm2, a, b, and 4 older ones" in caught.value.expected
+        assert "tunesmith runs" in caught.value.fix
+
+
+@pytest.mark.usefixtures("work")
+def test_a_misspelt_alias_is_known_among_the_runs() -> None:
+    with pytest.raises(RunError, match=r"Did you mean (.* or )?phi-4"):
+        runs.named_or_model("phi4")
+
+
+def test_where_there_is_no_run_the_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=f"There is no run in {tmp_path}/runs"):
+        runs.named("nope")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["chat {} --prompt Hi", "eval {}", "export {} --to adapter", "serve {}", "resume {}", "watch {}"],
+)
+def test_no_hub_is_asked_for_what_is_no_run(work: Path, command: str, planted_proxy: list[str]) -> None:
+    for name in ("runs/nope", "nope"):
+        words = [name if word == "{}" else word for word in command.split()]
+        ended = tunesmith(*words, cwd=work, TUNESMITH_OFFLINE="0")
+        assert ended.code == 2 and "found    nothing of that name" in ended.err and "my run" in ended.err, ended.err
+    assert planted_proxy == []
+
+
+def test_a_run_is_opened_by_its_name_alone(undisturbed: Run, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.path, tmp_path / "runs" / "my-run")
+    ended = tunesmith("chat", "my-run", "--prompt", "Hi", "--max-tokens", "2", "--json", cwd=tmp_path)
+    assert ended.code == 0 and ended.json["token_ids"], ended.err
+    assert tunesmith("export", "my-run", "--to", "adapter", cwd=tmp_path).code == 0
+    assert (tmp_path / "runs" / "my-run" / "exported").is_dir()
+    assert tunesmith("watch", "my-run", "--json", cwd=tmp_path).json["state"] == "done"
+    assert tunesmith("resume", "my-run", "--json", cwd=tmp_path).code == 0
+
+
 def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run = RunDir(tmp_path / "run")

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from conftest import Ended, start, tunesmith
 from tunesmith import display, terminal
 from tunesmith.cli import app
 from tunesmith.cli.console import print_json
+from tunesmith.hub import aliases
 from tunesmith.screen import Screen, styled
 from tunesmith.types import Fault, Origin
 
@@ -243,7 +245,9 @@ def test_what_is_no_terminal_gets_the_reply_as_it_is_written(hostile_run: Path) 
     ended = tunesmith("chat", hostile_run, "--prompt", "Hi", "--temperature", "0")
     assert ended.out == "\x1b]0;x\x07\x9b[/b]\n"
     ended = on_terminal("chat", hostile_run, "--prompt", "Hi", "--temperature", "0", "--json")
-    assert json.loads(ended.out)["reply"] == "\x1b]0;x\x07\x9b[/b]"
+    assert (
+        json.loads(ended.out[ended.out.index("{") :])["reply"] == "\x1b]0;x\x07\x9b[/b]"
+    )  # after what moved meanwhile
     assert not OBEYED.search(OWN.sub("", ended.out))
 
 
@@ -270,6 +274,59 @@ def test_an_argument_is_shown_and_not_obeyed(rows: Path, arguments: tuple[str, .
     assert ended.code in (0, 2), ended.out
     assert not OBEYED.search(OWN.sub("", ended.out))
     assert "\x1b]" not in ended.out and "\x1b[2J" not in ended.out
+
+
+def test_a_talk_and_an_answer_end_with_what_comes_next(hostile_run: Path) -> None:
+    """Where a person reads them: a program that asks once more and once more is told nothing."""
+    once = on_terminal("chat", hostile_run, "--prompt", "Hi", "--temperature", "0", "--max-tokens", "1", COLUMNS="400")
+    talk = on_terminal("chat", hostile_run, typed=b"/quit\n", COLUMNS="400")
+    for ended in (once, talk):
+        lines = [line.partition(": ")[2].strip() for line in OWN.sub("", ended.out).splitlines()[-2:]]
+        assert [shlex.split(line)[1:3] for line in lines] == [["serve", str(hostile_run)], ["export", str(hostile_run)]]
+    assert tunesmith("chat", hostile_run, "--prompt", "Hi", "--max-tokens", "1").err == ""
+
+
+def test_a_training_says_what_it_does_before_its_first_step_and_after_its_last(
+    tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    ended = on_terminal("train", rows, "-m", tiny_model, "--epochs", "1", "--out", tmp_path / "run", COLUMNS="200")
+    assert ended.code == 0, ended.out
+    told = (
+        f"Opening {rows}", "Looking for", "Reading and rendering every row", "Laying out the steps",
+        "Loading the model, and asking it", "Before the first step", "The adapter, its answers and the report",
+        "Talk with it",
+    )  # fmt: skip
+    places = [ended.out.find(text) for text in told]
+    assert -1 not in places and places == sorted(places), list(zip(told, places, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("check", "rows.jsonl"), "Loading torch and transformers"),
+        (("plan", "rows.jsonl"), "Laying out its steps"),
+        (("doctor",), "Loading torch and transformers"),
+        (("fetch",), "Reading its files"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_a_command_says_what_it_is_about(tiny_model: Path, rows: Path, arguments: tuple[str, ...], told: str) -> None:
+    model = {"fetch": (tiny_model,), "doctor": ()}.get(arguments[0], ("-m", tiny_model))
+    ended = on_terminal(*arguments, *model, cwd=rows.parent)
+    assert ended.code == 0 and told in ended.out
+    assert told not in tunesmith(*arguments, *model, cwd=rows.parent).out
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "100", "300"])
+def test_the_list_of_models_shows_every_id_whole(columns: str) -> None:
+    ended = on_terminal("models", COLUMNS=columns)
+    shown = OWN.sub("", ended.out)
+    assert "…" not in shown
+    for alias in aliases().values():
+        assert re.search(rf"\s{re.escape(alias.sources[0])}\s", shown) and alias.name in shown
+    assert all(len(line) <= max(int(columns), 50) for line in shown.splitlines())
+    (line,) = (line for line in tunesmith("models").out.splitlines() if line.startswith("  smollm2 "))
+    assert aliases()["smollm2"].note in line
 
 
 def test_a_template_that_refuses_with_control_characters_is_not_obeyed(tmp_path: Path, rows: Path) -> None:

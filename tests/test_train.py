@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 
 def settings(model: Path, data: Path, **flags: Any) -> recipe.Recipe:
-    quick = {"lora.dropout": 0.0, "eval.hold_out": 0, "train.examples_per_step": 4, "train.learning_rate": 1e-2}
+    quick = {"eval.hold_out": 0, "train.examples_per_step": 4, "train.learning_rate": 1e-2, "train.epochs": 3}
+    quick |= {"lora.r": 8, "train.rehearse": 0}
     return recipe.resolve(None, {"model.name": str(model), "data.path": str(data), **quick, **flags})[0]
 
 
@@ -112,7 +113,8 @@ def test_same_recipe_twice_gives_the_same_bytes(tiny_model: Path, talk: Path, tm
 def test_the_run_folder_holds_what_the_contract_says(run: Run) -> None:
     names = {path.name for path in run.path.iterdir()}
     files = {"recipe.yaml", "manifest.json", "ledger.jsonl", "metrics.jsonl", "held_out.jsonl", "report.html"}
-    assert names == files | {"state.json"} | {"checkpoints", "adapter"}
+    kept = {"state.json", "held_out_rows.jsonl"}
+    assert names == files | kept | {"checkpoints", "adapter"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert adapter | {"README.md", "load_and_chat.py"} <= {path.name for path in run.adapter.iterdir()}
     lines = rundir.read_lines(run.path / "metrics.jsonl")

@@ -44,7 +44,7 @@ def train(family: str, folder: Path) -> dict[str, Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     settings = {
         "lora.r": 16, "lora.dropout": 0, "train.learning_rate": 2e-2, "train.epochs": 20, "train.examples_per_step": 4,
-        "eval.hold_out": 0, "template.system": SYSTEM.get(family, "none"),
+        "eval.hold_out": 0, "train.rehearse": 0, "template.system": SYSTEM.get(family, "none"),
     }  # fmt: skip
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     ended = tunesmith(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from tunesmith.training import Run, resume, train
     from tunesmith.types import Message
 
+    __version__: str
+
 # With the package `kernels` installed, transformers would fetch code for some layers from a hub.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
+# In a notebook without ipywidgets tqdm warns as soon as a library imports it; no bar of it is shown here.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 __all__ = [
     "Chat",
@@ -66,9 +71,17 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Loads a name's module when it is first asked for, so that `tunesmith --help` needs no torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tunesmith")
     if name not in _HOMES:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
     from tunesmith.system import refuse_windows
 
     refuse_windows()
     return getattr(importlib.import_module(f"tunesmith.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -34,12 +34,16 @@ def known_names(*, merged: bool = False) -> frozenset[str]:
 _SCRIPT = '''\
 """Prints the greedy reply of this adapter: python load_and_chat.py {base_usage} "question" """
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
+warnings.simplefilter("ignore", FutureWarning)  # what libraries have to say to each other
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 here = str(Path(__file__).resolve().parent)
 parser = argparse.ArgumentParser(description="Ask this adapter.")
 parser.add_argument("question")

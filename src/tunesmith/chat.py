@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, reading, rundir, runs
+from tunesmith import hub, markup, reading, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
@@ -28,6 +28,7 @@ from tunesmith.types import ChatMessage, Message
 from tunesmith.writing import Text, reply_text
 
 MAX_TOKENS = 512
+_SHOWN = 120  # letters of a reply in a line
 _LEAST_TEMPERATURE = 1e-3
 """Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
 _SIDE_BY_SIDE = 32  # conversations
@@ -44,6 +45,17 @@ class Reply:
     token_ids: tuple[int, ...]
     """The reply with its stop token."""
     stopped_by: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        text = repr(self.text[:_SHOWN]) + " …" * (len(self.text) > _SHOWN)
+        return f"<Reply {text}; {self._how}>"
+
+    def _repr_html_(self) -> str:
+        return markup.block("", markup.paragraph(self.shown), markup.paragraph(self._how))
+
+    @property
+    def _how(self) -> str:
+        return f"{len(self.token_ids):,} tokens, stopped by {self.stopped_by}"
 
     @property
     def shown(self) -> str:
@@ -206,7 +218,7 @@ def load(run_or_model: str | os.PathLike[str], *, revision: str | None = None, b
 
     Raises RunError, ModelError or TemplateError; ProofError when base or template are not those of the training.
     """
-    path = _run_of(run_or_model)
+    path = runs.named_or_model(run_or_model)
     if path is not None:
         return Opened.of(path, base=base).chat()
     return _load_model(run_or_model, revision)
@@ -218,7 +230,7 @@ def load_together(runs_or_model: Sequence[str | os.PathLike[str]]) -> tuple[Chat
     A single model may stand in the place of the runs. Raises RunError for runs of different bases before any weight
     is read, and otherwise what `load` raises.
     """
-    paths = [_run_of(given) for given in runs_or_model]
+    paths = [runs.named_or_model(given) for given in runs_or_model]
     plain = [given for given, path in zip(runs_or_model, paths, strict=True) if path is None]
     if plain and len(paths) > 1:
         found, fix = "no run", "Name runs of one base, or one model alone."
@@ -244,14 +256,6 @@ def load_together(runs_or_model: Sequence[str | os.PathLike[str]]) -> tuple[Chat
         for run, name in zip(opened, names, strict=True)
     ]
     return base, chats, opened
-
-
-def _run_of(given: str | os.PathLike[str]) -> Path | None:
-    """The folder of a run that is named by itself or by its adapter/; None for a model."""
-    path = Path(given)
-    if path.name == "adapter" and (path.parent / "manifest.json").is_file():
-        return path.parent
-    return path if (path / "manifest.json").is_file() else None
 
 
 def _load_model(name: str | os.PathLike[str], revision: str | None) -> Chat:

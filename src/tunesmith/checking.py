@@ -11,15 +11,17 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedConfig
 
-from tunesmith import cache, hub, records
+from tunesmith import cache, hub, markup, records, rehearsal
 from tunesmith import model as models
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Recipe
+from tunesmith.records.found import plain
 from tunesmith.render import Renderer
 from tunesmith.rows import Rows, faults_of
 from tunesmith.types import Fault, Origin
 
 HELD_OUT_AT_MOST = 200
+_SHOWN = 10  # faults and lines, in a notebook
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,33 @@ class Checked:
     """Rows that say the same as an earlier one, with that one."""
     contradictions: list[tuple[Origin, Origin]]
     """Rows with the prompt of an earlier one and another reply, with that one."""
+
+    def __repr__(self) -> str:
+        return f"<Checked {self._in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        total, supervised = int(self.rows.n_tokens.sum()), int(self.rows.n_supervised.sum())
+        facts = [
+            ("model", self.recipe.model.name),
+            ("template", self.renderer.template.source),
+            ("system text", self.system_text),
+            ("tokens", f"{total:,}, of them learned {supervised:,}"),
+        ]
+        for name, pairs in (("repeats", self.repeats), ("contradictions", self.contradictions)):
+            lines = ", ".join(str(row.line) for row, _ in pairs[:_SHOWN]) + " …" * (len(pairs) > _SHOWN)
+            facts += [(name, f"{len(pairs):,} rows (lines {lines})")] if pairs else []
+        parts = [markup.table(facts)]
+        if shown := self.faults[:_SHOWN]:
+            rows = [(fault.origin, fault.field, fault.found, fault.expected, fault.fix) for fault in shown]
+            parts.append(markup.table(rows, ("", "field", "found", "expected", "fix")))
+        if more := self.n_set_aside - len(shown):
+            parts.append(markup.paragraph(f"… and {more:,} more; all of them are in .faults"))
+        return markup.block(self._in_a_line, *parts)
+
+    @property
+    def _in_a_line(self) -> str:
+        rows = f"{self.n_read:,} rows read = {len(self.rows):,} trainable + {self.n_set_aside:,} faulty"
+        return f"{plain(self.data.path)}: {rows}; {'ok' if self.ok else 'not ok'}"
 
     @property
     def ok(self) -> bool:
@@ -113,6 +142,8 @@ def check(
     renderer = models.open_renderer(found, recipe.template)
     targets = models.targets(models.skeleton(config), recipe.lora)
     limit = _longest_allowed(recipe, config)
+    if recipe.data.rehearse is not None:
+        rehearsal.prompts(recipe.data.rehearse)
     table = cache.rendered(data, renderer, on_rows)
     rows, faults = Rows(table, data), faults_of(table, data)
     faults += _too_long(recipe, rows, limit)
@@ -149,10 +180,18 @@ def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
 def hold_out(checked: Checked) -> tuple[Rows, Rows]:
     """The rows to train on and those to measure on: a pure function of seed, share and the data's digest."""
     settings, rows = checked.recipe, checked.rows
-    count = min(int(len(rows) * settings.eval.hold_out), HELD_OUT_AT_MOST)
+    count = _n_held_out(len(rows), settings.eval.hold_out)
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count)] = True
     return rows.pick(~held), rows.pick(held)
+
+
+def _n_held_out(n_rows: int, share: float | Literal["auto"]) -> int:
+    if share != "auto":
+        return min(int(n_rows * share), HELD_OUT_AT_MOST)
+    if n_rows < 50:
+        return n_rows // 5
+    return 10 if n_rows < 100 else min(max(20, n_rows // 20), HELD_OUT_AT_MOST)
 
 
 def held_out_in_training(checked: Checked) -> list[tuple[Origin, Origin]]:

@@ -67,9 +67,8 @@ def questions(language: Literal["en", "zh"] = "en") -> tuple[Question, ...]:
 
 
 def recipe(language: Literal["en", "zh"] = "en", model: str = "smollm2") -> tuple[Recipe, dict[str, recipes.Source]]:
-    """The demo's own recipe; its numbers were chosen by trying (docs/log.md)."""
-    flags = {"model.name": model, "data.path": str(PERSONA / f"hester.{language}.jsonl")}
-    return recipes.resolve(PERSONA / "recipe.yaml", flags)
+    """The persona's rows and a model, and every setting as it is by default."""
+    return recipes.resolve(None, {"model.name": model, "data.path": str(PERSONA / f"hester.{language}.jsonl")})
 
 
 def judge(question: Question, reply: Reply) -> Judged:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tunesmith.checking import Checked, held_out_in_training, lengths
 from tunesmith.planning import Plan
+from tunesmith.planning import clock as _clock
 from tunesmith.rows import Row
 from tunesmith.screen import Screen, styled
 from tunesmith.shown import tokens
@@ -259,12 +260,16 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
 class TrainingDisplay(Watcher):
     """Step, loss with a sparkline, tokens per second, time left and memory, while it trains."""
 
-    def __init__(self, console: Screen) -> None:
+    def __init__(self, console: Screen, at_first: str = "Laying out the steps …") -> None:
+        """`at_first` is what is done before there is a plan, or the training itself."""
         self._console = console
+        self.run: Path | None = None
+        """The folder of the training, once there is one."""
+        self._status = console.status(at_first)
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
-        self._line = Text()
+        self._line = Text("Before the first step: the engine is checked, and the loss measured on rows held out …")
         self._progress = Progress(
             TextColumn("training", style="bold", markup=False),
             BarColumn(bar_width=None),
@@ -275,21 +280,31 @@ class TrainingDisplay(Watcher):
         )
         self._live = Live(console=console, refresh_per_second=8, transient=False)
         self._plain_at = 0.0
+        self._rest = ""
+        """What is done after the last step."""
 
     def __enter__(self) -> TrainingDisplay:
+        self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._status.stop()
+        if self._live.is_started:
+            self._rest = ""
+            self._update(at_once=True)
         self._live.stop()
 
     def planned(self, plan: Plan) -> None:
         show_plan(self._console, plan, in_full=False)
+        self._status.update("Loading the model, and asking it what the trained one will be asked …")
 
     def began(self, n_steps: int, run: Path) -> None:
+        self.run = run
+        self._status.stop()
         self._task = self._progress.add_task("train", total=n_steps, left="")
         if self._console.for_people:
             self._live.start()
-            self._update()
+            self._update(at_once=True)
 
     def went_on(self, earlier: Sequence[StepMetrics]) -> None:
         self._losses += [line.loss for line in earlier]
@@ -310,9 +325,10 @@ class TrainingDisplay(Watcher):
             *held_out,
             f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
         )
+        self._rest = "" if metrics.step < n_steps else "The adapter, its answers and the report are written …"
         self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
         if self._console.for_people:
-            self._update()
+            self._update(at_once=bool(self._rest))
         elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
             self._plain_at = time.monotonic()
             self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left")
@@ -323,8 +339,9 @@ class TrainingDisplay(Watcher):
     def noted(self, text: str) -> None:
         self._console.print(text, style="yellow")
 
-    def _update(self) -> None:
-        self._live.update(Group(self._progress, self._line))
+    def _update(self, *, at_once: bool) -> None:
+        lines = Group(self._progress, self._line, *([self._rest] if self._rest else []))
+        self._live.update(lines, refresh=at_once)
 
 
 _MEANINGS = {
@@ -389,6 +406,8 @@ def show_evaluation(console: Screen, evaluation: Evaluation, lines: Sequence[Seq
     """The verdict, the table, and the answers that changed most."""
     colour = {"better": "green", "worse": "red"}.get(evaluation.verdict, "yellow")
     console.print(evaluation.sentence, style=f"bold {colour}")
+    for line in evaluation.advice:
+        console.print(line)
     table = Table(box=SIMPLE_HEAD)
     table.add_column(f"{evaluation.rows} rows")
     for name in ("base", "tuned"):
@@ -467,8 +486,6 @@ def show_study(console: Screen, study: Study) -> None:
     counts = {state: sum(trial.state == state for trial in study.trials) for state in _STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"
     console.print(f"{len(study.trials)} of {study.wanted} trials: {said}. No further one was begun: {study.ended}.")
-    if counts["waiting"]:
-        console.print("The same command goes on with what is waiting.")
     if best is None:
         if counts["done"]:
             console.print("None came to its end without forgetting; lower rates and fewer epochs forget less.")
@@ -481,9 +498,3 @@ def show_study(console: Screen, study: Study) -> None:
 
 def _place(origin: Origin) -> str:
     return str(replace(origin, path=Path(origin.path).name))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunesmith import hub, system
+from tunesmith import commands, hub, system
 from tunesmith.engine import onepass, products
 
 
@@ -73,7 +73,9 @@ def _findings() -> Iterator[Finding]:
         "" if not offline else "Unset TUNESMITH_OFFLINE to fetch models.",
     )
     here = Path(hub.cache_dir() / "models" / "smollm2").is_dir()
-    yield Finding("demo model", "here" if here else "not here yet", True, "" if here else "tunesmith fetch smollm2")
+    yield Finding(
+        "demo model", "here" if here else "not here yet", True, "" if here else commands.tunesmith("fetch", "smollm2")
+    )
 
 
 EXTRAS = {
@@ -89,16 +91,18 @@ EXTRAS = {
 
 def _extras() -> Finding:
     """What is installed of that which is only needed for some things."""
-    here, lacking = list[str](), list[str]()
+    here, lacking = list[str](), dict[str, str]()
     for extra, needed_for in EXTRAS.items():
         if extra == "gpu" and not torch.cuda.is_available():
             continue
         absent = [name for name in _packages_of(extra) if not _is_installed(name)]
         if absent:
-            lacking.append(f"pip install 'tunesmith[{extra}]' for {needed_for}")
+            lacking[extra] = needed_for
         else:
             here.append(extra)
-    return Finding("extras", ", ".join(here) or "none", True, "; ".join(lacking))
+    fix = commands.pip_install(f"tunesmith[{','.join(lacking)}]")
+    fix = f"For {'; '.join(lacking.values())}: {fix}" if lacking else ""
+    return Finding("extras", ", ".join(here) or "none", True, fix)
 
 
 def _packages_of(extra: str) -> list[str]:
@@ -145,7 +149,7 @@ def _accelerator() -> Finding:
         bits = (
             "bitsandbytes for 4-bit bases is here"
             if importlib.util.find_spec("bitsandbytes")
-            else "4-bit bases need: pip install 'tunesmith[gpu]'"
+            else f"4-bit bases need: {commands.pip_install('tunesmith[gpu]')}"
         )
         return Finding("accelerator", f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
     built = torch.version.cuda is not None
@@ -154,7 +158,7 @@ def _accelerator() -> Finding:
         faster = (
             "about twice as fast for weights published in bfloat16" if products.has_units() else "about a tenth faster"
         )
-        found += f"; {faster} with: pip install 'tunesmith[cpu]'"
+        found += f"; {faster} with: {commands.pip_install('tunesmith[cpu]')}"
     elif products.are_split():
         found += ", whose AMX is used for attention, and for weights published in bfloat16"
     has_driver = shutil.which("nvidia-smi") is not None

@@ -19,17 +19,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from tunesmith import commands
+from tunesmith.caller import told
 from tunesmith.types import Fault
 
 
 class TunesmithError(Exception):
-    """A message in four parts: where, what was found, what was expected, what to do."""
+    """A message in four parts: where, what was found, what was expected, what to do.
+
+    Settings and options in it are given as the command line takes them; it holds them as its caller does.
+    """
 
     exit_code: ClassVar[int] = 2
 
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
-        self.where, self.found, self.expected, self.fix = where, found, expected, fix
-        super().__init__(f"{where}: found {found}; expected {expected}. {fix}")
+        self.where, self.found, self.expected, self.fix = told(where), found, told(expected), told(fix)
+        super().__init__(f"{self.where}: found {found}; expected {self.expected}. {self.fix}")
 
 
 class RecipeError(TunesmithError, ValueError):
@@ -68,7 +73,7 @@ class MissingExtra(TunesmithError, ImportError):
             needed_for,
             "a package missing",
             f"the extra '{extra}'",
-            f"Install it with: pip install 'tunesmith[{extra}]'",
+            f"Install it with: {commands.pip_install(f'tunesmith[{extra}]')}",
         )
 
 

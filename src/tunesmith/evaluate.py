@@ -1,77 +1,35 @@
-"""Is the tuned model better than its base, on rows that it never saw, and what did that cost?
-
-The verdict follows from these rules, and from nothing else:
-
-* It is *worse* when the loss of the held-out replies rose, or when it has unlearned to listen: they are no likelier
-  after their own question than after another row's although they are for the base, or less than half as much as for it.
-* It is *better* when that loss fell and the replies are likelier after their own question.
-* Else there is *no difference*.
-* *Rose*, *fell* and *likelier* mean: the interval in which the mean lies in 95 of 100 draws of rows is wholly on one
-  side of zero. *Less than half as much*: it is wholly below half of the base's mean.
-* Beside the verdict it is said if it *forgot* (of a hundred general questions it answers fewer rightly, by at least
-  five, and a sign test gives that less than one chance in twenty), if it *copies* (more than half of the long runs of
-  words in its replies stand in training rows and not in the row's own answer, and twice as many as the base has), if it
-  *does not stop* (fewer than nine of ten replies end by themselves, and fewer than the base's), and if it *repeats
-  itself* (a tenth of what it writes stands earlier in the same reply, and twice as much as the base's).
-"""
+"""Base against tuned model: what is measured on rows that neither saw, and what it cost."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tunesmith import caller, harness, rundir, scores
 from tunesmith import chat as chats
-from tunesmith import harness, rundir, scores
 from tunesmith import model as models
+from tunesmith import verdict as verdicts
 from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
-from tunesmith.general import TOKENS, forgot, questions
-from tunesmith.rows import Row
+from tunesmith.general import TOKENS, questions
+from tunesmith.recipe import Recipe
+from tunesmith.rows import Row, Rows
+from tunesmith.rundir import RunDir
 from tunesmith.training import recipe_of
 from tunesmith.types import Message, Rendered
+from tunesmith.verdict import Side
 
-Verdict = Literal["better", "no difference", "worse"]
 ASKED_AT_MOST = 100
 """Held-out rows whose replies are written and compared; the loss is measured on all of them."""
 
 _TOKENS_AT_ONCE = 1024
 _TRAINING_ROWS = 100_000  # whose replies are looked through for copies
-
-
-@dataclass(frozen=True)
-class Side:
-    """What was measured of the base, or of the tuned model."""
-
-    loss: float
-    """Nats per supervised token of the held-out rows."""
-    loss_interval: tuple[float, float]
-    listening: float
-    """By how many nats per token a reply is likelier after its own question than after another row's."""
-    listening_interval: tuple[float, float]
-    likeness: float
-    """chrF to the row's own answer, 0 to 1."""
-    exact: float | None
-    """Share of replies with the words of the row's own answer, among rows whose answer is short."""
-    stopped: float
-    """Share of replies that ended by themselves."""
-    repetition: float
-    copied: float | None
-    """Share of long runs of words that stand in training rows; None where no reply was long enough."""
-    general: int
-    """General questions answered rightly."""
-    tokens_per_second: float
-    """Written, with several replies side by side."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))
 
 
 @dataclass(frozen=True)
@@ -102,9 +60,11 @@ class Evaluation:
     tuned: Side
     change_interval: tuple[float, float]
     """Of tuned loss minus base loss, by row."""
-    verdict: Verdict
+    verdict: verdicts.Name
     sentence: str
     """The verdict with its reasons."""
+    advice: tuple[str, ...]
+    """What to do next, as far as the figures say it."""
     answers: tuple[Answer, ...]
     """Worst first."""
     general: tuple[tuple[str, str, bool, str, bool], ...]
@@ -135,39 +95,57 @@ def evaluate(
     run = rundir.open_run(path)
     recipe, _, manifest = recipe_of(run)
     tell("Reading the rows …")
-    checked = check(recipe)
-    if checked.data.digest != manifest["data"]["sha256"]:
-        raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
-    trained, held_out = hold_out(checked)
-    rows: Sequence[Row] = held_out
-    if data is not None:
-        other = check(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(data)})}))
-        other.require_ok()
-        rows = other.rows
+    trained, rows, where = _rows(run, recipe, manifest, data)
     if len(rows) < 2:
         raise RunError(
-            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: --data FILE."
+            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: eval --data FILE."
         )
-    known = scores.long_runs(
-        message.content
-        for number in range(min(len(trained), _TRAINING_ROWS))
-        for message in trained[number].conversation.messages
-        if message.role == "assistant"
-    )
+    known = None if trained is None else _runs_of(trained)
     tell("Loading the model …")
     chat = chats.load(path)
-    evaluation = _measure(chat, list(rows), str(data or recipe.data.path), known, judge, tell)
+    curve = [(line["epoch"], line["loss"]) for line in rundir.read_lines(run.held_out)]
+    evaluation = _measure(chat, list(rows), where, known, curve, judge, tell)
+    if trained is None:
+        advice = f"{recipe.data.path} is not there as it was at training, so copies of its rows were not looked for."
+        evaluation = replace(evaluation, advice=(advice, *evaluation.advice))
     if tasks:
         tell("lm-evaluation-harness …")
         evaluation = replace(evaluation, tasks=harness.measure(chat, tasks))
     return evaluation
 
 
+def _rows(run: RunDir, recipe: Recipe, manifest: Mapping[str, Any], data: Path | None) -> tuple[Rows | None, Rows, str]:
+    """The rows that were trained on, those to measure on, and the file that has these.
+
+    Where the data is no longer what was trained on, None, and the held-out rows that the run has kept.
+    """
+
+    def read(file: Path, **others: Any) -> Rows:
+        settings = recipe.data.model_copy(update={"path": str(file), **others})
+        checked = check(recipe.model_copy(update={"data": settings}))
+        checked.require_ok()
+        return checked.rows
+
+    trained = held_out = None
+    if Path(recipe.data.path).exists():
+        checked = check(recipe)
+        if checked.data.digest == manifest["data"]["sha256"]:
+            trained, held_out = hold_out(checked)
+    if data is not None:
+        return trained, read(data), str(data)
+    if held_out is not None:
+        return trained, held_out, recipe.data.path
+    if run.held_out_rows.is_file():
+        return None, read(run.held_out_rows, columns={}, allow_set_aside=True), str(run.held_out_rows)
+    raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
+
+
 def _measure(
     chat: Chat,
     rows: Sequence[Row],
     data: str,
-    known: frozenset[scores.Run],
+    known: frozenset[scores.Run] | None,
+    curve: Sequence[tuple[float, float]],
     judge: Callable[[Sequence[Answer]], list[str]] | None,
     tell: Callable[[str], None],
 ) -> Evaluation:
@@ -217,7 +195,9 @@ def _measure(
     change = scores.interval(changes, n_supervised)
     lost = sum(b and not t for (_, b), (_, t) in zip(*general, strict=True))
     gained = sum(t and not b for (_, b), (_, t) in zip(*general, strict=True))
-    verdict, sentence = conclude(sides[0], sides[1], change, lost, gained)
+    verdict = verdicts.conclude(sides[0], sides[1], change, len(rows), lost, gained)
+    listens = sides[1].listening_interval[0] > 0
+    advice = verdicts.advice(verdict.name, curve, verdicts.has_forgotten(lost, gained), listens)
     # A row of several documents is shown with the loss of its last one.
     last = [n - 1 for n in itertools.accumulate(len(row.documents) for row in rows)]
     answers = [
@@ -246,55 +226,13 @@ def _measure(
         base=sides[0],
         tuned=sides[1],
         change_interval=change,
-        verdict=verdict,
-        sentence=sentence,
+        verdict=verdict.name,
+        sentence=verdict.sentence,
+        advice=tuple(map(caller.told, advice)),
         answers=tuple(sorted(answers, key=lambda answer: answer.base_loss - answer.tuned_loss)),
         general=tuple((q.question, *b, *t) for q, b, t in zip(questions(), general[0], general[1], strict=True)),
         judge=preferred,
     )
-
-
-def conclude(base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int) -> tuple[Verdict, str]:
-    """The verdict and its sentence, by the rules above. `lost` and `gained`: general questions that only the base, or
-    only the tuned model, answers rightly."""
-    figures = f"loss {base.loss:.2f} → {tuned.loss:.2f}"
-    listens, listened = tuned.listening_interval[0] > 0, base.listening_interval[0] > 0
-    verdict: Verdict
-    if change[0] > 0:
-        verdict, sentence = "worse", f"Worse than the base: stop here because the loss rose on your data ({figures})"
-    elif listened and not listens:
-        verdict = "worse"
-        sentence = "Worse than the base: stop here because its answers no longer depend on the questions"
-    elif listened and tuned.listening_interval[1] < base.listening / 2:
-        verdict = "worse"
-        sentence = "Worse than the base: stop here because its answers depend on the questions less than half as much"
-    elif change[1] < 0 and listens:
-        verdict, sentence = "better", f"Better on your data ({figures})"
-    elif change[1] < 0:
-        verdict = "no difference"
-        sentence = (
-            f"No better than the base: it has the tone of your data ({figures}), but neither model's answers depend on "
-            "the questions of these rows (do the rows' answers belong to their questions?)"
-        )
-    else:
-        verdict, sentence = "no difference", f"No difference that {figures} on so few rows could show"
-    harms = list(_harms(base, tuned, lost, gained))
-    if harms:
-        return verdict, f"{sentence}{', but' if verdict == 'better' else ';'} {'; '.join(harms)}."
-    return verdict, f"{sentence}, nothing forgotten." if verdict == "better" else f"{sentence}."
-
-
-def _harms(base: Side, tuned: Side, lost: int, gained: int) -> list[str]:
-    found = []
-    if forgot(lost, gained):
-        found.append(f"it forgot: {tuned.general} general questions right, {base.general} before")
-    if tuned.copied is not None and tuned.copied > max(0.5, 2 * (base.copied or 0)):
-        found.append(f"it copies: {tuned.copied:.0%} of its long runs of words stand in training rows")
-    if tuned.stopped < min(0.9, base.stopped):
-        found.append(f"only {tuned.stopped:.0%} of its answers end by themselves, {base.stopped:.0%} before")
-    if tuned.repetition > max(0.1, 2 * base.repetition):
-        found.append(f"it repeats itself: {tuned.repetition:.0%} of what it writes")
-    return found
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -366,7 +304,19 @@ def _exact(replies: Sequence[Reply], rows: Sequence[Row]) -> float | None:
     return _mean(hits) if hits else None
 
 
-def _copied(replies: Sequence[Reply], rows: Sequence[Row], known: frozenset[scores.Run]) -> float | None:
+def _runs_of(trained: Rows) -> frozenset[scores.Run]:
+    """The long runs of words in the replies that were trained on."""
+    return scores.long_runs(
+        message.content
+        for number in range(min(len(trained), _TRAINING_ROWS))
+        for message in trained[number].conversation.messages
+        if message.role == "assistant"
+    )
+
+
+def _copied(replies: Sequence[Reply], rows: Sequence[Row], known: frozenset[scores.Run] | None) -> float | None:
+    if known is None:
+        return None
     shares = [scores.copied(r.text, _reference(row), known) for r, row in zip(replies, rows, strict=True)]
     found = [share for share in shares if share is not None]
     return _mean(found) if found else None

@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from tunesmith import evaluate as evaluations
-from tunesmith import places, rundir
-from tunesmith.evaluate import Evaluation, Side
+from tunesmith import places, rundir, verdict
+from tunesmith.evaluate import Evaluation
 from tunesmith.rundir import RunDir
+from tunesmith.verdict import Side
 
 _PLACE = re.compile(r"<!-- evaluation -->.*<!-- /evaluation -->", re.DOTALL)
 
@@ -21,13 +21,18 @@ def write(run: RunDir, evaluation: Evaluation) -> Path:
     """Writes all three; returns the page."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     shown: dict[str, Any] = {
-        **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "general", "judge")},
+        **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "advice", "general", "judge")},
         "data": Path(evaluation.data).name,
         "answers": [replace(answer, where=places.named(answer.where)) for answer in evaluation.answers],
+        "kind": evaluation.verdict.replace(",", "").split()[0],
         "table": table(evaluation),
     }
     page = environment.get_template("eval.html.jinja").render(
-        **shown, title=f"{run.path.name}: {evaluation.verdict}", run=run.path.name, rules=evaluations.__doc__
+        **shown,
+        title=f"{run.path.name}: {evaluation.verdict}",
+        run=run.path.name,
+        rules=verdict.RULES,
+        meanings=verdict.MEANINGS,
     )
     rundir.write_json(run.path / "eval.json", evaluation.as_dict())
     rundir.write_text(run.path / "eval.html", page)

@@ -4,7 +4,6 @@ still be there behind it."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -32,15 +31,6 @@ def questions() -> tuple[General, ...]:
     """The hundred general questions."""
     items = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
     return tuple(General(item["question"], tuple(item["answers"])) for item in items)
-
-
-def forgot(lost: int, gained: int) -> bool:
-    """Whether a model has forgotten something: it answers fewer questions rightly, by at least five, and a sign test
-    gives that less than one chance in twenty. `lost` and `gained`: those that only the base, or only it, answers
-    rightly."""
-    n = lost + gained
-    chance = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n  # were losing and gaining equally likely
-    return lost - gained >= 5 and chance < 0.05
 
 
 def _holds(reply: str, answer: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith import commands
 from tunesmith.chat import Chat
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import read_yaml
@@ -16,9 +17,8 @@ from tunesmith.recipe import read_yaml
 def require() -> None:
     """Raises RecipeError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError(
-            "--tasks", "no lm-evaluation-harness", "the package lm_eval", "Run: pip install 'lm_eval[hf]'"
-        )
+        fix = f"Run: {commands.pip_install('lm_eval[hf]')}"
+        raise RecipeError("--tasks", "no lm-evaluation-harness", "the package lm_eval", fix)
 
 
 def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -26,15 +27,20 @@ class Card:
     """Dense products in bf16 with fp32 sums, per second."""
 
 
-# From the makers' data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
+# From the maker's data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
+# The 4070 and 4080 by their clocks and 512 operations a cycle for each multiprocessor, as others of their family have;
+# the T4 in fp16, since it has no bf16.
 CARDS = tuple(
     Card(name, gib << 30, tera * 1e12)
     for name, gib, tera in (
         ("RTX 3060", 12, 25.6),
         ("RTX 3090", 24, 71.0),
         ("RTX 4060 Ti", 16, 44.0),
+        ("RTX 4070", 12, 58.3),
+        ("RTX 4080", 16, 97.5),
         ("RTX 4090", 24, 165.2),
         ("RTX 5090", 32, 209.5),
+        ("T4", 16, 65.0),
         ("A10", 24, 125.0),
         ("L4", 24, 121.0),
         ("L40S", 48, 362.0),
@@ -84,12 +90,20 @@ def free_bytes(device: torch.device) -> int:
 
 
 def card(name: str, memory_bytes: int | None = None) -> Machine:
-    """A card by name. Raises RecipeError for one that is not known."""
+    """A card by name, whole or as people say it (4090). Raises RecipeError for one that is not known."""
     for known in CARDS:
-        if known.name.lower().replace(" ", "") == name.lower().replace(" ", "").replace("-", ""):
+        if _bare(known.name) == _bare(name):
             return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
     names = ", ".join(known.name for known in CARDS)
     raise RecipeError("--card", repr(name), f"one of {names}", "Or say its memory: --memory 24GiB.")
+
+
+def _bare(name: str) -> str:
+    """
+    >>> _bare("NVIDIA GeForce RTX 4060-Ti")
+    '4060ti'
+    """
+    return re.sub(r"nvidia|geforce|tesla|rtx|[\s_-]", "", name.lower())
 
 
 def parse_bytes(text: str) -> int:

@@ -69,7 +69,7 @@ def hush_libraries() -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """While it holds, transformers keeps its notes and its bars to itself, unless somebody has asked it for more or
     for less than it says by itself. What matters of what it would say is checked here and raised."""
     notes = transformers.logging
@@ -108,7 +108,7 @@ def open_renderer(found: hub.LocalModel, settings: TemplateSettings) -> Renderer
     return Renderer(probe(tokenizer, text, source, _stop_ids(found.folder, found.alias)))
 
 
-@_quietly()
+@quietly()
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; raises ModelError when there is none, or it is broken or hostile."""
     model_files.check(folder)
@@ -181,16 +181,16 @@ def _chosen_template(
         return _read_template(Path(settings.path)), f"file {settings.path}"
     if settings.name != "auto":
         return _shipped_template(settings.name), f"shipped {settings.name}"
+    if (alias := found.alias) and alias.template and (alias.instead or not own):
+        return _shipped_template(alias.template), f"alias {alias.name}"
     if own:
         return _unix_lines(own), "tokenizer"
-    if found.alias is not None and found.alias.template:
-        return _shipped_template(found.alias.template), f"alias {found.alias.name}"
     raise TemplateError(
         str(found.folder),
         "a tokenizer without a chat template",
         "one, so that training and chat agree",
-        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or --set template.name=NAME "
-        f"({', '.join(_shipped_names())}).",
+        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or, of those that are shipped, "
+        + " or ".join(f"--set template.name={name}" for name in _shipped_names()),
     )
 
 
@@ -230,7 +230,7 @@ def _stop_ids(folder: Path, alias: hub.Alias | None) -> list[int]:
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
-@_quietly()
+@quietly()
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's config; raises ModelError when transformers does not build such a model itself."""
     return pretrained.config(folder)
@@ -247,7 +247,7 @@ def n_words(model: nn.Module) -> int:
     return int(embeddings.get_input_embeddings().weight.shape[0])
 
 
-@_quietly()
+@quietly()
 def generation_config(folder: Path, template: Template) -> GenerationConfig:
     """The model's own sampling settings with all stop ids of the template."""
     config = pretrained.generation(folder)
@@ -258,7 +258,7 @@ def generation_config(folder: Path, template: Template) -> GenerationConfig:
     return config
 
 
-@_quietly()
+@quietly()
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights (meta device)."""
     return pretrained.skeleton(config)
@@ -280,7 +280,7 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
 _MOST_PACKED = 16  # numbers of a few bits that a file holds as one
 
 
-@_quietly()
+@quietly()
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
     """The frozen base model on this machine's device, in evaluation mode.
 
@@ -366,6 +366,7 @@ def _state(folder: Path) -> str:
     return hashlib.sha256(json.dumps([str(folder.absolute()), seen]).encode()).hexdigest()[:16]
 
 
+@quietly()
 def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
     held = model_files.check_gguf(ggufs[0])
     file: dict[str, Any] = {"gguf_file": ggufs[0].name}
@@ -498,7 +499,7 @@ def targets(model: PreTrainedModel, settings: LoraSettings) -> list[Target]:
     return table
 
 
-@_quietly()
+@quietly()
 def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> PeftModel:
     """The base with a fresh adapter; the adapter alone is trainable and kept in fp32.
 
@@ -522,7 +523,7 @@ def attach(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: 
     return model
 
 
-@_quietly()
+@quietly()
 def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """The base with a saved adapter, not trainable, in evaluation mode; with one more where it has some already.
 

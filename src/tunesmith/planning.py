@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tunesmith import hyperparameters, markup, rehearsal, rehearsed, system
 from tunesmith import model as models
-from tunesmith import system
 from tunesmith.checking import Checked, hold_out
 from tunesmith.engine import gather, lanes, products, trie
 from tunesmith.engine.decoder import LAYERS
@@ -29,9 +29,12 @@ from tunesmith.engine.memory import Pieces
 from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
+from tunesmith.hyperparameters import Chosen
 from tunesmith.machines import CARDS, Device, Machine, this_machine
-from tunesmith.recipe import Recipe
-from tunesmith.steps import Step, Steps
+from tunesmith.recipe import Recipe, settled
+from tunesmith.rows import Row
+from tunesmith.steps import Steps
+from tunesmith.types import Rendered
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
@@ -331,15 +334,6 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A setting that was left to the plan."""
-
-    setting: str
-    value: Any
-    why: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a training will take."""
 
@@ -351,6 +345,26 @@ class Plan:
     """That go through the model, shared ones once, over all steps."""
     seconds: float
     choices: tuple[Chosen, ...]
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        memory = markup.table(
+            ((name, f"{count / 2**20:,.0f}") for name, count in asdict(self.parts).items()), ("memory", "MiB")
+        )
+        chosen = markup.table(
+            ((choice.setting, choice.value, choice.why) for choice in self.choices), ("chosen", "", "why")
+        )
+        return markup.block(self.in_a_line, memory, *([chosen] if self.choices else []))
+
+    @property
+    def in_a_line(self) -> str:
+        """Whether it fits, its memory and its time."""
+        needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
+        fits = "fits" if self.fits else "does not fit"
+        time = f"{self.steps:,} steps in about {clock(self.seconds)}"
+        return f"{fits}: {needed:.1f} of {there:.1f} GiB on {self.machine.name}; {time}"
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -387,9 +401,19 @@ class Plan:
             "the plan",
             f"{needed:.1f} GiB needed at the least, most of it for {largest[0]} ({largest[1] / 2**30:.1f} GiB)",
             f"{there:.1f} GiB that are free ({self.machine.name}{by})",
-            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it --anyway. Or: "
-            f"{more[0].lower()}{more[1:]}.",
+            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it with "
+            f"--anyway. Or: {more[0].lower()}{more[1:]}.",
         )
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(7), clock(3700)
+    ('0:07', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -401,6 +425,12 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def general_prompts(checked: Checked, at_most: int) -> list[Row]:
+    """The general prompts that a recipe rehearses, with room for their answers."""
+    prompts = rehearsal.prompts(checked.recipe.data.rehearse)[:at_most] if at_most else ()
+    return rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
+
+
 def plan(checked: Checked, machine: Machine | None = None) -> Plan:
     """What the recipe's training will take on a machine (default: this one), with what is best for its memory chosen
     where the recipe leaves it open.
@@ -410,6 +440,8 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
     False.
     """
     machine = machine or this_machine()
+    taught = tuple(hyperparameters.chosen(checked.recipe, checked.config, hold_out(checked)[0]))
+    checked = replace(checked, recipe=applied(checked.recipe, {choice.setting: choice.value for choice in taught}))
     recipe, shape = checked.recipe, shape_of(checked)
     sample = _Sample(checked)
     parts, choice = Parts(0, 0, 0, 0, 0, 0, 0, 0), Choice(0, 0, 4)
@@ -430,7 +462,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
         sample.n_steps,
         round(sample.n_steps * tokens),
         seconds,
-        tuple(_explained(recipe, choice, shape, machine)),
+        (*taught, *_explained(recipe, choice, shape, machine)),
     )
 
 
@@ -496,12 +528,14 @@ class _Sample:
         settings = checked.recipe.train
         rows, _ = hold_out(checked)
         self._share = checked.recipe.engine.share_prefix
-        self._steps = Steps(rows, settings.examples_per_step, settings.seed, checked.data.digest)
-        self.n_steps = len(self._steps) * settings.epochs
-        size = settings.examples_per_step
+        size, epochs = settled(settings.examples_per_step), settled(settings.epochs)
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_supervised.sum()))
+        general = general_prompts(checked, per_epoch * epochs)
+        self._steps = Steps(rows, size, settings.seed, checked.data.digest, general, per_epoch)
+        self.n_steps = len(self._steps) * epochs
         chosen: list[np.ndarray] = []
         tokens, longest = [], []
-        for epoch in range(settings.epochs):
+        for epoch in range(epochs):
             order = np.array(self._steps.order(epoch))
             starts = np.arange(0, len(order), size)
             chosen += np.split(order, starts[1:])
@@ -509,13 +543,15 @@ class _Sample:
             longest.append(np.maximum.reduceat(rows.longest[order], starts))
         heavy = [n for seen in (tokens, longest) for n in np.argsort(np.concatenate(seen), kind="stable")[-4:].tolist()]
         evenly = range(0, len(chosen), max(1, len(chosen) // _STEPS_LAID_OUT))
-        self._evenly = [self._documents(rows, chosen[n]) for n in evenly]
-        self._heavy = [self._documents(rows, chosen[n]) for n in dict.fromkeys(heavy)]
-        self._loads: dict[int, list[Load]] = {}
 
-    @staticmethod
-    def _documents(rows: Any, numbers: np.ndarray) -> tuple[Any, ...]:
-        return Step(tuple(document for n in numbers.tolist() for document in rows[n].documents)).documents
+        def documents(number: int) -> tuple[Rendered, ...]:
+            others = self._steps.rehearsed(*divmod(number, len(self._steps)))
+            rows_of = [*(rows[n] for n in chosen[number].tolist()), *(general[n] for n in others)]
+            return tuple(document for row in rows_of for document in row.documents)
+
+        self._evenly = [documents(number) for number in evenly]
+        self._heavy = [documents(number) for number in dict.fromkeys(heavy)]
+        self._loads: dict[int, list[Load]] = {}
 
     def heaviest(self, budget: int) -> list[Load]:
         """The loads of the largest micro-batches."""

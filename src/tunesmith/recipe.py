@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -97,6 +98,7 @@ def _field_names(columns: dict[str, str]) -> dict[str, str]:
 
 Every = Annotated[str, AfterValidator(_every)]
 Names = Annotated[list[str], Field(min_length=1)]
+_Number = TypeVar("_Number", int, float)
 
 
 class Section(BaseModel):
@@ -138,6 +140,10 @@ class DataSettings(Section):
     columns: Annotated[dict[str, str], AfterValidator(_field_names)] = Field(
         default_factory=dict, description="Other names for the fields, as field: column, e.g. output: answer."
     )
+    rehearse: Annotated[str | None, BeforeValidator(_none_is_absent)] = Field(
+        default=None,
+        description="File of general prompts to rehearse instead of the shipped ones: a prompt a line, or JSONL.",
+    )
     max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         default="auto", description="Longest row in tokens; longer rows are faults. auto is what the model can read."
     )
@@ -166,9 +172,9 @@ class TemplateSettings(Section):
 class LoraSettings(Section):
     """The adapter: low-rank updates beside frozen linear layers (arXiv 2106.09685)."""
 
-    r: int = Field(default=8, ge=1, description="Rank of the two factors; the adapter's size grows linearly with it.")
+    r: int = Field(default=16, ge=1, description="Rank of the two factors; the adapter's size grows linearly with it.")
     alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of adapter inputs dropped while training.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of adapter inputs dropped while training.")
     targets: Annotated[Literal["all-linear"] | Names, BeforeValidator(_words)] = Field(
         default="all-linear",
         description="Names of the layers that get an adapter; all-linear is every linear layer but the head.",
@@ -182,9 +188,15 @@ class LoraSettings(Section):
 class TrainSettings(Section):
     """How the adapter is trained."""
 
-    epochs: int = Field(default=3, ge=1, description="How often every row is seen.")
-    examples_per_step: int = Field(default=16, ge=1, description="Rows per optimizer step, over all devices.")
-    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="How often every row is seen; auto is more often where there are few rows."
+    )
+    examples_per_step: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="Rows per optimizer step, over all devices; auto is more where there are many rows."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default="auto", description="Peak learning rate of AdamW; auto is lower for a wider model."
+    )
     scheduler: str = Field(
         default="cosine", description="Shape of the learning rate: any name that transformers knows."
     )
@@ -203,6 +215,11 @@ class TrainSettings(Section):
     )
     keep_checkpoints: int = Field(
         default=3, ge=1, description="How many checkpoints stay on disk; the oldest go first."
+    )
+    rehearse: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the learned tokens that are the base's own answers to general prompts, trained along so "
+        "that nothing is forgotten; 0 = none.",
     )
     report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
         default_factory=list,
@@ -239,11 +256,21 @@ class EngineSettings(Section):
 class EvalSettings(Section):
     """Rows that are kept out of training to measure on."""
 
-    hold_out: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of the rows held out, at most 200 rows; 0 = none."
+    hold_out: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the rows held out, at most 200 rows; 0 = none; auto is a twentieth, but 20 rows of 100 "
+        "to 400, 10 of 50 to 99 and a fifth of fewer.",
     )
     every: Every = Field(
         default="1 epoch", description="How often the held-out loss is measured, e.g. '1 epoch', '50 steps'."
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last", description="The adapter that is kept: of the last step, or of the lowest held-out loss."
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="Stop when the held-out loss was measured so many times without a new lowest; 0 = never.",
     )
 
 
@@ -259,22 +286,52 @@ class Recipe(Section):
     eval: EvalSettings = EvalSettings()
 
 
+LIKE: Mapping[str, Mapping[str, Any]] = {
+    "tutorial": {
+        "lora.r": 8,
+        "lora.alpha": 32,
+        "lora.dropout": 0.1,
+        "train.epochs": 3,
+        "train.examples_per_step": 16,
+        "train.learning_rate": 1e-4,
+        "train.rehearse": 0.0,
+    },
+}
+"""Sets of settings by name: what notebooks copied per model have."""
+
+
+def settled(value: _Number | Literal["auto"]) -> _Number:
+    """The value of a setting that may be `auto`, of a recipe to which the plan's choices have been applied."""
+    if isinstance(value, str):
+        raise ValueError("the plan's choices have not been applied to this recipe")
+    return value
+
+
 def setting_names() -> list[str]:
     """Every setting's dotted name, in the order of the recipe."""
     return list(_settings())
 
 
 def resolve(
-    path: str | Path | None = None, flags: Mapping[str, Any] | None = None, *, as_written: bool = False
+    path: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    like: str | None = None,
+    as_written: bool = False,
 ) -> tuple[Recipe, dict[str, Source]]:
     """The recipe of a file (if any) with `flags` (dotted name → value) laid over it, and where each value came from.
+    Below both lie the settings of `LIKE[like]`.
 
     A file or folder that the recipe names, and that is not there from the folder at hand, is looked for beside the
     recipe, and where the run was started whose recipe it is; unless all is wanted `as_written`.
 
     Raises RecipeError when the file can not be read, a key is unknown or a value impossible; all problems are named.
     """
+    if like is not None and like not in LIKE:
+        names = ", ".join(LIKE)
+        raise RecipeError(f"--like {like}", "an unknown name", f"one of {names}", f"Use --like {next(iter(LIKE))}.")
     given = [
+        *(_Given(name, value, "flag", f"--like {like}") for name, value in LIKE.get(like or "", {}).items()),
         *_from_file(path, as_written),
         *(_Given(name, value, "flag", f"--set {name}") for name, value in (flags or {}).items()),
     ]
@@ -442,7 +499,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     """The file's content, and the line of every section and setting in it; raises RecipeError."""
     if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
-        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {path}")
+        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {shlex.quote(str(path))}")
     try:
         text = reading.content(Path(path), _MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
@@ -474,8 +531,13 @@ def _from_file(path: str | Path | None, as_written: bool) -> list[_Given]:
     return given if as_written else [item._replace(value=_found(item, Path(path))) for item in given]
 
 
-_OF_FILES = {"data.path": "data", "model.name": "base", "template.path": "template"}
-"""Settings that may name a file, with the section of a run's manifest that says in full which was meant."""
+_OF_FILES = {
+    "data.path": ("data", "path"),
+    "data.rehearse": ("data", "rehearse"),
+    "model.name": ("base", "path"),
+    "template.path": ("template", "path"),
+}
+"""Settings that may name a file, with the place in a run's manifest that says in full which was meant."""
 _MANIFEST_BYTES = 64 << 20
 
 
@@ -489,7 +551,8 @@ def _found(item: _Given, recipe: Path) -> Any:
         manifest = reading.json_object(recipe.parent / "manifest.json", _MANIFEST_BYTES)
         section, _, field = item.name.partition(".")
         if manifest["recipe"][section][field] == value:
-            places.append(str(manifest[_OF_FILES[item.name]]["path"]))
+            there, name = _OF_FILES[item.name]
+            places.append(str(manifest[there][name]))
     return next(filter(os.path.exists, places), value)
 
 

@@ -36,10 +36,10 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
         summary=_summary(result, checked),
         figures=_figures(result, manifest["plan"]),
         notes=[(line["step"], places.without(text, lie)) for line in lines for text in line.get("notes", ())],
-        loss_curve=_curve(
+        loss_curve=curve(
             [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
         ),
-        rate_curve=_curve([(line["step"], line["learning_rate"]) for line in lines], [], height=120),
+        rate_curve=curve([(line["step"], line["learning_rate"]) for line in lines], [], height=120),
         has_held_out=bool(held_out),
         samples=result.samples,
         shown=[
@@ -122,8 +122,8 @@ def _visible(token: Token) -> dict[str, Any]:
     return {"text": token.text.replace("\n", "⏎\n"), "learned": token.supervised}
 
 
-def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], height: int = 260) -> Markup:
-    """An inline SVG of one or two curves with their axes."""
+def curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], height: int = 260) -> Markup:
+    """An inline SVG of one or two curves with their axes; its colours hold where no page's style has others."""
     everything = [*points, *held_out]
     if not everything:
         return Markup("<p class='soft'>Nothing measured.</p>")
@@ -136,27 +136,29 @@ def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
         y = height - _BOTTOM - (value - low) / (high - low) * (height - _TOP - _BOTTOM)
         return f"{x:.1f},{y:.1f}"
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">']
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" fill="none" font-size="11">']
     for tick in _ticks(high, 4 if height > 200 else 2):
         x, y = place(first, tick).split(",")
         parts.append(
-            f'<path class="axis" d="M{x},{y}H{_WIDTH - _RIGHT}"/>'
-            f'<text x="{_LEFT - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.3g}</text>'
+            f'<path class="axis" stroke="#98a2b3" stroke-width=".5" d="M{x},{y}H{_WIDTH - _RIGHT}"/>'
+            f'<text x="{_LEFT - 6}" y="{float(y) + 4}" text-anchor="end" fill="#667085">{tick:.3g}</text>'
         )
     for step in sorted({first, (first + last) // 2, last}):
         x = place(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{step}</text>')
+        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle" fill="#667085">{step}</text>')
     line = " ".join(place(*point) for point in points)
     if height > 200 and len(points) > 12:
-        parts.append(f'<polyline class="train" points="{line}"/>')
+        parts.append(f'<polyline class="train" points="{line}" stroke="#2f6fde" opacity=".45"/>')
         line = " ".join(place(*point) for point in _smooth(points))
-    parts.append(f'<polyline class="smooth" points="{line}"/>')
+    parts.append(f'<polyline class="smooth" points="{line}" stroke="#2f6fde" stroke-width="2"/>')
     if held_out:
-        parts.append('<polyline class="held" points="' + " ".join(place(*point) for point in held_out) + '"/>')
+        line = " ".join(place(*point) for point in held_out)
+        parts.append(f'<polyline class="held" points="{line}" stroke="#d9730d" stroke-width="2"/>')
         for step, value in held_out:
             x, y = place(step, value).split(",")
             parts.append(
-                f'<circle class="dot" cx="{x}" cy="{y}" r="4"><title>step {step}: {value:.3f}</title></circle>'
+                f'<circle class="dot" cx="{x}" cy="{y}" r="4" fill="#d9730d">'
+                f"<title>step {step}: {value:.3f}</title></circle>"
             )
     return Markup("".join([*parts, "</svg>"]))  # numbers only
 

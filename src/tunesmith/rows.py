@@ -16,6 +16,7 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
+from tunesmith.caller import told
 from tunesmith.records import Records
 from tunesmith.records.found import for_one_row
 from tunesmith.render import Renderer
@@ -108,8 +109,8 @@ def faults_of(table: pa.Table, records: Records) -> list[Fault]:
         for record in batch.to_pylist()
     ]
     if len(faulty) < len(table):
-        return [replace(fault, fix=for_one_row(fault.fix)) for fault in found]
-    return found
+        found = [replace(fault, fix=for_one_row(fault.fix)) for fault in found]
+    return [replace(fault, fix=told(fault.fix)) for fault in found]  # a table may be read by another caller
 
 
 class Rows(Sequence[Row]):

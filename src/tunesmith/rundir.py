@@ -3,7 +3,8 @@
 It holds private rows, so whatever the umask says it is its owner's alone, but for adapter/: who is given the path of
 that can read it, and can not list what lies beside it.
 
-RUN/recipe.yaml  manifest.json  ledger.jsonl  metrics.jsonl  held_out.jsonl  state.json  report.html
+RUN/recipe.yaml  manifest.json  ledger.jsonl  held_out_rows.jsonl  rehearsal.jsonl  metrics.jsonl  held_out.jsonl
+RUN/state.json  report.html
 RUN/checkpoints/step-000100/    RUN/adapter/
 """
 
@@ -15,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import reading
+from tunesmith import commands, reading
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.terminal import what_is_no_text
 
@@ -63,6 +63,14 @@ class RunDir:
     @property
     def held_out(self) -> Path:
         return self.path / "held_out.jsonl"
+
+    @property
+    def held_out_rows(self) -> Path:
+        return self.path / "held_out_rows.jsonl"
+
+    @property
+    def rehearsal(self) -> Path:
+        return self.path / "rehearsal.jsonl"
 
     @property
     def state(self) -> Path:
@@ -161,9 +169,8 @@ def open_run(path: Path) -> RunDir:
     """The folder of a finished or interrupted run; raises RunError when it is none, or somebody else's."""
     run = RunDir(path)
     if not run.manifest.is_file() or not run.recipe.is_file():
-        raise RunError(
-            str(path), "no manifest.json and recipe.yaml", "the folder of a run", "Name what `tunesmith train` printed."
-        )
+        fix = f"The runs of a folder are listed by: {commands.tunesmith('runs', path.absolute().parent)}"
+        raise RunError(str(path), "no manifest.json and recipe.yaml", "the folder of a run", fix)
     if not all(os.access(file, os.R_OK) for file in (run.path, run.manifest, run.recipe)):
         fix = "Ask its owner for an export, or use adapter/ alone: load_and_chat.py in it shows how."
         raise RunError(str(path), "a run that only its owner can read", "a run of yours", fix)
@@ -172,7 +179,8 @@ def open_run(path: Path) -> RunDir:
 
 def read_manifest(run: RunDir) -> dict[str, Any]:
     """What a run began with; raises RunError where the file does not say it."""
-    fix = "Delete it: `tunesmith resume` takes that of the newest checkpoint then."
+    again = commands.tunesmith("resume", run.path)
+    fix = f"Delete it; that of the newest checkpoint is taken then by: {again}"
     try:
         manifest = reading.json_object(run.manifest, _MANIFEST_BYTES)
         parts = [manifest[name] for name in ("recipe", "sources", "plan", "data", "base", "template", "code")]
@@ -225,7 +233,7 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_ATTEMPTS - 1:
-                    fix = f"Watch it with: tunesmith watch {shlex.quote(str(path))}"
+                    fix = f"Watch it with: {commands.tunesmith('watch', path)}"
                     raise RunError(str(path), "another process at work in it", "one at a time", fix) from None
                 time.sleep(0.05)
             except OSError as error:
@@ -426,10 +434,11 @@ def _lines(written: bytes) -> list[dict[str, Any]]:
     return lines
 
 
-def thin_out(run: RunDir, keep: int) -> None:
-    """Deletes the oldest checkpoints but `keep`."""
+def thin_out(run: RunDir, keep: int, best: int | None = None) -> None:
+    """Deletes the oldest checkpoints but `keep`, and never that of step `best`."""
     for old in run.points()[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def weights_of(folder: Path) -> dict[str, dict[str, str | int]]:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import threading
@@ -25,11 +24,15 @@ from typing import Any, Literal, get_args
 
 import psutil
 
-from tunesmith import rundir
+from tunesmith import commands, hub, rundir
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.rundir import RunDir
+from tunesmith.spelling import alike
 
 State = Literal["running", "done", "interrupted", "failed", "gone", "silent"]
+FOLDER = Path("runs")
+"""Where a run lies that is asked for by its name alone."""
+
 _BEAT_SECONDS = 10
 _SILENT_AFTER_SECONDS = 300
 
@@ -152,10 +155,76 @@ def require_finished(run: RunDir) -> None:
         "gone": "was killed",
         "silent": f"is silent ({state.reason})",
     }[state.state]
-    fix = (
-        f"{'Wait for it' if command == 'watch' else 'Go on with it'}: tunesmith {command} {shlex.quote(str(run.path))}"
-    )
+    fix = f"{'Wait for it' if command == 'watch' else 'Go on with it'}: {commands.tunesmith(command, run.path)}"
     raise RunError(str(run.path), f"no adapter/: the run {became}{at}", "a finished run", fix)
+
+
+# --- which run is meant -----------------------------------------------------------------------------------------------
+
+_TOLD = 5
+"""How many runs are named where the one that was asked for is none."""
+
+
+def find(given: str | os.PathLike[str]) -> Path | None:
+    """The folder of the run that is meant by its path, by that of its adapter/, or by its name in `runs/`; None where
+    there is none."""
+    for path in (Path(given), FOLDER / given):
+        run = path.parent if path.name == "adapter" else path
+        if _is_run(run):
+            return run
+    return None
+
+
+def named(given: str | os.PathLike[str]) -> Path:
+    """As `find`; where there is a folder that is no run, that, so that who opens it says what it lacks. Raises RunError
+    where there is nothing."""
+    if found := find(given):
+        return found
+    if Path(given).exists():
+        return Path(given)
+    raise _nothing(given, "a run")
+
+
+def named_or_model(given: str | os.PathLike[str]) -> Path | None:
+    """As `find`; None where a model is meant. Raises RunError for a name that is neither: no hub is asked for what is
+    looked for in `runs/`, or in another folder with runs."""
+    name, folder = os.fspath(given), Path(given).parent
+    found = find(given)
+    among_runs = folder == FOLDER or (folder != Path() and _names(folder))
+    if found or (hub.may_have(name) and not among_runs) or Path(name).expanduser().exists():
+        return found
+    raise _nothing(given, "a model (its alias, its folder or a hub's org/name) or a run", list(hub.aliases()))
+
+
+def _nothing(given: str | os.PathLike[str], expected: str, others: Sequence[str] = ()) -> RunError:
+    """What to say to a name that is nothing's: what is like it, and the newest runs where it was looked for."""
+    name = os.fspath(given)
+    folders = (FOLDER, Path()) if Path(name).parent == Path() else (Path(name).parent, FOLDER)
+    folder, names = next(((folder, names) for folder in folders if (names := _names(folder))), (FOLDER, []))
+    near = alike(Path(name).name, [*names, *others])
+    meant = (commands.line(folder / one if one in names else one) for one in near)
+    fix = f"Did you mean {' or '.join(meant)}? " if near else ""
+    if not names:
+        fix += f"There is no run in {FOLDER.absolute()}; one is made by: {commands.tunesmith('demo')}"
+        return RunError(name, "nothing of that name", expected, fix)
+    told = ", ".join(map(commands.line, names[:_TOLD]))
+    told += f", and {len(names) - _TOLD:,} older ones" if len(names) > _TOLD else ""
+    fix += f"The runs are listed by: {commands.tunesmith('runs', *([] if folder == FOLDER else [folder]))}"
+    return RunError(name, "nothing of that name", f"{expected}; in {folder} there are {told}", fix)
+
+
+def _is_run(path: Path) -> bool:
+    """There is what a run leaves, if not all of it: `resume` mends one that has lost its manifest."""
+    return any((path / name).exists() for name in ("manifest.json", "checkpoints"))
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of a folder's runs, the newest first."""
+    try:
+        began = {path.name: path.stat().st_mtime for path in folder.iterdir() if _is_run(path)}
+    except OSError:
+        return []
+    return sorted(began, key=began.__getitem__, reverse=True)
 
 
 def check_resumable(path: Path) -> None:

@@ -20,9 +20,8 @@ from tunesmith.terminal import Stream, in_one_line, safe
 _PAGE = 100
 _FOR_A_FILE = 10_000  # no table is folded
 # What stays together when a line is wrapped: what stands in backquotes, a command from its name on, else a word.
-_WORD = re.compile(
-    r"(?:`[^`\n]*`\S*|(?:(?:tunesmith|pip|python3?|iconv|torchrun|accelerate|uv|git|ollama|kill) |--[a-z]).*|\S+)\s*"
-)
+_PROGRAMS = r"(?:\S*/)?(?:tunesmith|pip|python[\d.]*|iconv|torchrun|accelerate|uv|git|ollama|kill|vllm|curl|llama-cli) "
+_WORD = re.compile(rf"(?:`[^`\n]*`\S*|(?:{_PROGRAMS}|--[a-z]).*|\S+)\s*")
 
 
 class Screen(Console):
@@ -91,6 +90,7 @@ class Screen(Console):
 class _Status(Status):
     def update(self, status: RenderableType | None = None, **options: Any) -> None:
         super().update(None if status is None else _plainly(status), **options)
+        self._live.refresh()  # what is said is shown, however soon something else is
 
 
 def styled(*parts: str | tuple[str, str] | Text, one_line: bool = False) -> Text:

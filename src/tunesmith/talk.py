@@ -106,13 +106,18 @@ class Talk:
     def _answer(self, question: str) -> None:
         self._messages.append(Message("user", question))
         try:
-            with _Stoppable() as stopped:
+            with _Stoppable() as stopped, self._console.status("Reading …") as reading:
+
+                def show(piece: str) -> None:
+                    reading.stop()
+                    print(piece, end="", flush=True)
+
                 reply = self._chat.reply(
                     self._with_system(),
                     temperature=self._temperature,
                     max_tokens=self._max_tokens,
                     base=self._base,
-                    on_text=lambda piece: print(piece, end="", flush=True),
+                    on_text=show,
                     cancelled=lambda: stopped() or nobody_reads(),
                 )
         except TunesmithError as error:

@@ -32,7 +32,7 @@ from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, ProofError
 from tunesmith.interrupts import Interrupts
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, settled
 from tunesmith.rows import Row
 from tunesmith.rundir import RunDir
 from tunesmith.steps import Step, Steps
@@ -110,8 +110,11 @@ class StepTrainer(Trainer):
         self._tuned, self._steps, self._recipe, self._run = model, steps, recipe, run
         self._watcher, self._interrupts, self._pissa_start = watcher, interrupts, pissa_start
         self._held_out = [document for row in held_out for document in row.documents]
-        self.n_steps = len(steps) * settings.epochs
+        epochs = settled(settings.epochs)
+        self.n_steps = len(steps) * epochs
         self.lines: list[StepMetrics] = []
+        self._measured: dict[int, float] = {}
+        """The held-out loss after some steps."""
         self._step = Step(())
         self._notes: list[str] = []
         self._losses = guards.Losses()
@@ -119,9 +122,9 @@ class StepTrainer(Trainer):
         self._engine = Engine(model, recipe.engine, self.note, ranks, sharded=sharded)
         arguments = TrainingArguments(
             output_dir=str(run.path),
-            num_train_epochs=settings.epochs,
+            num_train_epochs=epochs,
             per_device_train_batch_size=1,
-            learning_rate=settings.learning_rate,
+            learning_rate=settled(settings.learning_rate),
             lr_scheduler_type=settings.scheduler,
             # The first step of a warm-up has the rate 0, so a run of one step would learn nothing.
             warmup_steps=min(math.ceil(self.n_steps * settings.warmup_ratio), self.n_steps - 1),
@@ -145,9 +148,21 @@ class StepTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     @property
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss so far, where its adapter is to be kept."""
+        if self._recipe.eval.keep == "last" or not self._measured:
+            return None
+        return min(self._measured, key=self._measured.__getitem__)
+
+    @property
+    def has_lost_patience(self) -> bool:
+        """The held-out loss has been measured so often without a new lowest that the recipe says stop."""
+        return has_lost_patience(list(self._measured.values()), self._recipe.eval.patience)
+
+    @property
     def interrupted(self) -> bool:
         """Stopped before the last step, because somebody asked for it."""
-        return self._interrupts.asked and self.state.global_step < self.n_steps
+        return self._interrupts.asked and self.state.global_step < self.n_steps and not self.has_lost_patience
 
     def note(self, text: str) -> None:
         """Says it, and writes it down with the next step."""
@@ -193,6 +208,7 @@ class StepTrainer(Trainer):
         )
         self._watcher.measured(step, loss)
         if step:
+            self._measured[step] = loss
             self.log({"eval_loss": loss})
         return loss
 
@@ -217,12 +233,24 @@ class StepTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 for path in (self._run.recipe, self._run.manifest):
                     shutil.copyfile(path, folder / path.name)
-            rundir.thin_out(self._run, self._recipe.train.keep_checkpoints)
+            rundir.thin_out(self._run, self._recipe.train.keep_checkpoints, self.best)
         return final
+
+    def take_best(self) -> None:
+        """Gives the model the weights of the step with the lowest held-out loss, where that is asked for."""
+        if self.best is not None and self.best != self.state.global_step:
+            self._load_from_checkpoint(self._ranks.from_main(str(self._run.checkpoint(self.best))))
+            self.note(f"The adapter is that of step {self.best}, with the lowest held-out loss.")
 
     def go_on_from(self, point: Path | None, earlier: Sequence[StepMetrics]) -> None:
         """Trains to the end, or until somebody asks to stop; from a checkpoint where one is given."""
         self.lines = list(earlier)
+        measured = {line["step"]: line["loss"] for line in rundir.read_lines(self._run.held_out) if line["step"]}
+        self._measured = {int(step): loss for step, loss in self._ranks.from_main(list(measured.items()))}
+        if point is not None and self.has_lost_patience:  # killed between its last step and its end
+            self.state.global_step = rundir.step_of(point)
+            self._load_from_checkpoint(str(point))
+            return
         try:
             self.train(resume_from_checkpoint=None if point is None else str(point))
         except memory.RAISED as error:
@@ -358,15 +386,18 @@ class _Recorder(TrainerCallback):
         trainer._run.append(trainer._run.metrics, line.as_dict())
         trainer._watcher.stepped(line, trainer.n_steps)
         last = state.global_step == trainer.n_steps
+        is_best = enough = False
         if trainer._held_out and (last or self._due(trainer._recipe.eval.every, self._measured)):
             self._measured = time.monotonic()
             trainer.measure()
+            is_best, enough = trainer.best == state.global_step, trainer.has_lost_patience
         interrupts = trainer._interrupts
         interrupts.asked = trainer._ranks.any(interrupts.asked or trainer._watcher.enough())
-        if last or interrupts.asked or self._due(trainer._recipe.train.save_every, self._saved):
+        ends = last or enough or interrupts.asked
+        if ends or is_best or self._due(trainer._recipe.train.save_every, self._saved):
             self._saved = time.monotonic()
             trainer.save_point()
-        if interrupts.asked:
+        if ends and not last:
             control.should_training_stop = True
 
     def _due(self, every: str, since: float) -> bool:
@@ -375,6 +406,11 @@ class _Recorder(TrainerCallback):
             return self._trainer._ranks.from_main(time.monotonic() - since >= 60 * int(number))
         step = self._trainer.state.global_step
         return step % (int(number) * (len(self._trainer._steps) if unit.startswith("epoch") else 1)) == 0
+
+
+def has_lost_patience(losses: Sequence[float], patience: int) -> bool:
+    """Whether so many held-out losses, or more, were measured since the lowest; never where the patience is 0."""
+    return bool(losses) and 0 < patience < len(losses) - losses.index(min(losses))
 
 
 def peak_memory_bytes() -> int:

@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import operator
 import platform
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, hub, planning, rundir, runs
+from tunesmith import adapter_files, caller, hub, markup, notebook, planning, rehearsed, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
@@ -32,12 +33,14 @@ from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, settled
+from tunesmith.records.found import plain
 from tunesmith.report import write_report
 from tunesmith.rows import Row, Rows
 from tunesmith.rundir import RunDir
 from tunesmith.steps import Steps
-from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, peak_memory_bytes
+from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, has_lost_patience, peak_memory_bytes
+from tunesmith.types import Message
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 96
@@ -82,6 +85,26 @@ class Run:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def __repr__(self) -> str:
+        return f"<Run {self._in_a_line}>"
+
+    def _repr_html_(self) -> str:
+        rows = f"{self.rows_trained:,} trained + {self.rows_held_out:,} held out + {self.rows_set_aside:,} set aside"
+        facts = [
+            ("rows", rows),
+            ("tokens", f"{self.tokens:,}, of them learned {self.supervised_tokens:,}"),
+            ("time", planning.clock(self.seconds)),
+            ("checkpoint" if self.interrupted else "adapter", self.checkpoint if self.interrupted else self.adapter),
+        ]
+        asked = markup.table(((s.question, s.before, s.after) for s in self.samples), ("question", "before", "after"))
+        return markup.block(self._in_a_line, markup.table(facts), *([asked] if self.samples else []))
+
+    @property
+    def _in_a_line(self) -> str:
+        state = "stopped after " if self.interrupted else ""
+        held_out = self.held_out_loss and ", held-out loss {:.3f} → {:.3f}".format(*self.held_out_loss)
+        return f"{plain(str(self.path))}: {state}{self.steps:,} steps, last loss {self.final_loss:.3f}{held_out or ''}"
+
     def __fspath__(self) -> str:
         """A run can be named wherever its folder can: `tunesmith.load(run)`."""
         return str(self.path)
@@ -104,7 +127,7 @@ def train(
     into memory raises OutOfMemory, unless it is wanted `anyway`. Raises DataError for faulty rows, RecipeError,
     ModelError, TemplateError and RunError before anything is written, ProofError when a result can not be right.
     """
-    told = watcher = watcher or Watcher()
+    told = watcher = watcher or notebook.watcher()
     with (
         processes.joined() as ranks,
         tempfile.TemporaryDirectory() as nowhere,
@@ -136,6 +159,10 @@ def train(
             rundir.write_text(run.recipe, recipes.write(recipe, sources))
             rundir.write_json(run.manifest, {**_manifest(work), "sources": sources, "plan": made.as_dict()})
             rundir.write_lines(run.ledger, ledger(checked, work.training, work.held_out))
+            if work.held_out:  # so that the run can be measured when the data is elsewhere
+                talks = (row.conversation.messages for row in work.held_out)
+                lines = ({"messages": [message.as_dict() for message in talk]} for talk in talks)
+                rundir.write_lines(run.held_out_rows, lines)
             return work.carry_out(run, base, None, tell)
 
 
@@ -147,7 +174,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
     RunError when another process trains in it or when data, base, template or recipe are not those that it began
     with, ProofError when there are checkpoints and none is whole.
     """
-    told = watcher = watcher or Watcher()
+    told = watcher = watcher or notebook.watcher()
     with (
         processes.joined() as ranks,
         tempfile.TemporaryDirectory() as nowhere,
@@ -182,15 +209,15 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
         def unchanged() -> _Work:
             checked = check(recipe)
             checked.require_ok()
-            chosen = {choice["setting"]: choice["value"] for choice in manifest["plan"]["choices"]}
+            chosen = _chosen_at_first(recipe, manifest)
             found = locate(recipe, weights=True)
             work = _Work(recipe, chosen, checked, found, *hold_out(checked), ranks, watcher, interrupts)
             _require_unchanged(origin, manifest, _manifest(work), watcher)
             return work
 
         ended = origin.report.is_file() and rundir.is_whole(origin.adapter)
-        if ranks.from_main(ended) and step == (work := unchanged()).n_steps:
-            return work.finished(origin)  # nothing is written, not even that somebody was here
+        if ranks.from_main(ended) and (work := unchanged()).has_ended(origin, step):
+            return work.finished(origin, step)  # nothing is written, not even that somebody was here
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             for folder in damaged:  # or they would be in the way of those written anew
                 shutil.rmtree(folder)
@@ -227,8 +254,8 @@ class _Work:
 
     @property
     def n_steps(self) -> int:
-        settings = self.recipe.train
-        return math.ceil(len(self.training) / settings.examples_per_step) * settings.epochs
+        settings = self.settled.train
+        return math.ceil(len(self.training) / settled(settings.examples_per_step)) * settled(settings.epochs)
 
     def bytes_on_disk(self) -> int:
         """All that a run will write: the adapter, and for every checkpoint the adapter twice and the optimizer's two
@@ -260,14 +287,17 @@ class _Work:
 
         generation = models.generation_config(self.found.folder, checked.renderer.template)
         asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
-        before = _ask(Chat(base, checked.renderer, generation), asked)
+        untuned = Chat(base, checked.renderer, generation, recipe.template.system)
+        before = _ask(untuned, asked)
+        general, per_epoch = self._rehearsed(run, untuned, point) if recipe.train.rehearse else ((), 0)
         model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
         sharded = self.ranks.size > 1 and processes.wants_sharding()
         if sharded:
             processes.shard(model, models.decoder_layers(base))
         pissa_start = _save_pissa_start(model, run) if recipe.lora.variant == "pissa" else None
 
-        steps = Steps(self.training, recipe.train.examples_per_step, recipe.train.seed, checked.data.digest)
+        size, seed = settled(recipe.train.examples_per_step), recipe.train.seed
+        steps = Steps(self.training, size, seed, checked.data.digest, general, per_epoch)
         with processes.unseen():
             trainer = StepTrainer(
                 model, steps, self.held_out, recipe, run, watcher, interrupts, self.ranks, sharded, pissa_start
@@ -284,7 +314,8 @@ class _Work:
             trainer.go_on_from(point, earlier)
         seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
         if not trainer.interrupted:
-            adapter_files.write(run, model, checked, self.recipe, pissa_start)
+            trainer.take_best()
+            adapter_files.write(run, model, checked, recipe, pissa_start)
             trainer.close()
         tuned = Chat(model.eval(), checked.renderer, generation)
         after = [] if trainer.interrupted else _ask(tuned, asked)
@@ -299,10 +330,48 @@ class _Work:
             write_report(run, result, checked)
         return result
 
-    def finished(self, run: RunDir) -> Run:
+    def _rehearsed(self, run: RunDir, base: Chat, point: Path | None) -> tuple[Sequence[Row], int]:
+        """General prompts with the base's answers, and how many an epoch has: written by the base and put down in the
+        run's folder, or as they stand there where the run goes on from a checkpoint.
+
+        Raises ProofError where the file is not the one that the run began with.
+        """
+        lines, per_epoch = None, 0
+        if self.ranks.is_main and point is not None:
+            lines, per_epoch = _unchanged_rehearsal(run)
+        elif self.ranks.is_main:
+            lines, per_epoch = self._answered(base)
+            rundir.write_lines(run.rehearsal, lines)
+            made = {"prompts": len(lines), "per_epoch": per_epoch, "sha256": rundir.sha256(run.rehearsal)}
+            rundir.write_json(run.manifest, {**rundir.read_manifest(run), "rehearsal": made})
+        lines, per_epoch = self.ranks.from_main([lines, per_epoch])
+        return rehearsed.rows_of(lines), per_epoch
+
+    def _answered(self, base: Chat) -> tuple[list[dict[str, Any]], int]:
+        settings = self.settled.train
+        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
+        rows = planning.general_prompts(self.checked, per_epoch * settled(settings.epochs))
+        self.watcher.noted(f"The base answers {len(rows)} general prompts, to be trained along with the rows …")
+        prompts = [row.conversation.messages[0].content for row in rows]
+        talks = [[Message("user", prompt)] for prompt in prompts]
+        replies = base.replies(talks, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
+        return [
+            {"prompt": prompt, "answer": r.text, "prompt_ids": r.prompt_ids, "answer_ids": r.token_ids}
+            for prompt, r in zip(prompts, replies, strict=True)
+        ], per_epoch
+
+    def has_ended(self, run: RunDir, step: int) -> bool:
+        """Whether nothing is to be done after a step."""
+        losses = [line["loss"] for line in rundir.read_lines(run.held_out) if line["step"]]
+        return step == self.n_steps or has_lost_patience(losses, self.recipe.eval.patience)
+
+    def finished(self, run: RunDir, step: int) -> Run:
         """A run that has nothing left to do."""
-        self.watcher.noted("This run is done. It can go on for longer: --set train.epochs=N.")
-        lines = earlier_lines(run, self.n_steps)
+        how = "It can go on for longer: --set train.epochs=N."
+        if step < self.n_steps:
+            how = f"It stopped because of eval.patience={self.recipe.eval.patience}."
+        self.watcher.noted(caller.told(f"This run is done. {how}"))
+        lines = earlier_lines(run, step)
         return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
 
     def _result(
@@ -315,6 +384,7 @@ class _Work:
         interrupted: bool,
     ) -> Run:
         losses = [line["loss"] for line in rundir.read_lines(run.held_out)]
+        kept = min if self.recipe.eval.keep == "best" else operator.itemgetter(-1)
         return Run(
             run.path,
             len(lines),
@@ -322,7 +392,7 @@ class _Work:
             len(self.held_out),
             self.checked.n_set_aside,
             final_loss=lines[-1].loss if lines else math.nan,
-            held_out_loss=(losses[0], losses[-1]) if len(losses) > 1 else None,
+            held_out_loss=(losses[0], kept(losses[1:])) if len(losses) > 1 else None,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
             tokens=sum(line.tokens for line in lines),
@@ -357,8 +427,9 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
             str(run.recipe), "; ".join(changed), "the settings that the run began with", "Undo it, or train anew."
         )
     if epochs is not None:
-        if epochs < recipe.train.epochs:
-            found, expected = f"{epochs}", f"at least {recipe.train.epochs}, as the run began"
+        began = settled(planning.applied(recipe, _chosen_at_first(recipe, manifest)).train.epochs)
+        if epochs < began:
+            found, expected = f"{epochs}", f"at least {began}, as the run began"
             raise RecipeError(_EXTENDED, found, expected, "A run can be made longer, not shorter.")
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})
     # Relative names were given where the run was started.
@@ -367,6 +438,13 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     if manifest["base"]["source"] == "folder" and not Path(recipe.model.name).exists():
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": manifest["base"]["path"]})})
     return recipe, manifest["sources"], manifest
+
+
+def _chosen_at_first(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plan chose of that which the recipe leaves open."""
+    given = recipe.model_dump()
+    chosen = {choice["setting"]: choice["value"] for choice in manifest["plan"]["choices"]}
+    return {name: value for name, value in chosen.items() for s, _, f in [name.partition(".")] if given[s][f] == "auto"}
 
 
 def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any], watcher: Watcher) -> None:
@@ -395,6 +473,14 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
         watcher.noted(f"Not the versions that the run began with: {', '.join(other)}. The last digits may differ.")
 
 
+def _unchanged_rehearsal(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    before = rundir.read_manifest(run)["rehearsal"]
+    if not run.rehearsal.is_file() or rundir.sha256(run.rehearsal) != before["sha256"]:
+        found = "other answers than the base gave" if run.rehearsal.is_file() else "no file"
+        raise ProofError(str(run.rehearsal), found, "the file that training wrote", "Put it back, or train anew.")
+    return rundir.read_lines(run.rehearsal), before["per_epoch"]
+
+
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 
@@ -412,6 +498,7 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "path": str(Path(checked.data.path).absolute()),
             "sha256": checked.data.digest,
             "rows": checked.n_read,
+            **({"rehearse": str(Path(prompts).absolute())} if (prompts := checked.recipe.data.rehearse) else {}),
         },
         "template": {
             "source": template.source,

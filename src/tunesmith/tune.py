@@ -39,7 +39,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from tunesmith import chat as chats
-from tunesmith import general, planning, reading, rundir, runs
+from tunesmith import general, planning, reading, rundir, runs, verdict
 from tunesmith import recipe as recipes
 from tunesmith.checking import Checked, check, hold_out, locate
 from tunesmith.errors import OutOfMemory, ProofError, RecipeError, RunError
@@ -75,10 +75,11 @@ class Searched:
 
 SPACE = (
     Searched("train.learning_rate", 2e-5, 5e-3, log=True),
-    Searched("train.epochs", 1, 6),
+    Searched("train.epochs", 1, 10),
     # alpha stays: the update is scaled by alpha / r, and with that the best rate hardly depends on the rank (Schulman
     # et al. 2025, LoRA Without Regret).
     Searched("lora.r", 4, 64, log=True),
+    Searched("train.rehearse", 0.0, 0.5),
 )
 """Bounds are widened to hold the recipe's own value."""
 
@@ -429,7 +430,7 @@ class _Work:
         base, tuned = self._base(chat), _right(chat, base=False)
         lost = sum(b and not t for b, t in zip(base, tuned, strict=True))
         gained = sum(t and not b for b, t in zip(base, tuned, strict=True))
-        return {"general": sum(tuned), "lost": lost, "gained": gained, "forgot": general.forgot(lost, gained)}
+        return {"general": sum(tuned), "lost": lost, "gained": gained, "forgot": verdict.has_forgotten(lost, gained)}
 
     def _base(self, chat: chats.Chat) -> list[bool]:
         """Which questions the base answers rightly: asked once in a study, and kept."""

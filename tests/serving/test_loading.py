@@ -70,7 +70,7 @@ def test_an_adapter_with_another_digest_is_refused(load: Any, runs: dict[str, Pa
 
 
 def test_what_is_no_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(RunError, match="nothing of that name"):
         chat.load_together([tmp_path / "nothing"])
     with pytest.raises(RunError, match="no run"):
         chat.load_together([runs["bo"], runs["base"]])

@@ -119,11 +119,11 @@ def test_signals_to_the_process(runs: dict[str, Path]) -> None:
             process.kill()
 
 
-def test_a_key_in_the_command_line_is_warned_of(server: Serving) -> None:
+def test_a_key_in_the_command_line_is_warned_of(server: Serving, runs: dict[str, Path]) -> None:
     """Said before anything is loaded; here the address can not be had."""
     key, port = "a-key-of-16-letters", server.url.rpartition(":")[2]
-    argument = tunesmith("serve", "no-such-run", "--port", port, "--api-key", key)
-    variable = tunesmith("serve", "no-such-run", "--port", port, TUNESMITH_API_KEY=key)
+    argument = tunesmith("serve", runs["bo"], "--port", port, "--api-key", key)
+    variable = tunesmith("serve", runs["bo"], "--port", port, TUNESMITH_API_KEY=key)
     for ended in (argument, variable):
         assert ended.code == 2 and "can not be had" in ended.err
         assert key not in ended.out + ended.err

@@ -5,13 +5,14 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from tunesmith import system
+from tunesmith import caller, system
 from tunesmith.cli.console import show_error, show_usage
 from tunesmith.errors import RunError, TunesmithError
 
@@ -35,6 +36,22 @@ app = typer.Typer(
 )
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that newer versions of typer carry
 
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunesmith {importlib.metadata.version('tunesmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(training.demo)
 for command in (training.check, training.plan, training.train, tuning.tune):
     app.command(epilog=SETTINGS)(command)
@@ -51,6 +68,7 @@ for command in (machine.models, machine.fetch, machine.doctor):
 
 def main() -> None:
     """Runs the command line and ends the process with the contract's exit code."""
+    caller.is_command_line()
     terminal.open_streams()
     code = 1
     try:

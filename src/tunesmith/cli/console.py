@@ -8,11 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import system, terminal
+from tunesmith import commands, system, terminal
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.screen import Screen
+
+LIBRARIES = "Loading torch and transformers …"
+"""What is said while modules that need them are imported, which takes seconds."""
 
 _ESCAPES = {code: f"\\u{code:04x}" for code in terminal.SIGNS if code > ord("~")}
 
@@ -58,30 +61,37 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
 
     from tunesmith import hub
 
-    with Progress(
+    bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         console=console,
         transient=True,
-    ) as bar:
-        tasks: dict[str, Any] = {}
+    )
+    tasks: dict[str, Any] = {}
+    with console.status(f"Looking for {name} …") as looking:
 
         def moved(file: str, done: int, total: int) -> None:
             if file not in tasks:
+                looking.stop()  # of two that move on a screen, older versions of rich refuse one
+                bar.start()
                 tasks[file] = bar.add_task(terminal.safe(f"fetching {file}"), total=total)
             bar.update(tasks[file], completed=done, total=total)
 
-        found = hub.locate(name, revision, weights=weights, on_progress=moved)
-    from tunesmith import model as models
+        try:
+            found = hub.locate(name, revision, weights=weights, on_progress=moved)
+        finally:
+            if tasks:
+                bar.stop()
+    with console.status(LIBRARIES):
+        from tunesmith import model as models
 
     if os.environ.get("TUNESMITH_VERBOSE") is None:
         models.hush_libraries()
-    if found.folder.is_dir() and models.needs_preparing(found):
-        with console.status("Converting the weights to safetensors, once …"):
-            return models.prepared(found)
-    return models.prepared(found)
+    converting = found.folder.is_dir() and models.needs_preparing(found)
+    with console.status("Converting the weights to safetensors, once …" if converting else "Reading its files …"):
+        return models.prepared(found)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -127,6 +137,7 @@ def show_error(error: TunesmithError) -> None:
 
 def show_usage(error: Any) -> None:
     """What is wrong with the words of a command, as typer found it."""
+    from tunesmith.cli.options import ours
     from tunesmith.screen import Screen, styled
 
     said = error.format_message()
@@ -135,6 +146,16 @@ def show_usage(error: Any) -> None:
     screen = Screen(stderr=True)
     if error.ctx is not None:
         screen.print(error.ctx.get_usage(), style="grey62")
+    known = [] if error.ctx is None else [name for each in error.ctx.command.params for name in each.opts]
+    option = getattr(error, "option_name", None)
+    if option is not None and option not in known and (fix := ours(option, known)):
+        screen.print(styled(("Error  ", "bold red"), (error.message, "bold")))
+        screen.labelled("fix", fix)
+        return
     screen.print(styled(("Error  ", "bold red"), (said, "bold")))
     if error.ctx is not None:
-        screen.labelled("fix", f"{error.ctx.command_path} --help lists what there is.")
+        screen.labelled("fix", f"What there is, is listed by: {commands.tunesmith(*_words(error.ctx), '--help')}")
+
+
+def _words(context: Any) -> list[str]:
+    return [context.info_name] if context.parent is not None else []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tunesmith.cli.console import print_json, start
+from tunesmith import runs as all_runs
+from tunesmith.cli import onward
+from tunesmith.cli.console import LIBRARIES, print_json, start
+from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
 
 _STATES = {
@@ -22,7 +24,7 @@ _STATES = {
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = all_runs.FOLDER,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -31,15 +33,15 @@ def runs(
     console = start(verbose, as_json)
     from rich.table import Table
 
-    from tunesmith.runs import all_in
     from tunesmith.screen import styled
 
-    found = all_in(folder)
+    found = all_runs.all_in(folder)
     if as_json:
         print_json({"runs": [run.as_dict() for run in found]})
         return
     if not found:
         console.print(f"No runs in {folder}.")
+        go_on(console, *onward.after_all(found))
         return
     table = Table(box=None, padding=(0, 2))
     for name in ("run", "state", "step", "loss", "model", "data", "began"):
@@ -55,21 +57,22 @@ def runs(
             run.began.replace("T", " ")[:16],
         )
     console.print(table)
+    go_on(console, *onward.after_all(found))
 
 
 def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """Follow a run of another process. Ctrl-C ends the watching alone; the exit code is that of the run."""
     console = start(verbose, as_json)
-    from tunesmith.runs import follow, state_of
-
-    state = state_of(run)
-    from tunesmith import display, terminal
-    from tunesmith.screen import styled
-    from tunesmith.trainer import StepMetrics
+    run = all_runs.named(run)
+    state = all_runs.state_of(run)
+    with console.status(LIBRARIES):
+        from tunesmith import display, terminal
+        from tunesmith.screen import styled
+        from tunesmith.trainer import StepMetrics
 
     with display.TrainingDisplay(console) as watcher:
         watcher.began(state.n_steps, run)
-        for news in follow(run):
+        for news in all_runs.follow(run):
             for line in news.held_out:
                 watcher.measured(line["step"], line["loss"])
             if news.metrics:
@@ -78,13 +81,12 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
                 watcher.stepped(metrics[-1], news.n_steps)
             if terminal.nobody_reads():
                 return
-    state = state_of(run)
+    state = all_runs.state_of(run)
     how = styled((state.state, _STATES[state.state]))
     console.print(styled(f"{run}: ", how, f" after step {state.step}/{state.n_steps}"))
     if state.reason:
         console.print(state.reason)
-    if state.state in ("interrupted", "gone", "silent", "failed"):
-        console.print(f"Go on with: tunesmith resume {shlex.quote(str(run))}", soft_wrap=True)
+    go_on(console, *onward.after_run(run, state.state))
     if as_json:
         print_json(state.as_dict())
     if state.exit_code:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import fetched, print_json, start
+from tunesmith.cli import onward
+from tunesmith.cli.console import LIBRARIES, fetched, print_json, start
+from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, VerboseOption, whole
 
 
@@ -25,22 +27,28 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     if as_json:
         print_json({"models": rows})
         return
+
+    def size(row: dict[str, Any]) -> str:
+        count = row["parameters"]
+        return f"{count / 1e9:.1f} B" if count > 0.9995e9 else f"{count / 1e6:.0f} M"
+
     table = Table(box=None, padding=(0, 2))
     for name in ("alias", "size", "source", "licence", "note"):
         table.add_column(name)
     for row in rows:
-        table.add_row(
-            styled((row["alias"], "bold")),
-            f"{row['parameters'] / 1e9:.1f} B" if row["parameters"] > 1e9 else f"{row['parameters'] / 1e6:.0f} M",
-            row["source"],
-            row["licence"],
-            row["note"],
-        )
-    console.print(table)
+        table.add_row(styled((row["alias"], "bold")), size(row), row["source"], row["licence"], row["note"])
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table)
+    else:  # a table would cut ids
+        for row in rows:
+            console.print(styled((row["alias"], "bold"), f"  {size(row)}, {row['licence']}"))
+            console.labelled("", styled((row["source"], "cyan")), 0)
+            console.labelled("", row["note"], 0)
     console.print(
         "\nAny model that transformers builds itself and whose tokenizer has a chat template works too: "
         "hf:org/name, ms:org/name or a folder."
     )
+    go_on(console, *onward.after_models(rows[0]["alias"]))
 
 
 def fetch(
@@ -53,11 +61,10 @@ def fetch(
 ) -> None:
     """Bring a model here; afterwards no network is needed."""
     console = start(verbose, as_json)
-    from tunesmith.model import prepared
-
-    found = prepared(fetched(console, model, revision, weights=True))
+    found = fetched(console, model, revision, weights=True)
     size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
     console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", soft_wrap=True)
+    go_on(console, *onward.after_fetch(model))
     if as_json:
         print_json(
             {
@@ -73,16 +80,19 @@ def fetch(
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = start(verbose, as_json)
-    from tunesmith.doctor import examine
-    from tunesmith.screen import styled
+    with console.status(LIBRARIES):
+        from tunesmith.doctor import examine
+        from tunesmith.screen import styled
 
-    findings = examine()
+        findings = examine()
     for finding in findings:
         sign = ("✓", "green") if finding.ok else ("✗", "red")
         console.print(styled(sign, (f" {finding.name:14}", "bold"), f" {finding.found}"))
         if finding.fix:
             console.print(f"  → {finding.fix}", style="yellow")
     ok = all(finding.ok for finding in findings)
+    if ok:
+        go_on(console, *onward.after_doctor())
     if as_json:
         print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
     if not ok:

@@ -1,12 +1,15 @@
-"""Options that several commands have in common."""
+"""Options that several commands have in common, and what those of a training come to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import RecipeError
@@ -31,6 +34,47 @@ def whole_settings(param: typer.CallbackParam, values: list[str] | None) -> list
     return values
 
 
+def _as_written(default: object) -> str:
+    """A default as one writes it in a recipe."""
+    if default is None or isinstance(default, (dict, list)):
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default) or "–"
+
+
+def _described(setting: str) -> FieldInfo:
+    section, _, name = setting.partition(".")
+    return cast("type[BaseModel]", recipes.Recipe.model_fields[section].annotation).model_fields[name]
+
+
+SHORT = {"epochs": "train.epochs", "lr": "train.learning_rate", "rank": "lora.r", "batch": "train.examples_per_step"}
+"""The settings that have an option of their own, by its name."""
+
+
+def _short(name: str) -> Any:
+    setting = _described(SHORT[name])
+    return typer.Option(
+        f"--{name}",
+        metavar=name.upper(),
+        callback=whole,
+        help=f"{setting.description} Short for --set {SHORT[name]}.",
+        show_default=_as_written(setting.get_default(call_default_factory=True)),
+    )
+
+
+FilesArgument = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="RECIPE.yaml|ROWS.jsonl",
+        help="Settings in a file (YAML), examples in a file (JSONL, JSON, CSV, Parquet), or both.",
+        show_default=False,
+    ),
+]
+EpochsOption = Annotated[str | None, _short("epochs")]
+RateOption = Annotated[str | None, _short("lr")]
+RankOption = Annotated[str | None, _short("rank")]
+BatchOption = Annotated[str | None, _short("batch")]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -50,29 +94,98 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+LikeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="|".join(recipes.LIKE),
+        callback=whole,
+        help="Settings of somebody else's, below all that is given here: those that notebooks copied per model have.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own notes and warnings.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name in runs/.", show_default=False)
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of the run; must be new or empty.", show_default=False)
 ]
 
 
-def _as_written(default: object) -> str:
-    """A default as one writes it in a recipe."""
-    if default is None or isinstance(default, (dict, list)):
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default) or "–"
+# --- what they come to ------------------------------------------------------------------------------------------------
+
+_ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line says of a training."""
+
+    recipe: recipes.Recipe
+    sources: dict[str, recipes.Source]
+    words: tuple[str, ...]
+    """The same once more, for another command line."""
+
+
+def given(
+    files: Sequence[Path] | None,
+    model: str | None,
+    data: str | None,
+    sets: Sequence[str] | None,
+    like: str | None,
+    **short: str | None,
+) -> Given:
+    """The recipe that files and options come to. Raises RecipeError for what is given twice, and as `resolve` does."""
+    rows = [str(file) for file in files or () if file.suffix.lower() in _ROWS]
+    settings = [file for file in files or () if str(file) not in rows]
+    if len(settings) > 1:
+        found = " and ".join(map(str, settings))
+        raise RecipeError("the recipe", found, "one recipe (YAML), and rows", "Leave one of the two out.")
+    options = [("--model", "model.name", model), ("--data", "data.path", data)]
+    options += [(f"--{name}", SHORT[name], value) for name, value in short.items()]
+    options = [(option, setting, value) for option, setting, value in options if value is not None]
+    said = [(f"--set {setting}", setting, value) for setting, value in map(recipes.parse_flag, sets or ())]
+    said += [(name, "data.path", name) for name in rows]
+    said += [
+        (option, setting, value if setting in _PATHS else recipes.parse_flag(f"{setting}={value}")[1])
+        for option, setting, value in options
+    ]
+    first: dict[str, str] = {}
+    for where, setting, _ in said:
+        before = first.setdefault(setting, where)
+        if before != where:
+            raise RecipeError(where, f"{setting}, which {before} gives too", "it once", "Leave one of the two out.")
+    flags = {name: value for _, name, value in said}
+    recipe, sources = recipes.resolve(settings[0] if settings else None, flags, like=like)
+    words = [*map(str, files or ()), *(() if like is None else ("--like", like))]
+    words += [word for option, _, value in options for word in (option, value)]
+    return Given(recipe, sources, (*words, *(word for text in sets or () for word in ("--set", text))))
+
+
+def ours(option: str, known: Sequence[str]) -> str | None:
+    """What another tool's option is called here, with what it means; None where it is not known, or the command does
+    not have the settings of a training. `known` are the command's own options."""
+    name = option.lstrip("-").lower().replace("-", "_")
+    theirs = (setting for setting, names in recipes.OTHER_NAMES.items() if name in names.split())
+    same = (setting for setting in recipes.setting_names() if name in (setting, setting.rpartition(".")[2]))
+    meant = next(theirs, None) or next(same, None)
+    if meant is None or not {"--data", "--set"} <= set(known):
+        return None
+    if meant not in recipes.setting_names():
+        return f"Write {meant}." if meant in known else None
+    own = {"model.name": "--model", "data.path": "--data"} | {setting: f"--{name}" for name, setting in SHORT.items()}
+    also = f", or {own[meant]}" if own.get(meant) in known else ""
+    return f"Write --set {meant}=…{also}. {_described(meant).description}"
 
 
 def _settings_help() -> str:
     lines = []
-    for section, field in recipes.Recipe.model_fields.items():
-        for name, setting in cast("type[BaseModel]", field.annotation).model_fields.items():
-            default = setting.get_default(call_default_factory=True)
-            lines.append(f"[cyan]{section}.{name}[/] \\[{_as_written(default)}]  {setting.description}")
+    for name in recipes.setting_names():
+        setting = _described(name)
+        default = setting.get_default(call_default_factory=True)
+        lines.append(f"[cyan]{name}[/] \\[{_as_written(default)}]  {setting.description}")
     return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
 
 

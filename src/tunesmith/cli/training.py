@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,23 +12,32 @@ import typer
 
 from tunesmith import recipe as recipes
 from tunesmith import records, rundir, runs
-from tunesmith.cli.console import fetched, print_json, start
+from tunesmith.cli import onward
+from tunesmith.cli.console import LIBRARIES, fetched, print_json, start
+from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import (
+    BatchOption,
     DataOption,
+    EpochsOption,
+    FilesArgument,
     JsonOption,
+    LikeOption,
     ModelOption,
     OutOption,
+    RankOption,
+    RateOption,
     RunArgument,
     SetOption,
     VerboseOption,
+    given,
     whole,
     whole_settings,
 )
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tunesmith import hub
     from tunesmith.checking import Checked
+    from tunesmith.display import TrainingDisplay
     from tunesmith.screen import Screen
     from tunesmith.training import Run
 
@@ -40,12 +50,12 @@ _CARD_SIZES = (8, 12, 16, 24, 48, 80)
 def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The whole story on a small real model: check, train, before and after, report."""
     console = start(verbose, as_json)
-    from rich.rule import Rule
+    with console.status(LIBRARIES):
+        from rich.rule import Rule
 
-    from tunesmith import demo as demos
-    from tunesmith import display
-    from tunesmith.checking import check
-    from tunesmith.screen import styled
+        from tunesmith import demo as demos
+        from tunesmith import display
+        from tunesmith.screen import styled
 
     console.print(Rule(styled(("tunesmith demo", "bold")), align="left"))
     console.print(
@@ -56,10 +66,10 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
         )
     )
     settings, _ = demos.recipe()
-    checked = check(settings, fetched(console, settings.model.name, None, weights=True))
-    display.show_check(console, checked, 2)
+    fetched(console, settings.model.name, None, weights=True)
+    display.show_check(console, looked_at(console, settings), 2)
     console.print()
-    with display.TrainingDisplay(console) as watcher:
+    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, watcher):
         result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
     if not result.run.interrupted:
         pairs = list(zip(result.questions, result.before, result.after, strict=True))
@@ -81,11 +91,8 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
             )
         console.print()
     display.show_run(console, result.run)
-    if not result.run.interrupted:
-        console.print("\nNext", style="bold")
-        console.print(f"  tunesmith chat {shlex.quote(str(result.run.path))}", soft_wrap=True)
-        console.print("  tunesmith check --model smollm2 --data YOUR_ROWS.jsonl")
-        console.print("  tunesmith train --model smollm2 --data YOUR_ROWS.jsonl --out runs/mine")
+    interrupted, path = result.run.interrupted, result.run.path
+    go_on(console, *(onward.after_run(path, "interrupted") if interrupted else onward.after_demo(path)))
     if as_json:
         judgements = {
             name: [
@@ -105,8 +112,14 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
 
 
 def check(
+    files: FilesArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
+    epochs: EpochsOption = None,
+    lr: RateOption = None,
+    rank: RankOption = None,
+    batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     show: Annotated[int, typer.Option(min=0, help="How many rows to show in colour.")] = 3,
     as_json: JsonOption = False,
@@ -114,13 +127,13 @@ def check(
 ) -> None:
     """Read and render every row; name the faults by line, or show that all is well. Needs no weights."""
     console = start(verbose, as_json)
-    settings, _ = recipe_given(None, model, data, sets)  # what is wrong here is said before torch is loaded
-    rows = rows_of(settings)
-    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
-    from tunesmith import display
-    from tunesmith.screen import styled
+    # What is wrong here is said before torch is loaded.
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    checked = looked_at(console, asked.recipe)
+    with console.status(LIBRARIES):
+        from tunesmith import display
+        from tunesmith.screen import styled
 
-    checked = checked_rows(console, settings, found, rows)
     display.show_check(console, checked, show)
     if as_json:
         print_json(display.check_json(checked, show))
@@ -133,18 +146,25 @@ def check(
                 " Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop token.",
             )
         )
+    go_on(console, *onward.after_check(asked.words))
 
 
 def plan(
+    files: FilesArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
+    epochs: EpochsOption = None,
+    lr: RateOption = None,
+    rank: RankOption = None,
+    batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     memory: Annotated[
         str | None, typer.Option(help="As if so much were free, e.g. 24GiB.", callback=whole, show_default=False)
     ] = None,
     card: Annotated[
         str | None,
-        typer.Option(help="As if it were this graphics card, e.g. 'RTX 4090'.", callback=whole, show_default=False),
+        typer.Option(help="As if it were this graphics card, e.g. 4090.", callback=whole, show_default=False),
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="How it fits cards of 8 to 80 GiB.")] = False,
     as_json: JsonOption = False,
@@ -152,34 +172,39 @@ def plan(
 ) -> None:
     """Memory and time of a training before the start, by what takes them. Needs no weights."""
     console = start(verbose, as_json)
-    settings, _ = recipe_given(None, model, data, sets)
-    rows = rows_of(settings)
-    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
-    from tunesmith import display, machines, planning
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    with console.status(LIBRARIES):
+        from tunesmith import display, machines, planning
 
     size = None if memory is None else machines.parse_bytes(memory)
-    machine = machines.this_machine(size) if card is None else machines.card(card, size)
-    checked = checked_rows(console, settings, found, rows)
+    machine = None if card is None else machines.card(card, size)
+    checked = looked_at(console, asked.recipe)
     checked.require_ok()
-    if table:
-        plans = planning.fitting(checked, _CARD_SIZES)
+    with console.status("Laying out its steps …"):
+        plans = planning.fitting(checked, _CARD_SIZES) if table else []
+        made = None if table else planning.plan(checked, machine or machines.this_machine(size))
+    if made is None:
         display.show_fitting(console, plans)
+        go_on(console, *onward.after_plan(asked.words, fits=True))
         if as_json:
-            print_json({"table": [{"gib": gib, **made.as_dict()} for gib, made in plans]})
+            print_json({"table": [{"gib": gib, **plan.as_dict()} for gib, plan in plans]})
         return
-    made = planning.plan(checked, machine)
     display.show_plan(console, made)
+    go_on(console, *onward.after_plan(asked.words, fits=made.fits))
     if as_json:
         print_json(made.as_dict())
 
 
 def train(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)
-    ] = None,
+    files: FilesArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
     out: OutOption = None,
+    epochs: EpochsOption = None,
+    lr: RateOption = None,
+    rank: RankOption = None,
+    batch: BatchOption = None,
+    like: LikeOption = None,
     sets: SetOption = None,
     detach: DetachOption = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Begin even if the plan says that it does not fit.")] = False,
@@ -188,26 +213,24 @@ def train(
 ) -> None:
     """Check, plan, train, save, report."""
     console = start(verbose, as_json)
-    settings, sources = recipe_given(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    settings = asked.recipe
     if out is not None:
         rundir.check_target(out)
-    rows = rows_of(settings)
-    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
-    from tunesmith import display
-    from tunesmith.training import run_name, train
+    checked = looked_at(console, settings)
+    with console.status(LIBRARIES):
+        from tunesmith import display
+        from tunesmith.training import run_name, train
 
-    checked = checked_rows(console, settings, found, rows)
     checked.require_ok()
     display.show_check(console, checked, 1)
     if detach:
-        arguments = [*([str(recipe)] if recipe else []), *(["--anyway"] if anyway else [])]
-        for option, values in (("--model", [model]), ("--data", [data]), ("--set", sets or [])):
-            arguments += [text for value in values if value is not None for text in (option, value)]
-        _go_on_detached(console, "train", arguments, out or rundir.free_name(Path("runs"), run_name(settings)), as_json)
+        arguments = [*asked.words, *(["--anyway"] if anyway else [])]
+        _go_on_detached(console, "train", arguments, out or rundir.free_name(runs.FOLDER, run_name(settings)), as_json)
         return
-    with display.TrainingDisplay(console) as watcher:
-        fetched(console, settings.model.name, settings.model.revision, weights=True)
-        run = train(settings, out, sources=sources, watcher=watcher, checked=checked, anyway=anyway)
+    fetched(console, settings.model.name, settings.model.revision, weights=True)
+    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, watcher):
+        run = train(settings, out, sources=asked.sources, watcher=watcher, checked=checked, anyway=anyway)
     _show_trained(console, run, as_json)
 
 
@@ -229,35 +252,29 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or killed, as if it never had been."""
     console = start(verbose, as_json)
+    run = runs.named(run)
     runs.check_resumable(run)
     epochs = _epochs(sets or [])
     if detach:
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
         return
-    from tunesmith import display
-    from tunesmith.training import resume
+    with console.status(LIBRARIES):
+        from tunesmith import display
+        from tunesmith.training import resume
 
-    with display.TrainingDisplay(console) as watcher:
+    said = "Comparing checkpoint, rows and base with what the run began with …"
+    with display.TrainingDisplay(console, said) as watcher, _point_to_go_on_from(console, watcher):
         result = resume(run, epochs=epochs, watcher=watcher)
     _show_trained(console, result, as_json)
 
 
-def recipe_given(
-    path: Path | None, model: str | None, data: str | None, sets: list[str] | None
-) -> tuple[recipes.Recipe, dict[str, recipes.Source]]:
-    flags = {name: value for name, value in (("model.name", model), ("data.path", data)) if value is not None}
-    return recipes.resolve(path, {**flags, **dict(recipes.parse_flag(text) for text in sets or [])})
-
-
-def rows_of(settings: recipes.Recipe) -> records.Records:
-    return records.open_file(settings.data.path, settings.data.columns, settings.template.system)
-
-
-def checked_rows(console: Screen, settings: recipes.Recipe, found: hub.LocalModel, rows: records.Records) -> Checked:
-    """The check, with a count of the rows while a large file is rendered."""
-    from tunesmith.checking import check
-
+def looked_at(console: Screen, settings: recipes.Recipe) -> Checked:
+    """The check of a recipe and what it needs, with a count of the rows while a large file is rendered."""
+    with console.status(f"Opening {settings.data.path} …"):
+        rows = records.open_file(settings.data.path, settings.data.columns, settings.template.system)
+    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     with console.status("Reading and rendering every row …") as status:
+        from tunesmith.checking import check
 
         def rendered(count: int) -> None:
             status.update(f"{count:,} rows rendered …")
@@ -273,7 +290,9 @@ def _epochs(sets: list[str]) -> int | None:
             fix = "Leave it out, or train anew with it."
             raise RecipeError(f"--set {name}", "a setting that the run began with", "train.epochs alone", fix)
         settings, _ = recipes.resolve(None, {name: value})
-        epochs = settings.train.epochs
+        if (epochs := settings.train.epochs) == "auto":
+            fix = "Give the number of epochs to reach, counted from the run's beginning."
+            raise RecipeError(f"--set {name}", "auto", "a number", fix)
     return epochs
 
 
@@ -283,15 +302,15 @@ def _go_on_detached(console: Screen, command: str, arguments: list[str], out: Pa
 
     place = ["--out", str(out)] if command == "train" else [str(out)]
     try:
-        process = start_detached([command, *arguments, *place], out)
+        with console.status("It begins in the background: rows, plan, weights …"):
+            process = start_detached([command, *arguments, *place], out)
     except Ended as ended:
         print(ended.said, file=sys.stderr)
         raise typer.Exit(ended.code) from None
     console.print(
         f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}", soft_wrap=True
     )
-    console.print(f"Follow it with: tunesmith watch {shlex.quote(str(out))}", soft_wrap=True)
-    console.print(f"Stop it, with a point to go on from, with: kill {process.pid}")
+    go_on(console, *onward.after_detaching(out, process.pid))
     if as_json:
         print_json({"run": str(out), "pid": process.pid, "output": str(out / rundir.OUTPUT)})
 
@@ -302,9 +321,21 @@ def _show_trained(console: Screen, run: Run, as_json: bool) -> None:
     if run.samples:
         console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))
     display.show_run(console, run)
+    go_on(console, *onward.after_run(run.path, "interrupted" if run.interrupted else "done"))
     if as_json:
         print_json(display.run_json(run))
     _end_of_run(run.interrupted)
+
+
+@contextmanager
+def _point_to_go_on_from(console: Screen, watcher: TrainingDisplay) -> Iterator[None]:
+    """Says how to go on where a training that has begun is stopped at once."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if watcher.run is not None:
+            go_on(console, *onward.after_run(watcher.run, "interrupted"))
+        raise
 
 
 def _end_of_run(interrupted: bool) -> None:

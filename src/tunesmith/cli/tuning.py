@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,24 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
-from tunesmith.cli.console import fetched, print_json, require_extra, start
-from tunesmith.cli.options import DataOption, JsonOption, ModelOption, SetOption, VerboseOption
-from tunesmith.cli.training import checked_rows, recipe_given, rows_of
+from tunesmith.cli import onward
+from tunesmith.cli.console import LIBRARIES, fetched, print_json, require_extra, start
+from tunesmith.cli.onward import go_on
+from tunesmith.cli.options import (
+    BatchOption,
+    DataOption,
+    EpochsOption,
+    FilesArgument,
+    JsonOption,
+    LikeOption,
+    ModelOption,
+    RankOption,
+    RateOption,
+    SetOption,
+    VerboseOption,
+    given,
+)
+from tunesmith.cli.training import looked_at
 
 if TYPE_CHECKING:
     from tunesmith.trainer import Watcher
@@ -22,9 +36,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Settings in a file.", show_default=False)
-    ] = None,
+    files: FilesArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
     out: Annotated[
@@ -36,7 +48,6 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    sets: SetOption = None,
     trials: Annotated[int, typer.Option(min=1, help="How many trials there are to be in the study.")] = 20,
     hours: Annotated[
         float | None, typer.Option(min=0.001, help="Ends within so many hours.", show_default=False)
@@ -44,21 +55,28 @@ def tune(
     join: Annotated[
         bool, typer.Option("--join", help="Take part in the study with other processes, also of other hosts.")
     ] = False,
+    epochs: EpochsOption = None,
+    lr: RateOption = None,
+    rank: RankOption = None,
+    batch: BatchOption = None,
+    like: LikeOption = None,
+    sets: SetOption = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Train even what the plan says does not fit.")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Try settings for learning rate, epochs and rank: the lowest held-out loss at which nothing is forgotten."""
+    """Try other learning rates, epochs, ranks and shares of rehearsal: the best at which nothing is forgotten."""
     began = psutil.Process().create_time()
     console = start(verbose, as_json)
-    settings, sources = recipe_given(recipe, model, data, sets)  # what is wrong here is said before torch is loaded
+    # What is wrong here is said before torch is loaded.
+    asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
+    settings = asked.recipe
     require_extra("tune", "optuna")
-    rows = rows_of(settings)
-    found = fetched(console, settings.model.name, settings.model.revision, weights=False)
-    from tunesmith import display
-    from tunesmith.tune import tune
+    checked = looked_at(console, settings)
+    with console.status(LIBRARIES):
+        from tunesmith import display
+        from tunesmith.tune import tune
 
-    checked = checked_rows(console, settings, found, rows)
     checked.require_ok()
     display.show_check(console, checked, 0)
     fetched(console, settings.model.name, settings.model.revision, weights=True)
@@ -78,17 +96,18 @@ def tune(
         trials=trials,
         hours=None if hours is None else max(hours - (time.time() - began) / 3600, 0),
         join=join,
-        sources=sources,
+        sources=asked.sources,
         checked=checked,
         anyway=anyway,
         shown=shown,
         told=told,
     )
     display.show_study(console, study)
-    if study.best:
-        console.print("\nNext", style="bold")
-        for line in (f"chat {shlex.quote(str(study.best.run))}", f"train {shlex.quote(str(study.best_recipe))}"):
-            console.print(f"  tunesmith {line}", soft_wrap=True)
+    waiting = any(trial.state == "waiting" for trial in study.trials)
+    place = [] if out is None else ["--out", str(out)]
+    more = [*asked.words, *place, *(() if trials == 20 else ("--trials", str(trials)))]
+    best = study.best and (study.best.run, study.best_recipe)
+    go_on(console, *onward.after_study(best, more if waiting or study.interrupted else None))
     if as_json:
         print_json(study.as_dict())
     if study.interrupted:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tunesmith import rundir, terminal
-from tunesmith.cli.console import fetched, print_json, require_extra, start
+from tunesmith import runs as all_runs
+from tunesmith.cli import onward
+from tunesmith.cli.console import LIBRARIES, fetched, print_json, require_extra, start
+from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
 
@@ -17,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def chat(
-    run_or_model: Annotated[str, typer.Argument(help="A run's folder, or a model.", show_default=False)],
+    run_or_model: Annotated[
+        str, typer.Argument(help="A run's folder or its name in runs/, or a model.", show_default=False)
+    ],
     prompt: Annotated[
         str | None, typer.Option(help="Answer this once and end.", callback=whole, show_default=False)
     ] = None,
@@ -35,25 +41,35 @@ def chat(
     console = start(verbose, answer_on_stdout=True)
     if as_json and prompt is None:
         raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
-    from tunesmith.chat import load
-    from tunesmith.talk import Talk
-    from tunesmith.types import Message
+    is_model = all_runs.named_or_model(run_or_model) is None
+    with console.status(LIBRARIES):
+        from tunesmith.chat import load
+        from tunesmith.talk import Talk
+        from tunesmith.types import Message
 
-    if not Path(run_or_model).exists():
+    if is_model and not Path(run_or_model).exists():
         fetched(console, run_or_model, None, weights=True)
-    loaded: Chat = load(run_or_model)
+    with console.status("Loading the model …"):
+        loaded: Chat = load(run_or_model)
     if prompt is None:
         Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
+        go_on(console, *onward.after_chat(run_or_model))
         return
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
-    reply = loaded.reply(
-        messages,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        base=base,
-        on_text=None if as_json else lambda piece: print(piece, end="", flush=True),
-        cancelled=terminal.nobody_reads,
-    )
+    with console.status("Reading the question …") as reading:
+
+        def show(piece: str) -> None:
+            reading.stop()
+            print(piece, end="", flush=True)
+
+        reply = loaded.reply(
+            messages,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            base=base,
+            on_text=None if as_json else show,
+            cancelled=terminal.nobody_reads,
+        )
     if as_json:
         print_json(
             {
@@ -65,6 +81,8 @@ def chat(
         )
     else:
         print()
+        if sys.stdout.isatty():  # else the answer goes to a program, which asks many, and knows how to go on
+            go_on(console, *onward.after_chat(run_or_model))
 
 
 def evaluate(
@@ -104,19 +122,22 @@ def evaluate(
 ) -> None:
     """Base against tuned on rows that were not trained on: one page, one verdict."""
     console = start(verbose, as_json)
+    run = all_runs.named(run)
     opened = rundir.open_run(run)
     require_extra("eval", "sacrebleu")
-    from tunesmith import display, evaluation_page, harness, judging
-    from tunesmith.evaluate import evaluate
+    with console.status(LIBRARIES):
+        from tunesmith import display, evaluation_page, harness, judging
+        from tunesmith.evaluate import evaluate
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if names:
         harness.require()
     asked = None if judge is None else judging.judge_at(judge, judge_model, judge_key)
-    with console.status("") as status:
+    with console.status("Opening the run …") as status:
         evaluation = evaluate(run, data, asked, names, tell=status.update)
     page = evaluation_page.write(opened, evaluation)
     display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
+    go_on(console, *onward.after_eval(run, evaluation.verdict))
     if as_json:
         print_json(evaluation.as_dict())
 
@@ -143,15 +164,18 @@ def export(
 ) -> None:
     """Take a run to where models are served: written, opened again, compared with the live adapter."""
     console = start(verbose, as_json)
+    run = all_runs.named(run)
     rundir.open_run(run)
     if out is not None:
         rundir.check_target(out)
-    from tunesmith import display
-    from tunesmith.export import export
+    with console.status(LIBRARIES):
+        from tunesmith import display
+        from tunesmith.export import export
 
-    with console.status("") as status:
+    with console.status("Reading the run …") as status:
         written = export(run, to, out, dtype, tell=status.update)
     display.show_export(console, written)
+    go_on(console, *onward.after_export(run, written))
     if as_json:
         print_json(written.as_dict())
 
@@ -181,7 +205,10 @@ def serve(
     """An OpenAI-compatible API and a chat page, for several runs at once, until Ctrl-C."""
     console = start(verbose, as_json)
     require_extra("serve", "uvicorn")
-    from tunesmith.serving.server import Serving
+    for name in runs:
+        all_runs.named_or_model(name)  # or it is said before anything is loaded
+    with console.status(LIBRARIES):
+        from tunesmith.serving.server import Serving
 
     def tell(text: str) -> None:
         console.print(text, soft_wrap=True)
@@ -191,6 +218,13 @@ def serve(
         tell(
             "--api-key: everybody on this machine sees the key in the list of processes; set TUNESMITH_API_KEY instead."
         )
-    serving = Serving(runs, host, port, api_key, tell)
+    with console.status("Loading the models …"):
+        serving = Serving(runs, host, port, api_key, tell)
     told = {"url": serving.url, "models": list(serving.service.models)}
-    serving.run(lambda: print_json(told) if as_json else None)
+
+    def ready() -> None:
+        go_on(console, *onward.after_serving(serving.url, told["models"], key=bool(api_key)))
+        if as_json:
+            print_json(told)
+
+    serving.run(ready)

@@ -150,7 +150,7 @@ class Ranks:
             raise _no_answer(error) from error
 
 
-_GO_ON = "Once its cause is gone, go on from the last checkpoint: tunesmith resume."
+_GO_ON = "Once its cause is gone, `resume` goes on from the last checkpoint; start it as the training was started."
 
 
 def _said(tag: Sequence[int]) -> str:

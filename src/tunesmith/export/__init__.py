@@ -74,6 +74,7 @@ def export(
         raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
+    tell("Opening the run and its base …")
     opened = Opened.of(path)
     merged = Merged(opened.found.folder, run.adapter)
     held = opened.recipe.model
@@ -86,8 +87,7 @@ def export(
     modelfile = ollama.modelfile_of(chat) if to == "ollama" else None
     live = None
     if to != "adapter":
-        tell("Asking the live adapter …")
-        live = Answers.of(chat)
+        live = Answers.of(chat, tell)
     del chat
     gc.collect()
     with rundir.commit(final) as folder:

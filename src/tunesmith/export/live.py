@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.chat import Chat
+from tunesmith.chat import Chat, Reply
 from tunesmith.general import questions
 from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
@@ -73,11 +73,14 @@ class Answers:
         return self.template.stop_ids
 
     @classmethod
-    def of(cls, chat: Chat) -> Answers:
+    def of(cls, chat: Chat, tell: Callable[[str], None] = lambda text: None) -> Answers:
         asked = [Message("user", question.question) for question in questions()[:: 100 // N_PROMPTS]]
         system = [] if chat.system is None else [Message("system", chat.system)]
         template = chat.renderer.template
-        replies = [chat.reply([message], temperature=0, max_tokens=REPLY_TOKENS) for message in asked]
+        replies = list[Reply]()
+        for number, message in enumerate(asked, 1):
+            tell(f"Asking the live adapter: question {number} of {len(asked)} …")
+            replies.append(chat.reply([message], temperature=0, max_tokens=REPLY_TOKENS))
         return cls(
             prompts=tuple(reply.prompt_ids for reply in replies),
             texts=tuple(template.write([*system, message], generation_prompt=True) for message in asked),

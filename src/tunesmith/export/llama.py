@@ -90,13 +90,13 @@ def write_gguf(
     if not llama_cpp.is_here():
         notes.append("Its answers were not compared: install llama.cpp with: pip install 'tunesmith[export]'.")
         return checks
-    tell("Asking llama.cpp …")
     if live.dtype == torch.bfloat16:  # what is computed in bfloat16 differs by as much
         coarse = _GGUF_BOUNDS["bfloat16"]
         gap = None if bounds.gap is None or coarse.gap is None else max(bounds.gap, coarse.gap)
         bounds = _GgufBounds(bounds.weight, min(bounds.same_reply, coarse.same_reply), gap)
     context = max(map(len, (*live.prompts, *live.awkward))) + live.reply_tokens + 1
-    return checks + _asked(LlamaCpp(path, max(_CONTEXT, context)), live, bounds, notes)
+    tell("Opening it with llama.cpp …")
+    return checks + _asked(LlamaCpp(path, max(_CONTEXT, context)), live, bounds, notes, tell)
 
 
 def _quantize(whole: Path, path: Path, dtype: str) -> None:
@@ -109,7 +109,9 @@ def _quantize(whole: Path, path: Path, dtype: str) -> None:
         raise RunError(QUANTIZE, f"exit code {ended.returncode}: {last}", f"a {dtype} file", fix)
 
 
-def _asked(llama: LlamaCpp, live: Answers, bounds: _GgufBounds, notes: list[str]) -> list[Compared]:
+def _asked(
+    llama: LlamaCpp, live: Answers, bounds: _GgufBounds, notes: list[str], tell: Callable[[str], None]
+) -> list[Compared]:
     """What a real llama.cpp makes of prompts, of conversations by the file's own template, and of stop ids, and what
     it answers."""
     same_prompts = sum(llama.prompt_ids(text) == ids for text, ids in zip(live.texts, live.prompts, strict=True))
@@ -124,7 +126,8 @@ def _asked(llama: LlamaCpp, live: Answers, bounds: _GgufBounds, notes: list[str]
     same_talks = sum(llama.prompt([message.as_dict() for message in talk]) == text for talk, text in asked)
     stops = sum(llama.stops_at(stop, live.prompts[0]) for stop in live.stop_ids)
     same_replies, gap = 0, 0.0
-    for prompt, reply, logits in zip(live.prompts, live.replies, live.logits, strict=True):
+    for number, (prompt, reply, logits) in enumerate(zip(live.prompts, live.replies, live.logits, strict=True), 1):
+        tell(f"Asking llama.cpp: question {number} of {len(live.prompts)} …")
         written = llama.continued(prompt, live.reply_tokens).token_ids
         same_replies += written == reply
         for own, other, row in zip(reply, written, logits, strict=False):

@@ -38,6 +38,7 @@ _BOUNDS = {
 }
 
 
+@models.quietly()
 def write_merged(
     merged: Merged, run: RunDir, folder: Path, dtype: torch.dtype | None, live: Answers, tell: Callable[[str], None]
 ) -> list[Compared]:
@@ -63,7 +64,9 @@ def write_merged(
         for text, ids in zip(live.texts, live.prompts, strict=True)
     )
     largest, same_tokens, n_tokens, same_replies = 0.0, 0, 0, 0
-    for prompt, reply, expected in zip(live.prompts, live.replies, live.logits, strict=True):
+    asked = zip(live.prompts, live.replies, live.logits, strict=True)
+    for number, (prompt, reply, expected) in enumerate(asked, 1):
+        tell(f"Asking plain transformers: question {number} of {len(live.prompts)} …")
         logits = logits_of(model, prompt, reply)
         apart = (logits - expected).abs().max()
         largest = float(np.maximum(largest, float(apart)))  # NaN if one is; Python's max passes over it

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith import model_files, reading
+from tunesmith import commands, model_files, reading
 from tunesmith.errors import ModelError
 from tunesmith.hub.aliases import Alias, Package, aliases, hub_order, recognise
 from tunesmith.hub.clients import Hub, HuggingFace, Listing, ModelScope, Progress, Refused
@@ -41,6 +41,7 @@ __all__ = [
     "cache_dir",
     "forbid_network",
     "locate",
+    "may_have",
     "missing_parts",
     "offline",
     "recognise",
@@ -95,9 +96,19 @@ def locate(
     return LocalModel(found.folder, found.source, found.revision, alias or found.alias)
 
 
+def may_have(name: str) -> bool:
+    """Whether it is an alias, or has the form of an id that a hub could have; nobody is asked."""
+    is_id = re.fullmatch(_ID, name) is not None and not name.startswith(".")
+    return is_id or name in aliases() or name.startswith(_PREFIXES)
+
+
+_PREFIXES = ("hf:", "ms:", "pypi:")
+_ID = r"[\w.-]+/[\w.-]+"
+
+
 def _as_folder(name: str) -> Path | None:
     """The folder that `name` means; None when it means a hub's id. Raises ModelError for a path that leads nowhere."""
-    if not name.strip() or name.startswith(("hf:", "ms:", "pypi:")):
+    if not name.strip() or name.startswith(_PREFIXES):
         return None
     path = Path(name).expanduser()
     if path.is_dir():
@@ -119,7 +130,7 @@ def _places(name: str, alias: Alias | None) -> list[tuple[Hub, str]]:
     else:
         sources = tuple(f"{hub}:{name}" for hub in hub_order())
     # Old Hugging Face models have no owner in their name. Only a prefix asks for one: a misspelt alias asks nobody.
-    shape = r"[\w.-]+(/[\w.-]+)?" if name.startswith("hf:") else r"[\w.-]+/[\w.-]+"
+    shape = rf"[\w.-]+|{_ID}" if name.startswith("hf:") else _ID
     if not all(re.fullmatch(shape, source[3:]) for source in sources):
         expected = f"an alias ({', '.join(aliases())}), a folder, or a hub's org/name"
         raise ModelError(name, "none of that name", expected, _hint(name))
@@ -131,7 +142,8 @@ def _hint(name: str) -> str:
     known = list(aliases())
     words = (name.lower(), name.lower().rpartition("/")[2].rpartition(":")[2])
     near = next((alias for word in words if (alias := nearest(word, known))), None)
-    return f"Did you mean {near}?" if near else "`tunesmith models` lists the aliases; a hub id reads org/name."
+    lists = f"`{commands.tunesmith('models')}` lists the aliases; a hub id reads org/name."
+    return f"Did you mean {near}?" if near else lists
 
 
 def _refuse_revision(name: str, revision: str | None, why: str) -> None:
@@ -198,7 +210,7 @@ def _from_hubs(
 
 
 def _not_here(name: str, place: str) -> ModelError:
-    fix = f"Run `tunesmith fetch {name}` where there is a network, or unset TUNESMITH_OFFLINE."
+    fix = f"Run `{commands.tunesmith('fetch', name)}` where there is a network, or unset TUNESMITH_OFFLINE."
     found = "TUNESMITH_OFFLINE set and no complete copy on this machine"
     return ModelError(name, found, f"a copy in {place}", fix)
 

@@ -49,6 +49,7 @@ class Alias:
     pypi: Package | None = None
     stop_ids: tuple[int, ...] = ()
     template: str | None = None
+    instead: bool = False
     recognise: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,11 @@ def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
     lower = {key.lower(): key for key in free if key}
     near = [key for key in (column.lower(), *_OTHER_NAMES.get(name, ())) if key in lower]
     meant = near[0] if near else nearest(column.lower(), lower)
-    return f"--set {shlex.quote(f'data.columns.{name}={plain(lower[meant])}')}" if meant else None
+    if not meant:
+        return None
+    word = f"data.columns.{name}={plain(lower[meant])}"
+    # A mark at its end would read as the sentence's.
+    return f"--set '{word}'" if shlex.quote(word) == word and word[-1] in ".,:" else f"--set {shlex.quote(word)}"
 
 
 RENAME = "Rename it in the file"

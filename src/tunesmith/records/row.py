@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -81,7 +82,7 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
                 raise Problem(column, found, f"'{column}'", f"{RENAME}, or pass {hint}")
             for wanted, keys in _TALK_FIELDS.items():
                 if set(keys) <= set(row[talk][0]):
-                    fix = f"{RENAME}, or pass --set data.columns.{wanted}={talk}"
+                    fix = f"{RENAME}, or pass --set {shlex.quote(f'data.columns.{wanted}={talk}')}"
                     raise Problem(wanted, found, f"'{wanted}'", fix)
             raise Problem(column, f"a list under '{talk}'", "the rows themselves", f"Write the list of '{talk}' alone.")
 

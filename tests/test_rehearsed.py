@@ -1,0 +1,168 @@
+"""General prompts that the base answers, trained along with the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from small_runs import assert_same, settings
+from test_resume import killed
+from tunesmith import planning, rehearsal, rehearsed, rundir
+from tunesmith.chat import load
+from tunesmith.checking import check, hold_out
+from tunesmith.engine.step import losses
+from tunesmith.errors import DataError, ProofError
+from tunesmith.steps import Steps
+from tunesmith.training import Run, resume, train
+from tunesmith.types import Message
+
+ALONG = {"train.rehearse": 0.6}
+
+
+@given(st.integers(1, 60), st.integers(1, 16), st.integers(1, 40), st.integers(0, 50), st.integers(1, 4))
+def test_every_epoch_deals_the_next_prompts_out_evenly(
+    n_rows: int, size: int, n_prompts: int, per_epoch: int, epochs: int
+) -> None:
+    rows: Any = [f"row {n}" for n in range(n_rows)]
+    prompts: Any = [f"prompt {n}" for n in range(n_prompts)] if per_epoch else []
+    alone = Steps(rows, size, 3, "digest")
+    beside = Steps(rows, size, 3, "digest", prompts, per_epoch)
+    assert len(alone) == len(beside)
+    dealt: list[int] = []
+    for epoch in range(epochs):
+        for steps in (alone, beside):
+            steps.set_epoch(epoch)
+        counts = []
+        for number, (own, all_) in enumerate(zip(alone.batch_sampler, beside.batch_sampler, strict=True)):
+            assert all_[: len(own)] == own  # rows come as they would without
+            others = [index - n_rows for index in all_[len(own) :]]
+            assert others == beside.rehearsed(epoch, number)
+            counts.append(len(others))
+            dealt += others
+        assert sum(counts) == per_epoch and max(counts) - min(counts) <= 1
+    assert dealt == [n % n_prompts for n in range(len(dealt))]
+
+
+@given(st.floats(0.001, 0.9), st.integers(1, 10**7))
+def test_the_share_is_that_of_the_tokens_that_an_epoch_learns(share: float, n_learned: int) -> None:
+    tokens = rehearsed.per_epoch(share, n_learned) * rehearsed.ANSWER_TOKENS
+    assert share <= tokens / (tokens + n_learned) + 1e-9
+    tokens -= rehearsed.ANSWER_TOKENS
+    assert tokens / (tokens + n_learned) < share + 1e-9
+    assert rehearsed.per_epoch(0, n_learned) == 0
+
+
+def test_the_answers_are_the_base_s_own_greedy_ones(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    run = train(settings(tiny_model, talk, **ALONG), tmp_path / "run")
+    lines = rundir.read_lines(run.path / "rehearsal.jsonl")
+    base = load(tiny_model)
+    assert len(lines) > 10 and [line["prompt"] for line in lines] == list(rehearsal.prompts()[: len(lines)])
+    for line in lines[:10]:
+        assert tuple(line["prompt_ids"]) == base.prompt_ids([Message("user", line["prompt"])])
+        ids = torch.tensor([line["prompt_ids"] + line["answer_ids"]])
+        with torch.inference_mode():
+            written = base.model(input_ids=ids).logits[0, len(line["prompt_ids"]) - 1 : -1].argmax(-1)
+        assert written.tolist() == line["answer_ids"]
+    for row in rehearsed.rows_of(lines):
+        (document,) = row.documents
+        assert document.n_supervised <= rehearsed.ANSWER_TOKENS
+        assert document.replies == ((len(document.prompt_ids), len(document.token_ids)),)
+
+
+def test_what_is_rehearsed_is_kept_likely(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    """The base's answers to the prompts, whatever is learned beside them."""
+    rehearsing = train(settings(tiny_model, talk, **ALONG), tmp_path / "with")
+    without = train(settings(tiny_model, talk), tmp_path / "without")
+    rows = rehearsed.rows_of(rundir.read_lines(rehearsing.path / "rehearsal.jsonl"))
+    documents = [document for row in rows for document in row.documents][:8]
+    n_learned = sum(document.n_supervised for document in documents)
+
+    def loss(run: Run) -> float:
+        return sum(losses(load(run.path).model, documents)) / n_learned
+
+    assert loss(rehearsing) < loss(without) - 0.2  # seen: 5.21 and 5.58
+
+
+@pytest.mark.parametrize("at_step", [1, 9])  # before any checkpoint, and after some
+def test_a_killed_run_that_rehearses_ends_in_the_same_bytes(
+    tiny_model: Path, talk: Path, tmp_path: Path, at_step: int
+) -> None:
+    whole = train(settings(tiny_model, talk, **ALONG), tmp_path / "whole")
+    out = killed(tiny_model, talk, tmp_path / "run", at_step, **ALONG)
+    resume(out)
+    assert_same(out, whole.path)
+    assert (out / "rehearsal.jsonl").read_bytes() == (whole.path / "rehearsal.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["other", "gone"])
+def test_other_answers_than_those_of_the_beginning_are_refused(
+    tiny_model: Path, talk: Path, tmp_path: Path, damage: str
+) -> None:
+    out = killed(tiny_model, talk, tmp_path / "run", 9, **ALONG)
+    file = out / "rehearsal.jsonl"
+    line, *others = file.read_text().splitlines()
+    changed = {**json.loads(line), "answer_ids": [5, 6]}
+    file.unlink() if damage == "gone" else file.write_text("\n".join([json.dumps(changed), *others]) + "\n")
+    with pytest.raises(ProofError, match=r"rehearsal\.jsonl.*(no file|other answers)"):
+        resume(out)
+
+
+def test_the_plan_counts_what_is_rehearsed(tiny_model: Path, talk: Path) -> None:
+    checked = check(settings(tiny_model, talk))
+    learned = int(hold_out(checked)[0].n_supervised.sum())
+
+    def tokens_of(share: float) -> int:
+        flags = {"train.rehearse": share, "engine.share_prefix": False}
+        return planning.plan(check(settings(tiny_model, talk, **flags))).tokens
+
+    for share in (0.25, 0.5):
+        rows = planning.general_prompts(checked, 2 * rehearsed.per_epoch(share, learned))
+        more = sum(len(row.documents[0].token_ids) for row in rows)
+        assert tokens_of(share) == pytest.approx(tokens_of(0) + more, rel=0.02)  # all but the last token of a row
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("own.txt", "\ufeffSay hi.\n\n  你好吗？  \r\n", ("Say hi.", "你好吗？")),
+        (
+            "own.jsonl",
+            '{"prompt": "Say\\nhi."}\n"Bye?"\n{"instruction": "x", "output": "y"}',
+            ("Say\nhi.", "Bye?", "x"),
+        ),
+    ],
+)
+def test_somebody_s_own_prompts_are_rehearsed_instead(
+    tiny_model: Path, talk: Path, tmp_path: Path, name: str, text: str, prompts: tuple[str, ...]
+) -> None:
+    own = tmp_path / name
+    own.write_text(text, encoding="utf-8")
+    assert rehearsal.prompts(str(own)) == prompts
+    run = train(settings(tiny_model, talk, **ALONG, **{"data.rehearse": str(own), "train.epochs": 1}), tmp_path / "run")
+    assert tuple(line["prompt"] for line in rundir.read_lines(run.path / "rehearsal.jsonl")) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("own.txt", b"\n \n", "own.txt: found no prompt"),
+        ("own.txt", b"\xff\xfe", "not UTF-8"),
+        ("own.jsonl", b'{"prompt": "x"}\n{"reply": "y"}\n', "own.jsonl:2: found no prompt"),
+        ("own.jsonl", b"[" * 100_000, "own.jsonl:1"),
+        ("gone.txt", None, "No such file"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_by_check(
+    tiny_model: Path, talk: Path, tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        check(settings(tiny_model, talk, **{"data.rehearse": str(tmp_path / name)}))
+    assert says in str(refused.value)
