@@ -374,3 +374,25 @@ def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="another process"), rundir.locked(tmp_path):
             pass
     assert not rundir.is_locked(tmp_path)
+
+
+def test_a_watcher_that_has_had_enough_stops_a_run_with_a_checkpoint_to_go_on_from(
+    tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    class Enough(Watcher):
+        steps = 0
+
+        def stepped(self, metrics: StepMetrics, n_steps: int) -> None:
+            self.steps = metrics.step
+
+        def enough(self) -> bool:
+            return self.steps == 5
+
+    stopped = train(settings(tiny_model, talk), tmp_path / "run", watcher=Enough())
+    assert (stopped.interrupted, stopped.steps, stopped.checkpoint) == (
+        True,
+        5,
+        tmp_path / "run/checkpoints/step-000005",
+    )
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed.path)

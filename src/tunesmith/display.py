@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from tunesmith.types import Fault, Origin
 if TYPE_CHECKING:
     from tunesmith.evaluate import Evaluation
     from tunesmith.export import Export
+    from tunesmith.tune import Study, Trial
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LEARNED, _GIVEN = "#052e16 on #86efac", "grey62"
@@ -442,6 +443,57 @@ def show_run(console: Screen, run: Run) -> None:
     console.print(styled(("Done", "green"), steps, *held_out))
     console.print(f"{run.rows_trained} rows trained + {run.rows_held_out} held out + {run.rows_set_aside} set aside")
     console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", soft_wrap=True)
+
+
+def drawn(settings: Mapping[str, float]) -> str:
+    """The settings of a trial, in a line."""
+    return "  ".join(f"{name}={value:.3g}" for name, value in settings.items())
+
+
+def show_trial(console: Screen, study: Study, trial: Trial) -> None:
+    """What came out of a trial that has ended."""
+    name, loss = f"trial {trial.number:04}: ", trial.held_out_loss
+    if trial.state != "done":
+        console.print(styled(name, ("pruned", "yellow"), f", {trial.why}"))
+        return
+    forgot = (", it forgot", "red") if trial.forgot else ", nothing forgotten"
+    parts = [f"held-out loss {loss:.3f}, {trial.general} general questions right, {study.general} before", forgot]
+    best = study.best
+    console.print(styled(name, *parts, (" (the best so far)", "green") if best and best.number == trial.number else ""))
+
+
+_STATES = {"done": "", "pruned": "yellow", "running": "cyan", "waiting": "yellow"}
+
+
+def show_study(console: Screen, study: Study) -> None:
+    """All trials, and where the best one is."""
+    best, names = study.best, list(study.trials[0].settings) if study.trials else []
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("trial", "state", *names, "held-out loss", "general", "seconds"):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for trial in study.trials:
+        is_best = best is not None and trial.number == best.number
+        state = ("best", "bold green") if is_best else (trial.state, _STATES[trial.state])
+        table.add_row(
+            f"{trial.number:04}",
+            styled(("forgot", "red") if trial.forgot else state),
+            *(f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names),
+            "" if trial.held_out_loss is None else f"{trial.held_out_loss:.3f}",
+            "" if trial.general is None else f"{trial.general} of {study.general}",
+            "" if trial.seconds is None else f"{trial.seconds:.0f}",
+        )
+    console.print(table)
+    counts = {state: sum(trial.state == state for trial in study.trials) for state in _STATES}
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"
+    console.print(f"{len(study.trials)} of {study.wanted} trials: {said}. No further one was begun: {study.ended}.")
+    if best is None:
+        if counts["done"]:
+            console.print("None came to its end without forgetting; lower rates and fewer epochs forget less.")
+    else:
+        console.print(styled(("Best", "green"), f": trial {best.number:04}, {drawn(best.settings)}"), soft_wrap=True)
+        console.print(f"run      {best.run}\nrecipe   {study.best_recipe}", soft_wrap=True)
+    console.print(f"page     {study.page}", soft_wrap=True)
+    console.print("Finished trials keep their adapter and no checkpoints; pruned ones keep their newest checkpoint.")
 
 
 def _place(origin: Origin) -> str:

@@ -84,6 +84,7 @@ EXTRAS = {
     "eval": "BLEU, chrF and a judge in `eval`",
     "export": "`export --to gguf`, compared with llama.cpp",
     "serve": "`serve`",
+    "tune": "`tune`",
 }
 """What can be installed beside tunesmith, and what for."""
 

@@ -17,7 +17,7 @@ from tunesmith.chat import Chat, Reply
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
-from tunesmith.general import questions
+from tunesmith.general import TOKENS, questions
 from tunesmith.recipe import Recipe
 from tunesmith.rows import Row, Rows
 from tunesmith.rundir import RunDir
@@ -28,7 +28,6 @@ from tunesmith.verdict import Side
 ASKED_AT_MOST = 100
 """Held-out rows whose replies are written and compared; the loss is measured on all of them."""
 
-_GENERAL_TOKENS = 48
 _TOKENS_AT_ONCE = 1024
 _TRAINING_ROWS = 100_000  # whose replies are looked through for copies
 
@@ -288,7 +287,7 @@ def _answer(chat: Chat, rows: Sequence[Row], base: bool) -> tuple[list[Reply], f
 
 def _answer_general(chat: Chat, base: bool) -> list[tuple[str, bool]]:
     talks = [[Message("user", question.question)] for question in questions()]
-    written = chat.replies(talks, temperature=0, max_tokens=_GENERAL_TOKENS, base=base)
+    written = chat.replies(talks, temperature=0, max_tokens=TOKENS, base=base)
     return [(r.text, question.right(r.text)) for r, question in zip(written, questions(), strict=True)]
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+TOKENS = 48
+"""The longest reply that is asked for."""
+
 _FILE = Path(__file__).parent / "general.jsonl"
 
 

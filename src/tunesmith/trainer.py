@@ -82,6 +82,10 @@ class Watcher:
     def measured(self, step: int, held_out_loss: float) -> None: ...
     def noted(self, text: str) -> None: ...
 
+    def enough(self) -> bool:
+        """Asked after each step: whether to stop there, with a checkpoint, as Ctrl-C would."""
+        return False
+
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
 
@@ -388,7 +392,7 @@ class _Recorder(TrainerCallback):
             trainer.measure()
             is_best, enough = trainer.best == state.global_step, trainer.has_lost_patience
         interrupts = trainer._interrupts
-        interrupts.asked = trainer._ranks.any(interrupts.asked)
+        interrupts.asked = trainer._ranks.any(interrupts.asked or trainer._watcher.enough())
         ends = last or enough or interrupts.asked
         if ends or is_best or self._due(trainer._recipe.train.save_every, self._saved):
             self._saved = time.monotonic()

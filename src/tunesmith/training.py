@@ -78,6 +78,8 @@ class Run:
     interrupted: bool = False
     checkpoint: Path | None = None
     """The newest point to go on from."""
+    asked: bool = False
+    """Somebody asked to stop, be it at the last step."""
 
     @property
     def adapter(self) -> Path:
@@ -398,6 +400,7 @@ class _Work:
             samples=samples,
             interrupted=interrupted,
             checkpoint=(run.points() or [None])[-1],
+            asked=self.interrupts.asked,
         )
 
 

@@ -23,7 +23,7 @@ except TunesmithError as error:  # before anything is imported that Windows does
     raise SystemExit(error.exit_code) from None
 
 from tunesmith import terminal
-from tunesmith.cli import following, machine, training, using
+from tunesmith.cli import following, machine, training, tuning, using
 from tunesmith.cli.options import SETTINGS
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def _options(
 
 
 app.command()(training.demo)
-for command in (training.check, training.plan, training.train):
+for command in (training.check, training.plan, training.train, tuning.tune):
     app.command(epilog=SETTINGS)(command)
 app.command()(training.resume)
 app.command()(following.runs)

@@ -110,6 +110,16 @@ def after_serving(url: str, models: Sequence[str], *, key: bool) -> list[Way]:
     return [("Ask it from another terminal", commands.line("curl", f"{url}/v1/chat/completions", *body) + header)]
 
 
+def after_study(best: tuple[Path, Path] | None, to_go_on: Sequence[str] | None) -> list[Way]:
+    """`best`: run and recipe of the best trial. `to_go_on`: the command line's own words, where trials are waiting."""
+    ways = [] if to_go_on is None else [("Go on with the study", commands.tunesmith("tune", *to_go_on))]
+    if best is None:
+        return ways
+    run, recipe = best
+    talk, train = ("Talk with the best", commands.tunesmith("chat", run)), commands.tunesmith("train", recipe)
+    return [*ways, talk, ("Train with the best settings anew", train)][:2]
+
+
 def after_models(first: str) -> list[Way]:
     return [("Bring one here", commands.tunesmith("fetch", first))]
 

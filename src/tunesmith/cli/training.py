@@ -67,7 +67,7 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     )
     settings, _ = demos.recipe()
     fetched(console, settings.model.name, None, weights=True)
-    display.show_check(console, _looked_at(console, settings), 2)
+    display.show_check(console, looked_at(console, settings), 2)
     console.print()
     with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, watcher):
         result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
@@ -129,7 +129,7 @@ def check(
     console = start(verbose, as_json)
     # What is wrong here is said before torch is loaded.
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
-    checked = _looked_at(console, asked.recipe)
+    checked = looked_at(console, asked.recipe)
     with console.status(LIBRARIES):
         from tunesmith import display
         from tunesmith.screen import styled
@@ -178,7 +178,7 @@ def plan(
 
     size = None if memory is None else machines.parse_bytes(memory)
     machine = None if card is None else machines.card(card, size)
-    checked = _looked_at(console, asked.recipe)
+    checked = looked_at(console, asked.recipe)
     checked.require_ok()
     with console.status("Laying out its steps …"):
         plans = planning.fitting(checked, _CARD_SIZES) if table else []
@@ -217,7 +217,7 @@ def train(
     settings = asked.recipe
     if out is not None:
         rundir.check_target(out)
-    checked = _looked_at(console, settings)
+    checked = looked_at(console, settings)
     with console.status(LIBRARIES):
         from tunesmith import display
         from tunesmith.training import run_name, train
@@ -268,7 +268,7 @@ def resume(
     _show_trained(console, result, as_json)
 
 
-def _looked_at(console: Screen, settings: recipes.Recipe) -> Checked:
+def looked_at(console: Screen, settings: recipes.Recipe) -> Checked:
     """The check of a recipe and what it needs, with a count of the rows while a large file is rendered."""
     with console.status(f"Opening {settings.data.path} …"):
         rows = records.open_file(settings.data.path, settings.data.columns, settings.template.system)
