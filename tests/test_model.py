@@ -378,6 +378,35 @@ def test_remote_code_is_never_run(tiny_model: Path, tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+# --- a GGUF file ------------------------------------------------------------------------------------------------------
+
+
+def test_config_and_tokenizer_of_a_gguf_file_are_had_without_its_weights(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = hub.locate("smollm2")
+    whole = model.prepared(found)
+    assert model.prepared(found, weights=False) == whole  # it is there already
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    assert model.needs_preparing(found, weights=False)
+    ready = model.prepared(found, weights=False)
+    assert not model.needs_preparing(ready) and model.prepared(found, weights=False) == ready
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 10 << 20
+    names = {path.name for path in whole.folder.iterdir()} - {"model.safetensors"}
+    for name in names:
+        assert (ready.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    config = model.load_config(ready.folder)
+    of_both = [model.published_in_bfloat16(folder, config) for folder in (ready.folder, whole.folder)]
+    assert of_both == [True, True] and config.dtype != torch.bfloat16
+    with pytest.raises(ModelError, match="no weights"):
+        model.load_base(ready, BASE)
+
+
+def test_bin_weights_are_left_alone_where_none_are_needed(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+    found = located(as_bins(copied(tiny_model, tmp_path / "m")))
+    assert model.prepared(found, weights=False) == found and not cache.exists()
+
+
 # --- weights in .bin files --------------------------------------------------------------------------------------------
 
 

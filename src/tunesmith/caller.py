@@ -84,7 +84,7 @@ _HOW: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"--set train\.epochs=N\b"), "epochs=N"),  # of `resume`
     (_FLAGS, _flags),
     (re.compile(r"`tunesmith train --help` lists"), "`tunesmith.Recipe()` shows"),
-    (re.compile(r"--anyway\b"), "anyway=True"),
+    (re.compile(r"--(anyway|join)\b"), r"\1=True"),
     (re.compile(r"--(to|like) (\w+)"), r"\1='\2'"),
     (re.compile(r"--(out|dtype|tasks)\b"), r"`\1`"),
     (re.compile(r"--set\b(?! )"), "flags"),

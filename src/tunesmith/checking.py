@@ -174,7 +174,7 @@ def _too_long(recipe: Recipe, rows: Rows, limit: int) -> list[Fault]:
 
 def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
     """The recipe's model on this machine, fetched if need be, in a folder that transformers reads."""
-    return models.prepared(hub.locate(recipe.model.name, recipe.model.revision, weights=weights))
+    return models.prepared(hub.locate(recipe.model.name, recipe.model.revision, weights=weights), weights=weights)
 
 
 def hold_out(checked: Checked) -> tuple[Rows, Rows]:

@@ -33,7 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import hub, model_files, pretrained, tokenizer_trial
+from tunesmith import hub, model_files, pretrained, reading, tokenizer_trial
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
@@ -266,7 +266,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
     """Whether the layers' weights are bf16 numbers, whatever they are stored as: as far as one row of them tells, and
-    by the config where no weights are here."""
+    where no weights are here by what a conversion would make of them, or by the config."""
     for path in sorted(folder.glob("*.safetensors")):
         with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -274,9 +274,13 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
                 if ".layers." in name and len(part.get_shape()) == 2:
                     row = part[:1]
                     return torch.equal(row.bfloat16().to(row.dtype), row)
+    with suppress(OSError, ValueError, LookupError):
+        return bool(reading.json_object(folder / _NUMBERS, 1 << 10)["bfloat16"])
     return config.dtype == torch.bfloat16
 
 
+_NUMBERS = "numbers.json"
+"""Beside a GGUF file's config and tokenizer: which numbers its weights are."""
 _MOST_PACKED = 16  # numbers of a few bits that a file holds as one
 
 
@@ -323,27 +327,34 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def needs_preparing(found: hub.LocalModel) -> bool:
-    """The folder's weights are in another form than safetensors."""
-    return bool(_to_convert(found.folder))
+def needs_preparing(found: hub.LocalModel, *, weights: bool = True) -> bool:
+    """The folder's weights are in another form than safetensors; without `weights`, its config and tokenizer are."""
+    return any(weights or source.suffix == ".gguf" for source in _to_convert(found.folder))
 
 
-def prepared(found: hub.LocalModel) -> hub.LocalModel:
-    """The model in a folder with safetensors: itself, or a conversion of its GGUF or `.bin` weights made once."""
+def prepared(found: hub.LocalModel, *, weights: bool = True) -> hub.LocalModel:
+    """The model in a folder with safetensors: itself, or a conversion of its GGUF or `.bin` weights made once.
+
+    Without `weights`, a folder with config and tokenizer is enough.
+    """
     folder = found.folder
-    sources = _to_convert(folder)
-    if not sources:
+    if not needs_preparing(found, weights=weights):
         return found
+    sources = _to_convert(folder)
     model_files.check(folder)
     of_gguf = sources[0].suffix == ".gguf"
     version = "-bf16" if of_gguf else ""  # what quantised weights are rounded to; another one makes another folder
     ready = hub.cache_dir() / "converted" / f"{folder.name}-{_state(folder)}{version}"
+    if not weights and not ready.is_dir():
+        ready = ready.with_name(f"{ready.name}-without-weights")
     if not ready.is_dir():
         partial = ready.with_name(f".{ready.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            convert = _convert_gguf if of_gguf else _convert_bins
-            convert(folder, sources, partial)
+            if of_gguf:
+                _convert_gguf(folder, sources[0], partial, weights=weights)
+            else:
+                _convert_bins(folder, sources, partial)
             try:
                 partial.rename(ready)
             except OSError:  # another process was faster
@@ -367,31 +378,39 @@ def _state(folder: Path) -> str:
 
 
 @quietly()
-def _convert_gguf(folder: Path, ggufs: Sequence[Path], out: Path) -> None:
-    held = model_files.check_gguf(ggufs[0])
-    file: dict[str, Any] = {"gguf_file": ggufs[0].name}
+def _convert_gguf(folder: Path, path: Path, out: Path, *, weights: bool) -> None:
+    held = model_files.check_gguf(path)
+    file: dict[str, Any] = {"gguf_file": path.name}
     try:
         with _reading_once():
-            quantised = _is_quantised(ggufs[0])
+            quantised = _is_quantised(path)
             if (wanted := pretrained.size(folder, **file).n_numbers) > 2 * held:
                 raise ValueError(f"settings for {wanted:,} numbers, and {held:,} in the file")
             tokenizer = pretrained.tokenizer(folder, **file)
-            loaded = pretrained.causal_lm(folder, dtype=torch.float32, **file)
+            loaded = pretrained.causal_lm(folder, dtype=torch.float32, **file) if weights else None
+            config = pretrained.config(folder, **file) if loaded is None else loaded.config
     except Exception as error:
         found = f"a GGUF file that can not be read ({_first_line(error)})"
         expected = "an architecture and a quantization that transformers reads"
-        raise ModelError(str(ggufs[0]), found, expected, "Fetch it again, or use the model's safetensors.") from error
-    # A model read from GGUF keeps a quantizer that refuses to save or train; its numbers go into a fresh one.
-    fresh = pretrained.empty(loaded.config)
-    fresh.load_state_dict(loaded.state_dict())
-    if quantised:
-        # Numbers of a few bits stand for published ones, which are bf16 as a rule, and cheaper to multiply as such.
-        for parameter in fresh.parameters():
+        raise ModelError(str(path), found, expected, "Fetch it again, or use the model's safetensors.") from error
+    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    generation = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
+    # Numbers of a few bits stand for published ones, which are bf16 as a rule, and cheaper to multiply as such.
+    if loaded is None:
+        (out / _NUMBERS).write_text(json.dumps({"bfloat16": quantised}), encoding="utf-8")
+        fresh = pretrained.skeleton(pretrained.in_float32(config))
+        fresh.config.architectures = [type(fresh).__name__]
+        fresh.config.save_pretrained(out)
+        generation.save_pretrained(out)
+    else:
+        # A model read from GGUF keeps a quantizer that refuses to save or train; its numbers go into a fresh one.
+        fresh = pretrained.empty(config)
+        fresh.load_state_dict(loaded.state_dict())
+        for parameter in fresh.parameters() if quantised else ():
             if parameter.dim() > 1:
                 parameter.data.copy_(parameter.data.bfloat16())
-    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
-    fresh.generation_config = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
-    fresh.save_pretrained(out)
+        fresh.generation_config = generation
+        fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

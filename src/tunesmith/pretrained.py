@@ -118,9 +118,14 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config in fp32, with weights that are to be replaced."""
+    return AutoModelForCausalLM.from_config(in_float32(config), dtype=torch.float32, trust_remote_code=False)
+
+
+def in_float32(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same config for weights in fp32 that are not quantised."""
     config = AutoConfig.for_model(**{k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     config.dtype = "float32"
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return config
 
 
 def tokenizer(folder: Path, **file: Any) -> PreTrainedTokenizerBase:

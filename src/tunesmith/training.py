@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, caller, hub, markup, notebook, planning, rehearsed, rundir, runs
+from tunesmith import adapter_files, caller, markup, notebook, planning, rehearsed, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
@@ -148,11 +148,10 @@ def train(
         if idle := processes.idle_cores():
             watcher.noted(idle)
         chosen = ranks.from_main(made.chosen)
-        work = _Work(
-            recipe, chosen, checked, locate(recipe, weights=True), *hold_out(checked), ranks, watcher, interrupts
-        )
+        checked = replace(checked, found=locate(recipe, weights=True))
+        work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts)
         work.require_same_everywhere()
-        base = models.load_base(work.found, work.settled.model)
+        base = models.load_base(work.checked.found, work.settled.model)
         run = rundir.create(path, needed_bytes=work.bytes_on_disk())
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             sources = sources or recipes.sources_of(recipe)
@@ -210,8 +209,8 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             checked = check(recipe)
             checked.require_ok()
             chosen = _chosen_at_first(recipe, manifest)
-            found = locate(recipe, weights=True)
-            work = _Work(recipe, chosen, checked, found, *hold_out(checked), ranks, watcher, interrupts)
+            checked = replace(checked, found=locate(recipe, weights=True))
+            work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts)
             _require_unchanged(origin, manifest, _manifest(work), watcher)
             return work
 
@@ -228,7 +227,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
                 rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
             rundir.require_space(run.path, work.bytes_on_disk())
             work.require_same_everywhere(point)
-            base = models.load_base(work.found, work.settled.model)
+            base = models.load_base(work.checked.found, work.settled.model)
             return work.carry_out(run, base, point, tell)
 
 
@@ -240,7 +239,6 @@ class _Work:
     chosen: Mapping[str, Any]
     """What the plan chose where the recipe leaves it open."""
     checked: Checked
-    found: hub.LocalModel
     training: Rows
     held_out: Rows
     ranks: Ranks
@@ -285,7 +283,7 @@ class _Work:
         for path in (run.metrics, run.held_out):
             rundir.keep_lines(path, lambda line: line["step"] <= step and point is not None)
 
-        generation = models.generation_config(self.found.folder, checked.renderer.template)
+        generation = models.generation_config(self.checked.found.folder, checked.renderer.template)
         asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
         untuned = Chat(base, checked.renderer, generation, recipe.template.system)
         before = _ask(untuned, asked)
@@ -489,7 +487,7 @@ def _kernels() -> dict[str, str | None]:
 
 
 def _manifest(work: _Work) -> dict[str, Any]:
-    checked, folder = work.checked, work.found.folder
+    checked, folder = work.checked, work.checked.found.folder
     template = checked.renderer.template
     packages = ("tunesmith", "torch", "transformers", "peft", "accelerate", "tokenizers")
     return {

@@ -89,9 +89,9 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
 
     if os.environ.get("TUNESMITH_VERBOSE") is None:
         models.hush_libraries()
-    converting = found.folder.is_dir() and models.needs_preparing(found)
+    converting = weights and found.folder.is_dir() and models.needs_preparing(found)
     with console.status("Converting the weights to safetensors, once …" if converting else "Reading its files …"):
-        return models.prepared(found)
+        return models.prepared(found, weights=weights)
 
 
 def print_json(value: dict[str, Any]) -> None:
