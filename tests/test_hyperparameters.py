@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -18,13 +21,33 @@ from tunesmith import checking, hyperparameters, recipe
 from tunesmith.checking import check, hold_out
 from tunesmith.training import resume, train
 
+
+@dataclass(frozen=True)
+class SomeRows:
+    """So many rows that teach so many tokens each, as far as a choice looks at them."""
+
+    n_rows: int
+    n_tokens: int = 40
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    @property
+    def n_supervised(self) -> np.ndarray:
+        return np.full(self.n_rows, self.n_tokens)
+
+
+def chosen(rows: SomeRows, width: int = 576) -> dict[str, Any]:
+    config = LlamaConfig(hidden_size=width)
+    return {c.setting: c.value for c in hyperparameters.chosen(recipe.Recipe(), config, rows)}  # type: ignore[arg-type]
+
+
 OPEN = dict.fromkeys(("train.examples_per_step", "train.epochs", "train.learning_rate", "train.rehearse"), "auto")
 
 
-@given(st.integers(1, 400_000), st.integers(1, 256))
-def test_every_number_of_rows_and_every_width_get_sensible_settings(n_rows: int, width: int) -> None:
-    config = LlamaConfig(hidden_size=64 * width)
-    found = {c.setting: c.value for c in hyperparameters.chosen(recipe.Recipe(), config, range(n_rows))}  # type: ignore[arg-type]
+@given(st.integers(1, 400_000), st.integers(1, 500), st.integers(1, 256))
+def test_every_number_of_rows_and_every_width_get_sensible_settings(n_rows: int, n_tokens: int, width: int) -> None:
+    found = chosen(SomeRows(n_rows, n_tokens), 64 * width)
     assert set(found) == set(OPEN)
     assert 5e-5 <= found["train.learning_rate"] <= 1e-2
     assert 1 <= found["train.epochs"] <= 10
@@ -33,17 +56,23 @@ def test_every_number_of_rows_and_every_width_get_sensible_settings(n_rows: int,
     recipe.resolve(None, found)  # allowed as settings
 
 
-@given(st.integers(1, 400_000), st.integers(1, 400_000))
-def test_more_rows_are_seen_less_often_but_never_for_fewer_steps_by_half(few: int, many: int) -> None:
+@given(st.integers(1, 400_000), st.integers(1, 400_000), st.sampled_from([2, 40]))
+def test_more_rows_are_seen_less_often_but_never_for_fewer_steps_by_half(few: int, many: int, n_tokens: int) -> None:
     few, many = sorted((few, many))
-    config = LlamaConfig(hidden_size=576)
 
     def of(n_rows: int) -> tuple[int, float]:
-        found = {c.setting: c.value for c in hyperparameters.chosen(recipe.Recipe(), config, range(n_rows))}  # type: ignore[arg-type]
+        found = chosen(SomeRows(n_rows, n_tokens))
         return found["train.epochs"], found["train.epochs"] * n_rows / found["train.examples_per_step"]
 
     assert of(many)[0] <= of(few)[0]
     assert of(many)[1] >= of(few)[1] / 2
+
+
+@given(st.integers(1, 400_000))
+def test_rows_that_teach_little_are_seen_up_to_twice_as_often(n_rows: int) -> None:
+    labels, texts = (chosen(SomeRows(n_rows, n_tokens))["train.epochs"] for n_tokens in (2, 40))
+    assert texts <= labels <= 2 * texts + 1
+    assert n_rows != 200 or (labels, texts) == (5, 2)
 
 
 def test_what_is_given_is_not_chosen(tiny_model: Path, talk: Path) -> None:

@@ -3,6 +3,7 @@
 * Few rows a step: LoRA learns worse from large batches (Schulman et al. 2025, "LoRA Without Regret",
   https://thinkingmachines.ai/blog/lora), and few rows make few steps as it is.
 * As many epochs as make some sixty steps: with fewer the answers are not learned, with more the rest is forgotten.
+  Rows that teach a few tokens each, as labels do, want twice as many.
 * A learning rate that falls with the model's width, by the power that the same authors give for Llama's family
   (tinker-cookbook, `hyperparam_utils.py`); the constant in front of it was found here, with SmolLM2 (width 576). With
   alpha as it is the best rate hardly depends on the rank.
@@ -28,6 +29,8 @@ RATE, AT_WIDTH, NARROWER = 4e-4, 2000, 0.78
 """A learning rate, the width of model that it is for, and the power by which a narrower model takes a higher one."""
 STEPS = 60
 """About so many where an epoch has fewer, as long as no row is seen more than `MOST_EPOCHS` times."""
+FEW_TOKENS = 8
+"""Of which a row teaches fewer on average, twice the steps are taken."""
 LEAST_EPOCHS, MOST_EPOCHS = 2, 10
 REHEARSE = 0.3
 """Of the learned tokens."""
@@ -51,8 +54,10 @@ def chosen(recipe: Recipe, config: PreTrainedConfig, training: Rows) -> Iterator
         yield Chosen("train.examples_per_step", size, f"for {n_rows:,} rows")
     if settings.epochs == "auto":
         steps = math.ceil(n_rows / size)
-        epochs = min(max(LEAST_EPOCHS, round(STEPS / steps)), MOST_EPOCHS)
-        yield Chosen("train.epochs", epochs, f"{steps:,} {'step' if steps == 1 else 'steps'} an epoch")
+        few = int(training.n_supervised.sum()) < FEW_TOKENS * n_rows
+        epochs = min(max(LEAST_EPOCHS, round((2 if few else 1) * STEPS / steps)), MOST_EPOCHS)
+        why = f"{steps:,} {'step' if steps == 1 else 'steps'} an epoch{', and short answers' if few else ''}"
+        yield Chosen("train.epochs", epochs, why)
     if settings.learning_rate == "auto":
         width = int(config.get_text_config().hidden_size)
         rate = float(f"{RATE * (AT_WIDTH / width) ** NARROWER:.1e}")
