@@ -246,27 +246,25 @@ def test_a_trial_ends_with_the_time_and_keeps_its_newest_checkpoint(
 def test_the_time_ends_what_takes_long_between_steps_too(
     tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answering the general questions takes a day."""
-
-    replies, tomorrow = chat.Chat.replies, time.monotonic() + 60
+    """The hour ends while the general questions are answered, which would take LONG."""
+    replies, clock, later = chat.Chat.replies, time.monotonic, [0.0]
 
     def slow(self: chat.Chat, talks: Any, **options: Any) -> Any:
-        while options.get("max_tokens") == general.TOKENS and time.monotonic() < tomorrow:
-            time.sleep(0.01)
+        if options.get("max_tokens") == general.TOKENS:
+            later[0] = 3600
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 1)  # it was set by a clock that did not know of this hour
+            until = clock() + LONG
+            while clock() < until:
+                time.sleep(0.01)
         return replies(self, talks, **options)
 
-    class AfterTraining(Watcher):
-        def stepped(self, metrics: StepMetrics, n_steps: int) -> None:
-            if metrics.step == n_steps:
-                signal.setitimer(signal.ITIMER_REAL, 1)  # as if the hour were nearly over
-
     monkeypatch.setattr(chat.Chat, "replies", slow)
-    shown = lambda number, drawn: nullcontext(AfterTraining())  # noqa: E731
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock() + later[0])
     given = settings(tiny_model, talk, **SHORT)
-    found = tune.tune(given, tmp_path / "study", trials=1, hours=1, shown=shown)
+    found = tune.tune(given, tmp_path / "study", trials=1, hours=1)
     assert [trial.state for trial in found.trials] == ["waiting"] and rundir.is_whole(found.trials[0].run / "adapter")
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    monkeypatch.setattr(chat.Chat, "replies", replies)
+    monkeypatch.undo()
     steps = (found.trials[0].run / "metrics.jsonl").read_bytes()
     found = tune.tune(given, tmp_path / "study", trials=1)
     assert [trial.state for trial in found.trials] == ["done"]
@@ -338,6 +336,23 @@ def test_a_study_that_was_stopped_ends_as_one_that_was_not(
         ]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_a_study_all_the_same(
+    tiny_model: Path, talk: Path, tmp_path: Path, few_questions: None
+) -> None:
+    class Dropped:
+        """What is raised while it goes is only printed, as in any finalizer."""
+
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    found = tune.tune(
+        settings(tiny_model, talk, **SHORT), tmp_path / "study", trials=3, told=lambda study, trial: Dropped() and None
+    )
+    assert found.interrupted and [trial.state for trial in found.trials] == ["done"]
+
+
 def test_half_a_line_in_the_journal_is_cut_off_and_a_damaged_one_is_named(
     undisturbed_study: Study, tiny_model: Path, talk: Path, tmp_path: Path
 ) -> None:
@@ -371,7 +386,7 @@ def test_a_study_with_another_recipe_or_data_is_refused(
 
 def test_a_folder_of_something_else_is_refused(undisturbed_study: Study, tiny_model: Path, talk: Path) -> None:
     for folder in (undisturbed_study.trials[0].run, undisturbed_study.path / "trials", talk):
-        with pytest.raises(RunError, match="Choose another --out"):
+        with pytest.raises(RunError, match="Choose another `out`"):
             tune.tune(settings(tiny_model, talk), folder, trials=3)
 
 

@@ -11,6 +11,13 @@ from typing import Any
 from tunesmith.terminal import leave_terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_times = 0
+
+
+def times() -> int:
+    """How often one of the signals has come while `Interrupts` held: an interrupt that is raised where Python drops
+    exceptions, as in a finalizer, is counted all the same."""
+    return _times
 
 
 class Interrupts:
@@ -51,6 +58,8 @@ class Interrupts:
             self._gently = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        global _times
+        _times += 1
         if number == signal.SIGHUP:
             leave_terminal()
         if not self._gently or (self.asked and number == signal.SIGINT):

@@ -39,7 +39,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from tunesmith import chat as chats
-from tunesmith import general, planning, reading, rundir, runs, verdict
+from tunesmith import general, interrupts, planning, reading, rundir, runs, verdict
 from tunesmith import recipe as recipes
 from tunesmith.checking import Checked, check, hold_out, locate
 from tunesmith.errors import OutOfMemory, ProofError, RecipeError, RunError
@@ -90,6 +90,7 @@ _PRUNER = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
 _TIME = "the time is up"
 # A twentieth of the time where that is less.
 _STOP_SECONDS = 10  # for a checkpoint and the end of a step
+_AGAIN_SECONDS = 2
 _END_SECONDS = 30  # for what follows the last trial
 
 
@@ -340,6 +341,7 @@ class _Work:
 
     def go_on(self) -> Study:
         """Trial after trial, until there is nothing left to begin."""
+        before = interrupts.times()
         while True:
             trial = self._next()
             if trial is None:
@@ -347,8 +349,9 @@ class _Work:
             if time.monotonic() + self._needed(trial) > self._ends:
                 trial.set_user_attr("worker", "")
                 return self._now(ended="the next one would take longer than the time that is left")
-            if self._carry_out(trial):
+            if stopped := self._carry_out(trial):
                 trial.set_user_attr("worker", "")
+            if stopped or interrupts.times() != before:
                 return self._now(ended="it was interrupted", interrupted=True)
 
     def _next(self) -> optuna.Trial | None:
@@ -630,7 +633,8 @@ class _Alarm:
     def __enter__(self) -> None:
         if self._ends < math.inf and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, max(self._ends - time.monotonic(), 0.001))
+            # Again and again: Python drops what is raised in a finalizer.
+            signal.setitimer(signal.ITIMER_REAL, max(self._ends - time.monotonic(), 0.001), _AGAIN_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
