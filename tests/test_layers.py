@@ -59,6 +59,7 @@ LAYERS = [
         "commands",
         "system",
         "interrupts",
+        "language",
         "markup",
         "general",
         "rehearsal",

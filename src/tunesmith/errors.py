@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from tunesmith import commands
 from tunesmith.caller import told
+from tunesmith.language import said
 from tunesmith.types import Fault
 
 
@@ -34,7 +35,15 @@ class TunesmithError(Exception):
 
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
         self.where, self.found, self.expected, self.fix = told(where), found, told(expected), told(fix)
-        super().__init__(f"{self.where}: found {found}; expected {self.expected}. {self.fix}")
+        super().__init__(
+            said(
+                "{where}: found {found}; expected {expected}. {fix}",
+                where=self.where,
+                found=found,
+                expected=self.expected,
+                fix=self.fix,
+            )
+        )
 
 
 class RecipeError(TunesmithError, ValueError):

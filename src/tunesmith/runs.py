@@ -26,6 +26,7 @@ import psutil
 
 from tunesmith import commands, hub, rundir
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 from tunesmith.spelling import alike
 
@@ -137,7 +138,9 @@ def require_free(run: RunDir) -> str | None:
         )
         found = f"a process at work in it on {told.get('host')} ({_ago(heard)})"
         raise RunError(str(run.path), found, "one at a time", fix)
-    return f"{_silence(told, heard)} It is taken for ended." if state == "silent" else None
+    if state != "silent":
+        return None
+    return said("{silence} It is taken for ended.", silence=_silence(told, heard))
 
 
 def require_finished(run: RunDir) -> None:
@@ -329,12 +332,18 @@ def _now() -> datetime.datetime:
 
 def _ago(seconds: float | None) -> str:
     if seconds is None or seconds < 0:
-        return "heard of just now"
-    return f"heard of {round(seconds)} s ago" if seconds < 120 else f"last heard of {round(seconds / 60)} minutes ago"
+        return said("heard of just now")
+    if seconds < 120:
+        return said("heard of {n} s ago", n=round(seconds))
+    return said("last heard of {n} minutes ago", n=round(seconds / 60))
 
 
 def _silence(told: Mapping[str, Any], seconds: float | None) -> str:
-    return f"It was at work on {told['host']}, which was {_ago(seconds)}; whether it still is can not be seen here."
+    return said(
+        "It was at work on {host}, which was {ago}; whether it still is can not be seen here.",
+        host=told["host"],
+        ago=_ago(seconds),
+    )
 
 
 def all_in(folder: Path) -> list[RunState]:
