@@ -234,7 +234,7 @@ class Ended:
 
 
 _NO_NETWORK = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200"}
-_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KEY"}
+_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KEY", "TUNESMITH_LANG"}
 """What no library looks at when it is imported, or is the same for all."""
 
 

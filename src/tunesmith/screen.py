@@ -20,9 +20,13 @@ from tunesmith.terminal import Stream, in_one_line, safe
 
 _PAGE = 100
 _FOR_A_FILE = 10_000  # no table is folded
-# What stays together when a line is wrapped: what stands in backquotes, a command from its name on, else a word.
-_PROGRAMS = r"(?:\S*/)?(?:tunesmith|pip|python[\d.]*|iconv|torchrun|accelerate|uv|git|ollama|kill|vllm|curl|llama-cli) "
-_WORD = re.compile(rf"(?:`[^`\n]*`\S*|(?:{_PROGRAMS}|--[a-z]).*|\S+)\s*")
+# What stays together when a line is wrapped: what stands in backquotes, a command from its name on, else a word; in
+# Chinese, which has no spaces between words, what stands between marks: a name or a path may hold any other sign.
+_MARKS = "，。；：、！？）"
+_SIGN = rf"[^\s{_MARKS}]"
+_NAMES = r"tunesmith|pip|python[\d.]*|iconv|torchrun|accelerate|uv|git|ollama|kill|vllm|curl|llama-cli"
+_PROGRAMS = rf"(?:{_SIGN}*/)?(?:{_NAMES}) "
+_WORD = re.compile(rf"(?:`[^`\n]*`{_SIGN}*[{_MARKS}]*|(?:{_PROGRAMS}|--[a-z]).*|{_SIGN}*[{_MARKS}]+|\S+)\s*")
 
 
 class Screen(Console):
