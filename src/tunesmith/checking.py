@@ -124,16 +124,16 @@ class Checked:
         if not self.rows:
             raise DataError(
                 self.data.path,
-                f"{self.n_set_aside} faulty rows and none to train on",
-                "at least one good row",
+                said("{n} faulty rows and none to train on", n=self.n_set_aside),
+                said("at least one good row"),
                 str(first),
                 self.faults,
             )
         raise DataError(
             self.data.path,
-            f"{self.n_set_aside} of {self.n_read} rows faulty",
-            "rows without faults",
-            "Mend them, or go on without them: --set data.allow_set_aside=true.",
+            said("{n} of {read} rows faulty", n=self.n_set_aside, read=self.n_read),
+            said("rows without faults"),
+            said("Mend them, or go on without them: --set data.allow_set_aside=true."),
             self.faults,
         )
 
@@ -165,8 +165,11 @@ def check(
     pairs = rows.repeats()
     repeats = [(rows.origin(again), rows.origin(first)) for again, first in pairs]
     if recipe.data.on_repeats == "fault" and pairs:
-        fix = "Delete it, or leave data.on_repeats at note."
-        faults += [Fault(at, "row", f"the same as {first}", "each example once", fix) for at, first in repeats]
+        fix = said("Delete it, or leave data.on_repeats at note.")
+        faults += [
+            Fault(at, "row", said("the same as {row}", row=first), said("each example once"), fix)
+            for at, first in repeats
+        ]
         kept = np.ones(len(rows), dtype=bool)
         kept[[again for again, _ in pairs]] = False
         rows = rows.pick(kept)
@@ -178,10 +181,11 @@ def check(
 
 
 def _too_long(recipe: Recipe, rows: Rows, limit: int) -> list[Fault]:
-    raised = "Shorten the row" if recipe.data.max_length == "auto" else "Raise data.max_length"
-    fix = f"{raised}, or set it aside; nothing is ever cut."
+    fix = said("Raise data.max_length, or set it aside; nothing is ever cut.")
+    if recipe.data.max_length == "auto":
+        fix = said("Shorten the row, or set it aside; nothing is ever cut.")
     return [
-        Fault(rows.origin(i), "row", f"{rows.longest[i]} tokens", f"at most {limit}", fix)
+        Fault(rows.origin(i), "row", said("{n} tokens", n=rows.longest[i]), said("at most {n}", n=limit), fix)
         for i in np.flatnonzero(rows.longest > limit).tolist()
     ]
 
