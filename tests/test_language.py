@@ -45,6 +45,7 @@ SPELT_ALIKE = {
         "tokens",
         "16 bits",
         "4 bits (model.quantize=nf4)",
+        "{kind} ({text})",
     ),
 }
 """Messages without a word to translate, or whose word is the same."""

@@ -300,9 +300,7 @@ class TrainingDisplay(Watcher):
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
-        self._line = Text(
-            said("Before the first step: the engine is checked, and the loss measured on rows held out …")
-        )
+        self._line = phrase("Before the first step: the engine is checked, and the loss measured on rows held out …")
         self._progress = Progress(
             TextColumn(said("training"), style="bold", markup=False),
             BarColumn(bar_width=None),

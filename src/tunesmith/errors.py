@@ -80,9 +80,9 @@ class MissingExtra(TunesmithError, ImportError):
     def __init__(self, needed_for: str, extra: str) -> None:
         super().__init__(
             needed_for,
-            "a package missing",
-            f"the extra '{extra}'",
-            f"Install it with: {commands.pip_install(f'tunesmith[{extra}]')}",
+            said("a package missing"),
+            said("the extra '{name}'", name=extra),
+            said("Install it with: {command}", command=commands.pip_install(f"tunesmith[{extra}]")),
         )
 
 
