@@ -65,7 +65,7 @@ def counted(one: str, several: str, n: int, /, **values: Any) -> str:
 
 
 def marked(message: str, /) -> str:
-    """The message as it stands: it is looked up where it is said, by `said` with no values."""
+    """The message as it stands: it is looked up where `said` is given it."""
     return message
 
 
