@@ -12,7 +12,7 @@ define INSTALL
 		&& $(PIP) --constraint $(PINS) --editable $(1); }
 endef
 
-.PHONY: demo test test-machines check format reference constraints clean
+.PHONY: demo test test-machines check format reference catalogue constraints clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
@@ -35,6 +35,10 @@ format: $(VENV)/.developing
 
 reference: $(VENV)/.developing
 	$(BIN)/python scripts/write_reference.py
+
+# The messages that the code says, into the translations of src/tunesmith/locale.
+catalogue: $(VENV)/.developing
+	$(BIN)/python scripts/write_catalogue.py
 
 # Raises the named packages, or `--all`: make constraints RAISE="transformers peft"
 constraints: $(VENV)/.developing

@@ -47,6 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ["TUNESMITH_LANG"] = "en"  # whatever the locale is; what tests look for is in English
+
 for _name in ("no_proxy", "NO_PROXY"):  # tests ask servers on this machine, whatever proxy theirs has
     os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1,localhost,::1"]))
 
@@ -232,7 +234,7 @@ class Ended:
 
 
 _NO_NETWORK = {"TUNESMITH_OFFLINE": "1", "COLUMNS": "200"}
-_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KEY"}
+_READ_LATE = {"OMP_NUM_THREADS", "COLUMNS", "TUNESMITH_CACHE", "TUNESMITH_API_KEY", "TUNESMITH_LANG"}
 """What no library looks at when it is imported, or is the same for all."""
 
 

@@ -60,6 +60,7 @@ LAYERS = [
         "commands",
         "system",
         "interrupts",
+        "language",
         "markup",
         "general",
         "rehearsal",

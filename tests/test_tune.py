@@ -171,7 +171,7 @@ def test_a_trial_above_the_median_of_the_others_is_pruned_and_keeps_its_newest_c
 ) -> None:
     """Rates from 1e-6, at which nothing is learned in nine steps, to 1e-2: which are drawn is a matter of the seed."""
     monkeypatch.setattr(tune, "SPACE", (RATE,))
-    found = tune.tune(settings(tiny_model, talk, **SHORT), tmp_path / "study", trials=8)
+    found = tune.tune(settings(tiny_model, talk, **SHORT), tmp_path / "study", trials=6)
     pruned = [trial for trial in found.trials if trial.state == "pruned"]
     done = [trial for trial in found.trials if trial.state == "done"]
     assert pruned and all(trial.number >= 5 for trial in pruned) and len(done) >= 5
@@ -191,7 +191,7 @@ def test_trials_that_forgot_prune_nobody(
     monkeypatch.setattr(tune, "SPACE", (RATE,))
     given = settings(tiny_model, talk, **SHORT)
     held_to_know_all(given, tmp_path / "study", 20)
-    found = tune.tune(given, tmp_path / "study", trials=8)
+    found = tune.tune(given, tmp_path / "study", trials=6)
     assert {(trial.state, trial.forgot) for trial in found.trials} == {("done", True)}
 
 
@@ -480,9 +480,9 @@ def test_the_page_shows_all_trials_and_obeys_none_of_their_words(tmp_path: Path)
         )
     )
     study = Study(tmp_path, "<b>rows</b>-tiny", 9, trials, 52, "lora:\n  r: 9  # </pre><script>\n")
-    write_page(study, "<i>rules</i>")
+    write_page(study)
     page = (tmp_path / "tune.html").read_text()
-    assert "<script>" not in page and "<b>rows" not in page and "<i>rules" not in page and str(tmp_path) not in page
+    assert "<script>" not in page and "<b>rows" not in page and str(tmp_path) not in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("<circle") == 3 * 4 and page.count('class="best"') == 3 + 1
     assert "The best is 0001, with a held-out loss of 2.250; that of the recipe as it stands is 2.500" in page
@@ -491,7 +491,7 @@ def test_the_page_shows_all_trials_and_obeys_none_of_their_words(tmp_path: Path)
 
 
 def test_the_page_of_a_study_without_trials_can_be_written(tmp_path: Path) -> None:
-    write_page(Study(tmp_path, "rows", 9, (), None, ""), "")
+    write_page(Study(tmp_path, "rows", 9, (), None, ""))
     assert "0 of 9 trials" in (tmp_path / "tune.html").read_text()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from peft import PeftModel
 
-from tunesmith import hub, places, rundir
+from tunesmith import hub, language, places, rundir
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
 from tunesmith.recipe import Recipe
@@ -134,7 +134,8 @@ def _card(checked: Checked, recipe: Recipe) -> str:
     stops = ", ".join(f"{i} `{template.tokenizer.convert_ids_to_tokens(i)}`" for i in template.stop_ids)
     adapted = ", ".join(f"{target.name} ({target.layers} layers)" for target in checked.targets)
     source = " ".join(map(places.named, template.source.split(" ", 1)))
-    system = " ".join(checked.system_text.split()).replace("|", "\\|")
+    with language.speaking("en"):  # as the rest of the card, which is for whoever finds it
+        system = " ".join(checked.system_text.split()).replace("|", "\\|")
     trained = len(hold_out(checked)[0])
     used = {**recipe.lora.model_dump(), **recipe.train.model_dump()}
     settings = json.dumps(used, ensure_ascii=False)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from filelock import FileLock
 
-from tunesmith import hub, records, render, rows, rundir, system, template, types
+from tunesmith import hub, language, records, render, rows, rundir, system, template, types
 from tunesmith.errors import DataError, RunError, TemplateError
 from tunesmith.records import Records
 from tunesmith.render import Renderer
@@ -81,7 +81,8 @@ def _name(data: Records, renderer_digest: str) -> str:
     code = [path.read_bytes() for path in (*modules, *sorted(Path(str(records.__file__)).parent.glob("*.py")))]
     packages = ("jinja2", "pyarrow", "tokenizers", "transformers")
     versions = [importlib.metadata.version(name) for name in packages]
-    depends_on = (data.digest, data.format, sorted(data.columns.items()), data.system, renderer_digest, versions, code)
+    given = (data.digest, data.format, sorted(data.columns.items()), data.system, renderer_digest)
+    depends_on = (*given, versions, code, language.language())  # what is wrong with a row is said in it
     return hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
 
 

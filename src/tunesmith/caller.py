@@ -14,8 +14,8 @@ from typing import Any
 
 _is_command_line = False
 
-# As `shlex.quote` writes it, without the sentence's own mark behind it.
-_WORD = r"(?:'[^']*'|\"'\"|[^\s'\"])*(?:'[^']*'|[^\s'\".,;:)])"
+# As `shlex.quote` writes it, without the sentence's own mark behind it; it quotes what is not ASCII.
+_WORD = r"(?:'[^']*'|\"'\"|[^\s'\"。，；：、）])*(?:'[^']*'|[^\s'\".,;:)。，；：、）])"
 _FLAGS = re.compile(rf"--(?:set|data) {_WORD}(?: --set {_WORD})*")
 
 
@@ -84,6 +84,7 @@ _HOW: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"--set train\.epochs=N\b"), "epochs=N"),  # of `resume`
     (_FLAGS, _flags),
     (re.compile(r"`tunesmith train --help` lists"), "`tunesmith.Recipe()` shows"),
+    (re.compile(r"`tunesmith train --help` 列出的"), "`tunesmith.Recipe()` 里的"),
     (re.compile(r"--(anyway|join)\b"), r"\1=True"),
     (re.compile(r"--(to|like) (\w+)"), r"\1='\2'"),
     (re.compile(r"--(out|dtype|tasks)\b"), r"`\1`"),

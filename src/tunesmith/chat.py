@@ -21,6 +21,7 @@ from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
+from tunesmith.language import marked, said
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
 from tunesmith.render import Renderer
 from tunesmith.terminal import what_is_no_text
@@ -55,7 +56,8 @@ class Reply:
 
     @property
     def _how(self) -> str:
-        return f"{len(self.token_ids):,} tokens, stopped by {self.stopped_by}"
+        by = said({"stop": marked("stop"), "length": marked("length")}[self.stopped_by])
+        return said("{n:,} tokens, stopped by {by}", n=len(self.token_ids), by=by)
 
     @property
     def shown(self) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from tunesmith import cache, hub, markup, records, rehearsal
 from tunesmith import model as models
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.language import said
 from tunesmith.recipe import Recipe
 from tunesmith.records.found import plain
 from tunesmith.render import Renderer
@@ -51,26 +52,32 @@ class Checked:
     def _repr_html_(self) -> str:
         total, supervised = int(self.rows.n_tokens.sum()), int(self.rows.n_supervised.sum())
         facts = [
-            ("model", self.recipe.model.name),
-            ("template", self.renderer.template.source),
-            ("system text", self.system_text),
-            ("tokens", f"{total:,}, of them learned {supervised:,}"),
+            (said("model"), self.recipe.model.name),
+            (said("template"), self.renderer.template.described),
+            (said("system text"), self.system_text),
+            (said("tokens"), said("{total:,}, of them learned {learned:,}", total=total, learned=supervised)),
         ]
-        for name, pairs in (("repeats", self.repeats), ("contradictions", self.contradictions)):
+        for name, pairs in ((said("repeats"), self.repeats), (said("contradictions"), self.contradictions)):
             lines = ", ".join(str(row.line) for row, _ in pairs[:_SHOWN]) + " …" * (len(pairs) > _SHOWN)
-            facts += [(name, f"{len(pairs):,} rows (lines {lines})")] if pairs else []
+            facts += [(name, said("{n:,} rows (lines {lines})", n=len(pairs), lines=lines))] if pairs else []
         parts = [markup.table(facts)]
         if shown := self.faults[:_SHOWN]:
             rows = [(fault.origin, fault.field, fault.found, fault.expected, fault.fix) for fault in shown]
-            parts.append(markup.table(rows, ("", "field", "found", "expected", "fix")))
+            parts.append(markup.table(rows, ("", said("field"), said("found"), said("expected"), said("fix"))))
         if more := self.n_set_aside - len(shown):
-            parts.append(markup.paragraph(f"… and {more:,} more; all of them are in .faults"))
+            parts.append(markup.paragraph(said("… and {n:,} more; all of them are in .faults", n=more)))
         return markup.block(self._in_a_line, *parts)
 
     @property
     def _in_a_line(self) -> str:
-        rows = f"{self.n_read:,} rows read = {len(self.rows):,} trainable + {self.n_set_aside:,} faulty"
-        return f"{plain(self.data.path)}: {rows}; {'ok' if self.ok else 'not ok'}"
+        return said(
+            "{path}: {read:,} rows read = {trainable:,} trainable + {faulty:,} faulty; {verdict}",
+            path=plain(self.data.path),
+            read=self.n_read,
+            trainable=len(self.rows),
+            faulty=self.n_set_aside,
+            verdict=said("ok") if self.ok else said("not ok"),
+        )
 
     @property
     def ok(self) -> bool:
@@ -89,18 +96,25 @@ class Checked:
         template, given = self.renderer.template, self.recipe.template.system
         first = (row.conversation.messages[0] for row in self.rows[:1000])
         own = any(message.role == "system" and message.content != given for message in first)
-        where = ", where a row has none" if own else ""
+        where = said(", where a row has none") if own else ""
+        none = given is None and not template.own_system
+        rest = []
         if given is not None:
-            rest = [f"“{given}”{where}"]
+            rest = [said("“{text}”{where}", text=given, where=where)]
         elif template.own_system:
-            rest = [f"the template's own{where}: “{template.own_system}”"]
-        else:
-            rest = [] if own else ["none"]
-        text = "; ".join([*(["each row's own"] if own else []), *rest])
-        if template.folds_system:
-            text += "; it would go" if text == "none" else "; it goes"
-            text += " in front of the first user turn, a blank line between: the template has no place for it"
-        return text
+            rest = [said("the template's own{where}: “{text}”", where=where, text=template.own_system)]
+        elif not own:
+            rest = [said("none")]
+        text = said("; ").join([*([said("each row's own")] if own else []), *rest])
+        if not template.folds_system:
+            return text
+        if none and not own:
+            return text + said(
+                "; it would go in front of the first user turn, a blank line between: the template has no place for it"
+            )
+        return text + said(
+            "; it goes in front of the first user turn, a blank line between: the template has no place for it"
+        )
 
     def require_ok(self) -> None:
         """Raises DataError unless training may start."""
@@ -110,16 +124,16 @@ class Checked:
         if not self.rows:
             raise DataError(
                 self.data.path,
-                f"{self.n_set_aside} faulty rows and none to train on",
-                "at least one good row",
+                said("{n} faulty rows and none to train on", n=self.n_set_aside),
+                said("at least one good row"),
                 str(first),
                 self.faults,
             )
         raise DataError(
             self.data.path,
-            f"{self.n_set_aside} of {self.n_read} rows faulty",
-            "rows without faults",
-            "Mend them, or go on without them: --set data.allow_set_aside=true.",
+            said("{n} of {read} rows faulty", n=self.n_set_aside, read=self.n_read),
+            said("rows without faults"),
+            said("Mend them, or go on without them: --set data.allow_set_aside=true."),
             self.faults,
         )
 
@@ -151,8 +165,11 @@ def check(
     pairs = rows.repeats()
     repeats = [(rows.origin(again), rows.origin(first)) for again, first in pairs]
     if recipe.data.on_repeats == "fault" and pairs:
-        fix = "Delete it, or leave data.on_repeats at note."
-        faults += [Fault(at, "row", f"the same as {first}", "each example once", fix) for at, first in repeats]
+        fix = said("Delete it, or leave data.on_repeats at note.")
+        faults += [
+            Fault(at, "row", said("the same as {row}", row=first), said("each example once"), fix)
+            for at, first in repeats
+        ]
         kept = np.ones(len(rows), dtype=bool)
         kept[[again for again, _ in pairs]] = False
         rows = rows.pick(kept)
@@ -164,10 +181,11 @@ def check(
 
 
 def _too_long(recipe: Recipe, rows: Rows, limit: int) -> list[Fault]:
-    raised = "Shorten the row" if recipe.data.max_length == "auto" else "Raise data.max_length"
-    fix = f"{raised}, or set it aside; nothing is ever cut."
+    fix = said("Raise data.max_length, or set it aside; nothing is ever cut.")
+    if recipe.data.max_length == "auto":
+        fix = said("Shorten the row, or set it aside; nothing is ever cut.")
     return [
-        Fault(rows.origin(i), "row", f"{rows.longest[i]} tokens", f"at most {limit}", fix)
+        Fault(rows.origin(i), "row", said("{n} tokens", n=rows.longest[i]), said("at most {n}", n=limit), fix)
         for i in np.flatnonzero(rows.longest > limit).tolist()
     ]
 
@@ -227,7 +245,12 @@ def _account(rows: Rows, state: Literal["trained", "held_out"]) -> Iterator[tupl
 
 def _set_aside(faults: Sequence[Fault]) -> Iterator[tuple[int, dict[str, str | int]]]:
     for fault in faults:
-        reason = f"{fault.field}: found {fault.found}; expected {fault.expected}"
+        reason = said(
+            "{field}: found {found}; expected {expected}",
+            field=fault.field,
+            found=fault.found,
+            expected=fault.expected,
+        )
         yield fault.origin.line, {"state": "set_aside", "reason": reason}
 
 

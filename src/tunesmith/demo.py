@@ -17,6 +17,7 @@ from tunesmith import chat as chats
 from tunesmith import recipe as recipes
 from tunesmith import rundir
 from tunesmith.chat import Chat, Reply
+from tunesmith.language import said
 from tunesmith.recipe import Recipe
 from tunesmith.trainer import Watcher
 from tunesmith.training import Run, train
@@ -85,7 +86,7 @@ def demo(out: Path | None = None, watcher: Watcher | None = None, say: Callable[
     asked = questions()
     if run.interrupted:
         return Demo(run, asked, (), ())
-    say("Asking twenty questions that were not in the data, before and after …")
+    say(said("Asking twenty questions that were not in the data, before and after …"))
     chat = chats.load(run.path)
     return Demo(run, asked, _answers(chat, asked, base=True), _answers(chat, asked, base=False))
 

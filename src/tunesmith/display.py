@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.checking import Checked, held_out_in_training, lengths
+from tunesmith.language import counted, marked, said
 from tunesmith.planning import Plan
 from tunesmith.planning import clock as _clock
 from tunesmith.rows import Row
-from tunesmith.screen import Screen, styled
+from tunesmith.screen import Screen, padded, phrase, styled
 from tunesmith.shown import tokens
 from tunesmith.terminal import safe
 from tunesmith.trainer import StepMetrics, Watcher
@@ -128,41 +129,71 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
     def fact(name: str, *parts: str | tuple[str, str]) -> None:
         console.labelled(name, styled(*parts, one_line=True), 13)
 
-    fact("model", f"{checked.recipe.model.name}  ", (f"({checked.config.model_type})", "grey62"))
-    fact("template", template.source)
+    fact(said("model"), f"{checked.recipe.model.name}  ", (f"({checked.config.model_type})", "grey62"))
+    fact(said("template"), template.described)
     names = [str(tokenizer.convert_ids_to_tokens(i)) for i in template.stop_ids]
     stops = [(f"{', ' * (n > 0)}{names[n]} ", (str(i), "grey62")) for n, i in enumerate(template.stop_ids)]
-    fact("stops at", *(part for stop in stops for part in stop))
-    fact("system text", checked.system_text)
+    fact(said("stops at"), *(part for stop in stops for part in stop))
+    fact(said("system text"), checked.system_text)
     if template.plain_marks is not None:
-        fact("turns", *plain_turns(template.plain_marks))
+        fact(said("turns"), *plain_turns(template.plain_marks))
     targets = [(f"{'  ' * (n > 0)}{t.name}", (f"×{t.layers}", "grey62")) for n, t in enumerate(checked.targets)]
-    fact("adapts", *(part for target in targets for part in target))
-    fact("", f"{sum(t.parameters for t in checked.targets):,} numbers to train")
-    fact("rows", f"{checked.n_read:,} read = {len(checked.rows):,} trainable + {checked.n_set_aside:,} faulty")
+    fact(said("adapts"), *(part for target in targets for part in target))
+    fact("", said("{n:,} numbers to train", n=sum(t.parameters for t in checked.targets)))
+    account = said(
+        "{read:,} read = {trainable:,} trainable + {faulty:,} faulty",
+        read=checked.n_read,
+        trainable=len(checked.rows),
+        faulty=checked.n_set_aside,
+    )
+    fact(said("rows"), account)
     if total:
         longest = int(checked.rows.longest.max())
-        fact("tokens", f"{total:,}, of them learned {supervised:,} ({supervised / total:.0%}); longest row {longest:,}")
+        account = said(
+            "{total:,}, of them learned {learned:,} ({share:.0%}); longest row {longest:,}",
+            total=total,
+            learned=supervised,
+            share=supervised / total,
+            longest=longest,
+        )
+        fact(said("tokens"), account)
     if checked.rows:
-        fact("lengths", _histogram(lengths(checked.rows)))
-    for name, pairs, what in (
-        ("repeats", checked.repeats, "say the same as an earlier one"),
-        ("contradictions", checked.contradictions, "have the prompt of an earlier one and another reply"),
-        ("held out", held_out_in_training(checked), "of those held out stand in the training part too"),
+        fact(said("lengths"), _histogram(lengths(checked.rows)))
+    for name, pairs, what, sign in (
+        (said("repeats"), checked.repeats, marked("{n:,} rows say the same as an earlier one"), "="),
+        (
+            said("contradictions"),
+            checked.contradictions,
+            marked("{n:,} rows have the prompt of an earlier one and another reply"),
+            "≠",
+        ),
+        (
+            said("held out"),
+            held_out_in_training(checked),
+            marked("{n:,} rows of those held out stand in the training part too"),
+            "=",
+        ),
     ):
         if pairs:
-            sign = "≠" if name == "contradictions" else "="
             lines = ", ".join(f"{row.line} {sign} {first.line}" for row, first in pairs[:5])
             more = " …" if len(pairs) > 5 else ""
-            fact(name, (f"{len(pairs):,} rows {what}", "yellow"), f" (lines {lines}{more})")
+            fact(name, (said(what, n=len(pairs)), "yellow"), said(" (lines {lines})", lines=lines + more))
     if checked.rows and show:
         console.print()
-        learned = "is learned: the reply and the token that ends it."
         if console.has_colour:
-            said = styled("What the model sees. ", ("Green", _LEARNED), f" {learned} ", ("Grey", _GIVEN), " is given.")
+            legend = phrase(
+                "What the model sees. {green} is learned: the reply and the token that ends it. {grey} is given.",
+                green=(said("Green"), _LEARNED),
+                grey=(said("Grey"), _GIVEN),
+            )
         else:
-            said = styled(f"What the model sees. What is between {_SIGNS[0]} and {_SIGNS[1]} {learned}")
-        console.print(said)
+            legend = phrase(
+                "What the model sees. What is between {start} and {end} is learned: the reply and the token that ends "
+                "it.",
+                start=_SIGNS[0],
+                end=_SIGNS[1],
+            )
+        console.print(legend)
         for row in checked.rows[:show]:
             place = styled(_place(row.conversation.origin), one_line=True)
             fits = place.cell_len + 6 < console.width  # a panel cuts a title that is too long
@@ -183,8 +214,8 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
 def plain_turns(marks: str) -> tuple[str | tuple[str, str], ...]:
     """What a person should know of a template that marks turns with plain text."""
     return (
-        (f"plain text marks them ({marks!r})", "yellow"),
-        ": who types that into a question can pretend a turn, and nothing can prevent it",
+        (said("plain text marks them ({marks})", marks=repr(marks)), "yellow"),
+        said(": who types that into a question can pretend a turn, and nothing can prevent it"),
     )
 
 
@@ -192,7 +223,7 @@ def _histogram(found: Sequence[tuple[int, int]]) -> str:
     """How many rows have at most so many tokens, as bars, and the limit that loses nothing."""
     most = max(count for _, count in found)
     bars = "  ".join(f"≤{bound:,} {_BARS[round(count / most * 7)]} {count:,}" for bound, count in found)
-    return f"{bars}  (data.max_length={found[-1][0]} loses nothing)"
+    return f"{bars}  " + said("(data.max_length={limit} loses nothing)", limit=found[-1][0])
 
 
 def coloured(checked: Checked, row: Row, *, signs: bool = False) -> Text:
@@ -211,7 +242,8 @@ def coloured(checked: Checked, row: Row, *, signs: bool = False) -> Text:
         if before:
             text.append(close)
         if len(document.token_ids) > _SHOWN_TOKENS:
-            text.append(f" … {len(document.token_ids) - _SHOWN_TOKENS} more tokens", "italic")
+            rest = len(document.token_ids) - _SHOWN_TOKENS
+            text.append(counted(" … {n} more token", " … {n} more tokens", rest), "italic")
     text.rstrip()
     return text
 
@@ -220,23 +252,23 @@ def show_faults(console: Screen, faults: Sequence[Fault], at_most: int = 10) -> 
     """The first faults by line, and how many there are."""
     if not faults:
         return
-    console.print(f"\n{len(faults):,} faulty {'row' if len(faults) == 1 else 'rows'}", style="bold red")
+    console.print("\n" + counted("{n:,} faulty row", "{n:,} faulty rows", len(faults)), style="bold red")
     for fault in faults[:at_most]:
         if not console.for_people:
             console.print(styled(str(fault), one_line=True))
             continue
         place = styled((str(fault.origin), "bold"), one_line=True)
         console.print(styled("\n", place, "  ", styled((fault.field, "cyan"), one_line=True)), soft_wrap=True)
-        for name, part in (("found", fault.found), ("expected", fault.expected), ("fix", fault.fix)):
-            console.labelled(name, part)
+        console.explained(fault.found, fault.expected, fault.fix)
     if len(faults) > at_most:
-        console.print(f"… and {len(faults) - at_most:,} more (all of them with --json)")
+        console.print(said("… and {n:,} more (all of them with --json)", n=len(faults) - at_most))
 
 
 def side_by_side(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
     """Questions with the answers before and after."""
     table = Table(box=ROUNDED, show_lines=True, expand=True, border_style="grey35")
-    for name, style, ratio in (("question", "bold", 3), ("before", "grey62", 5), ("after", "green", 5)):
+    columns = ((said("question"), "bold", 3), (said("before"), "grey62", 5), (said("after"), "green", 5))
+    for name, style, ratio in columns:
         table.add_column(name, style=style, ratio=ratio, overflow="fold")
     for row in rows:
         table.add_row(*row)
@@ -260,20 +292,20 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
 class TrainingDisplay(Watcher):
     """Step, loss with a sparkline, tokens per second, time left and memory, while it trains."""
 
-    def __init__(self, console: Screen, at_first: str = "Laying out the steps …") -> None:
+    def __init__(self, console: Screen, at_first: str | None = None) -> None:
         """`at_first` is what is done before there is a plan, or the training itself."""
         self._console = console
         self.run: Path | None = None
         """The folder of the training, once there is one."""
-        self._status = console.status(at_first)
+        self._status = console.status(at_first or said("Laying out the steps …"))
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
-        self._line = Text("Before the first step: the engine is checked, and the loss measured on rows held out …")
+        self._line = phrase("Before the first step: the engine is checked, and the loss measured on rows held out …")
         self._progress = Progress(
-            TextColumn("training", style="bold", markup=False),
+            TextColumn(said("training"), style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("step {task.completed}/{task.total}", markup=False),
+            TextColumn(said("step") + " {task.completed}/{task.total}", markup=False),
             TextColumn("{task.fields[left]}", markup=False),
             console=console,
             expand=True,
@@ -296,7 +328,7 @@ class TrainingDisplay(Watcher):
 
     def planned(self, plan: Plan) -> None:
         show_plan(self._console, plan, in_full=False)
-        self._status.update("Loading the model, and asking it what the trained one will be asked …")
+        self._status.update(said("Loading the model, and asking it what the trained one will be asked …"))
 
     def began(self, n_steps: int, run: Path) -> None:
         self.run = run
@@ -317,21 +349,22 @@ class TrainingDisplay(Watcher):
         per_step = seconds / len(self._recent)
         left = per_step * (n_steps - metrics.step)
         speed = sum(t for t, _ in self._recent) / max(seconds, 1e-9)
-        held_out = ("  held-out ", (f"{self._held_out[-1]:.3f}", "bold")) if self._held_out else ()
+        held_out = (f"  {said('held-out')} ", (f"{self._held_out[-1]:.3f}", "bold")) if self._held_out else ()
         self._line = styled(
-            "loss ",
+            f"{said('loss')} ",
             (f"{metrics.loss:.3f} ", "bold"),
             (sparkline(self._losses), "cyan"),
             *held_out,
-            f"  {speed:,.0f} tokens/s  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
+            f"  {speed:,.0f} {said('tokens/s')}  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
         )
-        self._rest = "" if metrics.step < n_steps else "The adapter, its answers and the report are written …"
-        self._progress.update(self._task, completed=metrics.step, left=f"{_clock(left)} left" if left >= 1 else "")
+        self._rest = "" if metrics.step < n_steps else said("The adapter, its answers and the report are written …")
+        remaining = said("{time} left", time=_clock(left))
+        self._progress.update(self._task, completed=metrics.step, left=remaining if left >= 1 else "")
         if self._console.for_people:
             self._update(at_once=bool(self._rest))
         elif metrics.step in (1, n_steps) or time.monotonic() - self._plain_at > 10:
             self._plain_at = time.monotonic()
-            self._console.print(f"step {metrics.step}/{n_steps}  {self._line.plain}  {_clock(left)} left")
+            self._console.print(f"{said('step')} {metrics.step}/{n_steps}  {self._line.plain}  {remaining}")
 
     def measured(self, step: int, held_out_loss: float) -> None:
         self._held_out.append(held_out_loss)
@@ -345,14 +378,14 @@ class TrainingDisplay(Watcher):
 
 
 _MEANINGS = {
-    "runtime": "interpreter and libraries",
-    "weights": "the base, frozen",
-    "adapter": "what is trained",
-    "gradients": "of the adapter",
-    "optimizer": "two numbers for each of the adapter's",
-    "activations": "kept for the backward pass",
-    "logits": "of the words that are learned",
-    "workspace": "needed for a moment",
+    "runtime": (marked("runtime"), marked("interpreter and libraries")),
+    "weights": (marked("weights"), marked("the base, frozen")),
+    "adapter": (marked("adapter"), marked("what is trained")),
+    "gradients": (marked("gradients"), marked("of the adapter")),
+    "optimizer": (marked("optimizer"), marked("two numbers for each of the adapter's")),
+    "activations": (marked("activations"), marked("kept for the backward pass")),
+    "logits": (marked("logits"), marked("of the words that are learned")),
+    "workspace": (marked("workspace"), marked("needed for a moment")),
 }
 
 
@@ -360,34 +393,39 @@ def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
     """Memory by what takes it, time, and what was chosen and why; or one line of it."""
     needed, there = plan.peak_memory_bytes / 2**30, plan.machine.available_bytes / 2**30
     console.print(
-        styled(
-            ("plan", "bold"),
-            f"  {needed:.1f} of {there:.1f} GiB on {plan.machine.name}, ",
-            _fits(plan),
-            f"; {plan.steps:,} steps in about {_clock(plan.seconds)}",
+        phrase(
+            "{plan}  {needed:.1f} of {there:.1f} GiB on {machine}, {fits}; {steps} in about {time}",
+            plan=(said("plan"), "bold"),
+            needed=needed,
+            there=there,
+            machine=plan.machine.called,
+            fits=_fits(plan),
+            steps=said("{n:,} steps", n=plan.steps),
+            time=_clock(plan.seconds),
         )
     )
     if not in_full:
         return
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("memory")
+    table.add_column(said("memory"))
     table.add_column("MiB", justify="right")
     table.add_column("")
     for name, count in asdict(plan.parts).items():
-        table.add_row(name, f"{count / 2**20:,.0f}", _MEANINGS[name], style="" if count else "grey62")
+        called, meaning = map(said, _MEANINGS[name])
+        table.add_row(called, f"{count / 2**20:,.0f}", meaning, style="" if count else "grey62")
     console.print(table)
     for choice in plan.choices:
-        console.print(styled((choice.setting, "cyan"), f" = {choice.value}: {choice.why}"))
+        console.print(styled((choice.setting, "cyan"), said(" = {value}: {why}", value=choice.value, why=choice.why)))
 
 
 def _fits(plan: Plan) -> tuple[str, str]:
-    return ("fits", "green") if plan.fits else ("does not fit", "red")
+    return (said("fits"), "green") if plan.fits else (said("does not fit"), "red")
 
 
 def show_fitting(console: Screen, plans: Sequence[tuple[int, Plan]]) -> None:
     """How a training fits cards of different memories."""
     table = Table(box=SIMPLE_HEAD)
-    for name in ("card", "", "needs", "micro-batch", "recomputed", "weights"):
+    for name in (said("card"), "", said("needs"), said("micro-batch"), said("recomputed"), said("weights")):
         table.add_column(name)
     for gib, plan in plans:
         chosen = plan.chosen
@@ -395,9 +433,9 @@ def show_fitting(console: Screen, plans: Sequence[tuple[int, Plan]]) -> None:
             f"{gib} GiB",
             styled(_fits(plan)),
             f"{plan.peak_memory_bytes / 2**30:.1f} GiB",
-            f"{chosen.get('engine.tokens_per_micro_batch', '')} tokens",
-            f"{chosen.get('engine.recompute_layers', '')} layers",
-            "4 bits (model.quantize=nf4)" if chosen.get("model.quantize") == "nf4" else "16 bits",
+            said("{n} tokens", n=chosen.get("engine.tokens_per_micro_batch", "")),
+            said("{n} layers", n=chosen.get("engine.recompute_layers", "")),
+            said("4 bits (model.quantize=nf4)") if chosen.get("model.quantize") == "nf4" else said("16 bits"),
         )
     console.print(table)
 
@@ -409,40 +447,56 @@ def show_evaluation(console: Screen, evaluation: Evaluation, lines: Sequence[Seq
     for line in evaluation.advice:
         console.print(line)
     table = Table(box=SIMPLE_HEAD)
-    table.add_column(f"{evaluation.rows} rows")
-    for name in ("base", "tuned"):
+    table.add_column(said("{n} rows", n=evaluation.rows))
+    for name in (said("base"), said("tuned")):
         table.add_column(name, justify="right")
     for name, _, base, tuned in lines:
         table.add_row(name, base, tuned)
     console.print(table)
-    console.print(f"Answers side by side, worst first: {page}", soft_wrap=True)
+    console.print(said("Answers side by side, worst first: {page}", page=page), soft_wrap=True)
 
 
 def show_export(console: Screen, export: Export) -> None:
     """Where it is, and what it was compared with."""
     table = Table(box=SIMPLE_HEAD)
-    for name in ("compared with the live adapter", "found", "bound"):
-        table.add_column(name, justify="left" if name.startswith("compared") else "right")
+    for name in (said("compared with the live adapter"), said("found"), said("bound")):
+        table.add_column(name, justify="right" if table.columns else "left")
     for check in export.checks:
-        table.add_row(check.name, styled((f"{check.value:.4g}", "green")), f"{check.bound:.4g}")
+        table.add_row(said(check.name), styled((f"{check.value:.4g}", "green")), f"{check.bound:.4g}")
     console.print(table)
     for note in export.notes:
-        console.print(styled(("note ", "yellow"), note))
+        console.print(styled((f"{said('note')} ", "yellow"), note))
     console.print(f"{export.to}: {export.path}", soft_wrap=True)
 
 
 def show_run(console: Screen, run: Run) -> None:
     """Where everything is, and how it went."""
     if run.interrupted:
-        stopped = (f"Stopped after step {run.steps}.", "yellow")
-        console.print(styled(stopped, f" The state is in {run.checkpoint}"), soft_wrap=True)
+        stopped = (said("Stopped after step {step}.", step=run.steps), "yellow")
+        where = phrase("{stopped} The state is in {folder}", stopped=stopped, folder=str(run.checkpoint))
+        console.print(where, soft_wrap=True)
         return
     before_after = run.held_out_loss
-    held_out = (f", held-out loss {before_after[0]:.3f} → ", (f"{before_after[1]:.3f}", "bold")) if before_after else ()
-    steps = f": {run.steps} steps in {_clock(run.seconds)}, last loss {run.final_loss:.3f}"
-    console.print(styled(("Done", "green"), steps, *held_out))
-    console.print(f"{run.rows_trained} rows trained + {run.rows_held_out} held out + {run.rows_set_aside} set aside")
-    console.print(f"adapter  {run.adapter}\nreport   {run.path / 'report.html'}", soft_wrap=True)
+    done = phrase(
+        "{done}: {steps} steps in {time}, last loss {loss:.3f}",
+        done=(said("Done"), "green"),
+        steps=run.steps,
+        time=_clock(run.seconds),
+        loss=run.final_loss,
+    )
+    if before_after:
+        before, after = before_after[0], (f"{before_after[1]:.3f}", "bold")
+        done = styled(done, phrase(", held-out loss {before:.3f} → {after}", before=before, after=after))
+    console.print(done)
+    account = said(
+        "{trained} rows trained + {held_out} held out + {set_aside} set aside",
+        trained=run.rows_trained,
+        held_out=run.rows_held_out,
+        set_aside=run.rows_set_aside,
+    )
+    console.print(account)
+    for name, path in ((said("adapter"), run.adapter), (said("report"), run.path / "report.html")):
+        console.print(f"{padded(name, 8)} {path}", soft_wrap=True)
 
 
 def drawn(settings: Mapping[str, float]) -> str:
@@ -452,48 +506,82 @@ def drawn(settings: Mapping[str, float]) -> str:
 
 def show_trial(console: Screen, study: Study, trial: Trial) -> None:
     """What came out of a trial that has ended."""
-    name, loss = f"trial {trial.number:04}: ", trial.held_out_loss
+    number = f"{trial.number:04}"
     if trial.state != "done":
-        console.print(styled(name, ("pruned", "yellow"), f", {trial.why}"))
+        console.print(
+            phrase("trial {number}: {pruned}, {why}", number=number, pruned=(said("pruned"), "yellow"), why=trial.why)
+        )
         return
-    forgot = (", it forgot", "red") if trial.forgot else ", nothing forgotten"
-    parts = [f"held-out loss {loss:.3f}, {trial.general} general questions right, {study.general} before", forgot]
+    values: dict[str, Any] = {"number": number, "loss": f"{trial.held_out_loss:.3f}", "right": trial.general}
+    values["before"] = study.general
+    line = phrase(
+        "trial {number}: held-out loss {loss}, {right} general questions right, {before} before, {kept}",
+        **values,
+        kept=(said("it forgot"), "red") if trial.forgot else said("nothing forgotten"),
+    )
     best = study.best
-    console.print(styled(name, *parts, (" (the best so far)", "green") if best and best.number == trial.number else ""))
+    is_best = best is not None and best.number == trial.number
+    console.print(styled(line, (said(" (the best so far)"), "green")) if is_best else line)
 
 
-_STATES = {"done": "", "pruned": "yellow", "running": "cyan", "waiting": "yellow"}
+_STATES = {
+    "done": ("", marked("done")),
+    "pruned": ("yellow", marked("pruned")),
+    "running": ("cyan", marked("running")),
+    "waiting": ("yellow", marked("waiting")),
+}
 
 
 def show_study(console: Screen, study: Study) -> None:
     """All trials, and where the best one is."""
     best, names = study.best, list(study.trials[0].settings) if study.trials else []
     table = Table(box=SIMPLE_HEAD)
-    for name in ("trial", "state", *names, "held-out loss", "general", "seconds"):
-        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for name in (said("trial"), said("state")):
+        table.add_column(name)
+    for name in (*names, said("held-out loss"), said("general"), said("seconds")):
+        table.add_column(name, justify="right")
     for trial in study.trials:
-        is_best = best is not None and trial.number == best.number
-        state = ("best", "bold green") if is_best else (trial.state, _STATES[trial.state])
+        colour, state = _STATES[trial.state]
+        shown = (said(state), colour)
+        if trial.forgot:
+            shown = (said("forgot"), "red")
+        elif best is not None and trial.number == best.number:
+            shown = (said("best"), "bold green")
+        of = said("{right} of {all}", right=trial.general, all=study.general)
         table.add_row(
             f"{trial.number:04}",
-            styled(("forgot", "red") if trial.forgot else state),
+            styled(shown),
             *(f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names),
             "" if trial.held_out_loss is None else f"{trial.held_out_loss:.3f}",
-            "" if trial.general is None else f"{trial.general} of {study.general}",
+            "" if trial.general is None else of,
             "" if trial.seconds is None else f"{trial.seconds:.0f}",
         )
     console.print(table)
     counts = {state: sum(trial.state == state for trial in study.trials) for state in _STATES}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"
-    console.print(f"{len(study.trials)} of {study.wanted} trials: {said}. No further one was begun: {study.ended}.")
-    if best is None:
-        if counts["done"]:
-            console.print("None came to its end without forgetting; lower rates and fewer epochs forget less.")
-    else:
-        console.print(styled(("Best", "green"), f": trial {best.number:04}, {drawn(best.settings)}"), soft_wrap=True)
-        console.print(f"run      {best.run}\nrecipe   {study.best_recipe}", soft_wrap=True)
-    console.print(f"page     {study.page}", soft_wrap=True)
-    console.print("Finished trials keep their adapter and no checkpoints; pruned ones keep their newest checkpoint.")
+    states = (f"{count} {said(_STATES[state][1])}" for state, count in counts.items() if count)
+    console.print(
+        said(
+            "{n} of {wanted} trials: {states}. No further one was begun: {why}.",
+            n=len(study.trials),
+            wanted=study.wanted,
+            states=said(", ").join(states) or said("none"),
+            why=study.ended,
+        )
+    )
+    if best is not None:
+        text = phrase(
+            "{best}: trial {number}, {settings}",
+            best=(said("Best"), "green"),
+            number=f"{best.number:04}",
+            settings=drawn(best.settings),
+        )
+        console.print(text, soft_wrap=True)
+        console.print(f"{padded(said('run'), 9)}{best.run}", soft_wrap=True)
+        console.print(f"{padded(said('recipe'), 9)}{study.best_recipe}", soft_wrap=True)
+    elif counts["done"]:
+        console.print(said("None came to its end without forgetting; lower rates and fewer epochs forget less."))
+    console.print(f"{padded(said('page'), 9)}{study.page}", soft_wrap=True)
+    console.print(said("Finished trials keep their adapter and no checkpoints; pruned ones their newest checkpoint."))
 
 
 def _place(origin: Origin) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from tunesmith import commands, hub, system
 from tunesmith.engine import onepass, products
+from tunesmith.language import counted, marked, said
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ def examine() -> list[Finding]:
 def _findings() -> Iterator[Finding]:
     version = platform.python_version()
     yield Finding(
-        "python",
-        f"{version} at {sys.prefix}",
+        marked("python"),
+        said("{version} at {folder}", version=version, folder=sys.prefix),
         sys.version_info >= (3, 11),
-        "" if sys.version_info >= (3, 11) else "Install Python 3.11 or newer.",
+        "" if sys.version_info >= (3, 11) else said("Install Python 3.11 or newer."),
     )
     yield Finding(
-        "libraries",
+        marked("libraries"),
         ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")),
         True,
     )
@@ -60,31 +61,34 @@ def _findings() -> Iterator[Finding]:
     free = shutil.disk_usage(existing).free
     writable = os.access(existing, os.W_OK)
     yield Finding(
-        "model cache",
-        f"{cache}, {_gib(free)} free",
+        marked("model cache"),
+        said("{folder}, {memory} free", folder=cache, memory=_gib(free)),
         writable and free > 2**30,
-        "" if writable and free > 2**30 else "Set TUNESMITH_CACHE to a folder on a disk with more room.",
+        "" if writable and free > 2**30 else said("Set TUNESMITH_CACHE to a folder on a disk with more room."),
     )
     offline = os.environ.get("TUNESMITH_OFFLINE") == "1"
     yield Finding(
-        "network",
-        "forbidden by TUNESMITH_OFFLINE=1" if offline else "used by fetch and hub ids only",
+        marked("network"),
+        said("forbidden by TUNESMITH_OFFLINE=1") if offline else said("used by fetch and hub ids only"),
         True,
-        "" if not offline else "Unset TUNESMITH_OFFLINE to fetch models.",
+        "" if not offline else said("Unset TUNESMITH_OFFLINE to fetch models."),
     )
     here = Path(hub.cache_dir() / "models" / "smollm2").is_dir()
     yield Finding(
-        "demo model", "here" if here else "not here yet", True, "" if here else commands.tunesmith("fetch", "smollm2")
+        marked("demo model"),
+        said("here") if here else said("not here yet"),
+        True,
+        "" if here else commands.tunesmith("fetch", "smollm2"),
     )
 
 
 EXTRAS = {
-    "cpu": "faster on a CPU",
-    "gpu": "bases of 4 bits and Liger's kernels",
-    "eval": "BLEU, chrF and a judge in `eval`",
-    "export": "`export --to gguf`, compared with llama.cpp",
-    "serve": "`serve`",
-    "tune": "`tune`",
+    "cpu": marked("faster on a CPU"),
+    "gpu": marked("bases of 4 bits and Liger's kernels"),
+    "eval": marked("BLEU, chrF and a judge in `eval`"),
+    "export": marked("`export --to gguf`, compared with llama.cpp"),
+    "serve": marked("`serve`"),
+    "tune": marked("`tune`"),
 }
 """What can be installed beside tunesmith, and what for."""
 
@@ -101,8 +105,9 @@ def _extras() -> Finding:
         else:
             here.append(extra)
     fix = commands.pip_install(f"tunesmith[{','.join(lacking)}]")
-    fix = f"For {'; '.join(lacking.values())}: {fix}" if lacking else ""
-    return Finding("extras", ", ".join(here) or "none", True, fix)
+    if lacking:
+        fix = said("For {uses}: {command}", uses=said("; ").join(map(said, lacking.values())), command=fix)
+    return Finding(marked("extras"), ", ".join(here) or said("none"), True, fix if lacking else "")
 
 
 def _packages_of(extra: str) -> list[str]:
@@ -125,48 +130,55 @@ def _memory() -> Finding:
     memory = system.memory()
     fix = ""
     if memory.free <= 3 * 2**30:
-        fix = f"{system.more_memory(memory.whose)}; the demo needs about 3 GiB."
-    found = f"{_gib(memory.free)} of {_gib(memory.most)} free"
+        fix = said("{how}; the demo needs about 3 GiB.", how=system.more_memory(memory.whose))
+    found = said("{free} of {all} free", free=_gib(memory.free), all=_gib(memory.most))
     if memory.whose != system.MACHINE:
-        found += f", by {memory.whose} (the machine has {_gib(psutil.virtual_memory().total)})"
-    return Finding("memory", found, not fix, fix)
+        whole = _gib(psutil.virtual_memory().total)
+        found += said(", by {whose} (the machine has {memory})", whose=system.called(memory.whose), memory=whole)
+    return Finding(marked("memory"), found, not fix, fix)
 
 
 def _cores() -> Finding:
     limit, n_threads = system.core_limit(), torch.get_num_threads()
-    found = f"{system.cores()} of {os.cpu_count()}"
+    found = said("{n} of {all}", n=system.cores(), all=os.cpu_count())
     if limit.whose != system.MACHINE:
-        found += f", by {limit.whose}" + ("" if float(limit.count).is_integer() else f", which has {limit.count:g}")
+        found += said(", by {whose}", whose=system.called(limit.whose))
+        found += "" if float(limit.count).is_integer() else said(", which has {count:g}", count=limit.count)
     fix = ""
     if n_threads > system.cores():  # the command line sees to it; a program that imports tunesmith may not have
-        fix = f"Call torch.set_num_threads({system.cores()}): more threads than cores only wait for each other."
-    return Finding("cores", f"{found}; {n_threads} thread" + "s" * (n_threads != 1), True, fix)
+        fix = said(
+            "Call torch.set_num_threads({n}): more threads than cores only wait for each other.", n=system.cores()
+        )
+    found = counted("{found}; {n} thread", "{found}; {n} threads", n_threads, found=found)
+    return Finding(marked("cores"), found, True, fix)
 
 
 def _accelerator() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         bits = (
-            "bitsandbytes for 4-bit bases is here"
+            said("bitsandbytes for 4-bit bases is here")
             if importlib.util.find_spec("bitsandbytes")
-            else f"4-bit bases need: {commands.pip_install('tunesmith[gpu]')}"
+            else said("4-bit bases need: {command}", command=commands.pip_install("tunesmith[gpu]"))
         )
-        return Finding("accelerator", f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
+        return Finding(marked("accelerator"), f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
     built = torch.version.cuda is not None
-    found = "none; training runs on the CPU" + (" (this torch is built for CUDA but sees no GPU)" if built else "")
+    found = said("none; training runs on the CPU")
+    if built:
+        found += said(" (this torch is built for CUDA but sees no GPU)")
     if onepass.version() is None:
-        faster = (
-            "about twice as fast for weights published in bfloat16" if products.has_units() else "about a tenth faster"
-        )
-        found += f"; {faster} with: {commands.pip_install('tunesmith[cpu]')}"
+        faster = said("about a tenth faster")
+        if products.has_units():
+            faster = said("about twice as fast for weights published in bfloat16")
+        found += said("; {faster} with: {command}", faster=faster, command=commands.pip_install("tunesmith[cpu]"))
     elif products.are_split():
-        found += ", whose AMX is used for attention, and for weights published in bfloat16"
+        found += said(", whose AMX is used for attention, and for weights published in bfloat16")
     has_driver = shutil.which("nvidia-smi") is not None
     return Finding(
-        "accelerator",
+        marked("accelerator"),
         found,
         True,
-        "Install a CUDA build of torch: there is an NVIDIA driver." if has_driver and not built else "",
+        said("Install a CUDA build of torch: there is an NVIDIA driver.") if has_driver and not built else "",
     )
 
 

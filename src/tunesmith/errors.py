@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from tunesmith import commands
 from tunesmith.caller import told
+from tunesmith.language import said
 from tunesmith.types import Fault
 
 
@@ -34,7 +35,15 @@ class TunesmithError(Exception):
 
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
         self.where, self.found, self.expected, self.fix = told(where), found, told(expected), told(fix)
-        super().__init__(f"{self.where}: found {found}; expected {self.expected}. {self.fix}")
+        super().__init__(
+            said(
+                "{where}: found {found}; expected {expected}. {fix}",
+                where=self.where,
+                found=found,
+                expected=self.expected,
+                fix=self.fix,
+            )
+        )
 
 
 class RecipeError(TunesmithError, ValueError):
@@ -71,9 +80,9 @@ class MissingExtra(TunesmithError, ImportError):
     def __init__(self, needed_for: str, extra: str) -> None:
         super().__init__(
             needed_for,
-            "a package missing",
-            f"the extra '{extra}'",
-            f"Install it with: {commands.pip_install(f'tunesmith[{extra}]')}",
+            said("a package missing"),
+            said("the extra '{name}'", name=extra),
+            said("Install it with: {command}", command=commands.pip_install(f"tunesmith[{extra}]")),
         )
 
 

@@ -18,6 +18,7 @@ from tunesmith.checking import check, hold_out
 from tunesmith.engine.step import losses
 from tunesmith.errors import RunError
 from tunesmith.general import TOKENS, questions
+from tunesmith.language import marked, said
 from tunesmith.recipe import Recipe
 from tunesmith.rows import Row, Rows
 from tunesmith.rundir import RunDir
@@ -94,19 +95,22 @@ def evaluate(
     """
     run = rundir.open_run(path)
     recipe, _, manifest = recipe_of(run)
-    tell("Reading the rows …")
+    tell(said("Reading the rows …"))
     trained, rows, where = _rows(run, recipe, manifest, data)
     if len(rows) < 2:
         raise RunError(
             str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: eval --data FILE."
         )
     known = None if trained is None else _runs_of(trained)
-    tell("Loading the model …")
+    tell(said("Loading the model …"))
     chat = chats.load(path)
     curve = [(line["epoch"], line["loss"]) for line in rundir.read_lines(run.held_out)]
     evaluation = _measure(chat, list(rows), where, known, curve, judge, tell)
     if trained is None:
-        advice = f"{recipe.data.path} is not there as it was at training, so copies of its rows were not looked for."
+        advice = said(
+            "{path} is not there as it was at training, so copies of its rows were not looked for.",
+            path=recipe.data.path,
+        )
         evaluation = replace(evaluation, advice=(advice, *evaluation.advice))
     if tasks:
         tell("lm-evaluation-harness …")
@@ -162,13 +166,18 @@ def _measure(
     replies: list[list[Reply]] = []
     general: list[list[tuple[str, bool]]] = []
     for base in (True, False):
-        name = "base" if base else "tuned model"
-        tell(f"Measuring the {name} on {len(rows)} rows …")
+        measuring = marked("Measuring the tuned model on {n} rows …")
+        if base:
+            measuring = marked("Measuring the base on {n} rows …")
+        tell(said(measuring, n=len(rows)))
         own = _losses(chat, right, base)
         every = own if right == documents else _losses(chat, documents, base)
         per_token = [loss / n for loss, n in zip(every, n_supervised, strict=True)]
         gains = [(b - a) / n for a, b, n in zip(own, _losses(chat, wrong, base), n_replied, strict=True)]
-        tell(f"The {name} answers {len(asked)} rows and {len(questions())} general questions …")
+        answering = marked("The tuned model answers {n} rows and {general} general questions …")
+        if base:
+            answering = marked("The base answers {n} rows and {general} general questions …")
+        tell(said(answering, n=len(asked), general=len(questions())))
         written, seconds = _answer(chat, asked, base)
         answered = _answer_general(chat, base)
         like = [scores.likeness(r.text, _reference(row)) for r, row in zip(written, asked, strict=True)]
@@ -216,10 +225,10 @@ def _measure(
     ]
     preferred = None
     if judge is not None:
-        tell(f"A judge compares {len(answers)} pairs, each in both orders …")
+        tell(said("A judge compares {n} pairs, each in both orders …", n=len(answers)))
         votes = judge(answers)
         answers = [replace(a, judged=vote) for a, vote in zip(answers, votes, strict=True)]
-        preferred = {name: votes.count(name) for name in ("tuned", "base", "neither")}
+        preferred = {name: votes.count(name) for name in ("tuned", "base", marked("neither"))}
     return Evaluation(
         rows=len(rows),
         data=data,

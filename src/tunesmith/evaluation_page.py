@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
-from tunesmith import places, rundir, verdict
+from tunesmith import markup, places, rundir, verdict
 from tunesmith.evaluate import Evaluation
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 from tunesmith.verdict import Side
 
@@ -19,7 +20,7 @@ _PLACE = re.compile(r"<!-- evaluation -->.*<!-- /evaluation -->", re.DOTALL)
 
 def write(run: RunDir, evaluation: Evaluation) -> Path:
     """Writes all three; returns the page."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment = markup.pages()
     shown: dict[str, Any] = {
         **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "advice", "general", "judge")},
         "data": Path(evaluation.data).name,
@@ -29,17 +30,18 @@ def write(run: RunDir, evaluation: Evaluation) -> Path:
     }
     page = environment.get_template("eval.html.jinja").render(
         **shown,
-        title=f"{run.path.name}: {evaluation.verdict}",
+        title=said("{run}: {verdict}", run=run.path.name, verdict=verdict.called(evaluation.verdict)),
         run=run.path.name,
-        rules=verdict.RULES,
-        meanings=verdict.MEANINGS,
+        rules=verdict.rules(),
+        meanings=verdict.meanings(),
     )
     rundir.write_json(run.path / "eval.json", evaluation.as_dict())
     rundir.write_text(run.path / "eval.html", page)
     if run.report.is_file():
         section = environment.get_template("verdict.html.jinja").render(**shown)
-        link = '<p class="soft"><a href="eval.html">Answers side by side</a></p>'
-        marked = f"<!-- evaluation --><h2>Evaluation</h2>\n{section}{link}<!-- /evaluation -->"
+        link = Markup('<p class="soft"><a href="eval.html">{}</a></p>').format(said("Answers side by side"))
+        head = Markup("<h2>{}</h2>").format(said("Evaluation"))
+        marked = f"<!-- evaluation -->{head}\n{section}{link}<!-- /evaluation -->"
         report = run.report.read_text(encoding="utf-8")
         rundir.write_text(run.report, _PLACE.sub(lambda _: marked, report))
     return run.path / "eval.html"
@@ -48,32 +50,54 @@ def write(run: RunDir, evaluation: Evaluation) -> Path:
 def table(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     """Name, what it means, the base's figure and the tuned model's."""
     lines = [
-        ("loss", "nats per supervised token, with the interval of 95 of 100 draws of rows", _loss),
-        ("perplexity", "", lambda side: f"{side.perplexity:.2f}"),
-        ("listening", "by how much an answer is likelier after its own question than after another one", _listening),
-        ("likeness to the row's own answer", "chrF", lambda side: f"{side.likeness:.2f}"),
-        ("same words", "where the row's own answer is short", lambda side: _share(side.exact)),
-        ("ended by itself", "", lambda side: _share(side.stopped)),
-        ("repetition", "runs of four words that stand earlier in the answer", lambda side: _share(side.repetition)),
-        ("copied", "runs of eight words that stand in training rows", lambda side: _share(side.copied)),
-        ("general questions", "of 100 that have nothing to do with the data", lambda side: str(side.general)),
-        ("speed", "tokens per second, answers side by side", lambda side: f"{side.tokens_per_second:.0f}"),
+        (
+            said("loss"),
+            said("nats per supervised token, with the interval of 95 of 100 draws of rows"),
+            _loss,
+        ),
+        (said("perplexity"), "", lambda side: f"{side.perplexity:.2f}"),
+        (
+            said("listening"),
+            said("by how much an answer is likelier after its own question than after another one"),
+            _listening,
+        ),
+        (said("likeness to the row's own answer"), "chrF", lambda side: f"{side.likeness:.2f}"),
+        (said("same words"), said("where the row's own answer is short"), lambda side: _share(side.exact)),
+        (said("ended by itself"), "", lambda side: _share(side.stopped)),
+        (
+            said("repetition"),
+            said("runs of four words that stand earlier in the answer"),
+            lambda side: _share(side.repetition),
+        ),
+        (said("copied"), said("runs of eight words that stand in training rows"), lambda side: _share(side.copied)),
+        (
+            said("general questions"),
+            said("of 100 that have nothing to do with the data"),
+            lambda side: str(side.general),
+        ),
+        (said("speed"), said("tokens per second, answers side by side"), lambda side: f"{side.tokens_per_second:.0f}"),
     ]
     made = [(name, note, show(evaluation.base), show(evaluation.tuned)) for name, note, show in lines]
     if evaluation.judge is not None:
-        neither = f"neither: {evaluation.judge['neither']}"
-        made.append(("preferred by the judge", neither, str(evaluation.judge["base"]), str(evaluation.judge["tuned"])))
+        neither = said("neither: {n}", n=evaluation.judge["neither"])
+        made.append(
+            (said("preferred by the judge"), neither, str(evaluation.judge["base"]), str(evaluation.judge["tuned"]))
+        )
     for task, figures in (evaluation.tasks or {}).items():
         made.append((task, "lm-evaluation-harness", f"{figures['base']:.3f}", f"{figures['tuned']:.3f}"))
     return made
 
 
 def _loss(side: Side) -> str:
-    return f"{side.loss:.3f} ({side.loss_interval[0]:.3f} to {side.loss_interval[1]:.3f})"
+    return _within(side.loss, side.loss_interval)
 
 
 def _listening(side: Side) -> str:
-    return f"{side.listening:.3f} ({side.listening_interval[0]:.3f} to {side.listening_interval[1]:.3f})"
+    return _within(side.listening, side.listening_interval)
+
+
+def _within(value: float, interval: tuple[float, float]) -> str:
+    return said("{value:.3f} ({low:.3f} to {high:.3f})", value=value, low=interval[0], high=interval[1])
 
 
 def _share(value: float | None) -> str:

@@ -17,6 +17,7 @@ from tunesmith import rundir
 from tunesmith.engine import batch, lora
 from tunesmith.engine.step import summed_loss
 from tunesmith.errors import ProofError
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 from tunesmith.types import Rendered
 
@@ -181,13 +182,15 @@ class Losses:
             self._best = min(self._best, mean)
             if mean > 1.5 * self._best + 0.5 and "explodes" not in self._said:
                 self._said.add("explodes")
-                return (
-                    f"The loss rises: {self._best:.2f} at its best, {mean:.2f} now. A lower train.learning_rate or a "
-                    "longer warm-up (train.warmup_ratio) usually helps."
+                return said(
+                    "The loss rises: {best:.2f} at its best, {now:.2f} now. A lower train.learning_rate or a "
+                    "longer warm-up (train.warmup_ratio) usually helps.",
+                    best=self._best,
+                    now=mean,
                 )
             if mean < self._ZERO and "zero" not in self._said:
                 self._said.add("zero")
-                return (
+                return said(
                     "The loss is almost zero: the model knows these rows by heart. More epochs teach it nothing; "
                     "the held-out loss says whether it still generalises."
                 )

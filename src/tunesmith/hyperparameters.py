@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from tunesmith.language import counted, said
 from tunesmith.recipe import Recipe
 from tunesmith.rows import Rows
 
@@ -51,16 +52,17 @@ def chosen(recipe: Recipe, config: PreTrainedConfig, training: Rows) -> Iterator
     size = settings.examples_per_step
     if size == "auto":
         size = 8 if n_rows < 2000 else 16
-        yield Chosen("train.examples_per_step", size, f"for {n_rows:,} rows")
+        yield Chosen("train.examples_per_step", size, said("for {n:,} rows", n=n_rows))
     if settings.epochs == "auto":
         steps = math.ceil(n_rows / size)
         few = int(training.n_supervised.sum()) < FEW_TOKENS * n_rows
         epochs = min(max(LEAST_EPOCHS, round((2 if few else 1) * STEPS / steps)), MOST_EPOCHS)
-        why = f"{steps:,} {'step' if steps == 1 else 'steps'} an epoch{', and short answers' if few else ''}"
+        why = counted("{n:,} step an epoch", "{n:,} steps an epoch", steps)
+        why += said(", and short answers") if few else ""
         yield Chosen("train.epochs", epochs, why)
     if settings.learning_rate == "auto":
         width = int(config.get_text_config().hidden_size)
         rate = float(f"{RATE * (AT_WIDTH / width) ** NARROWER:.1e}")
-        yield Chosen("train.learning_rate", rate, f"for a model of width {width:,}")
+        yield Chosen("train.learning_rate", rate, said("for a model of width {width:,}", width=width))
     if settings.rehearse == "auto":
-        yield Chosen("train.rehearse", REHEARSE, "so that nothing is forgotten")
+        yield Chosen("train.rehearse", REHEARSE, said("so that nothing is forgotten"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from tunesmith.language import said
 from tunesmith.terminal import leave_terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,4 +67,4 @@ class Interrupts:
             raise KeyboardInterrupt
         if not self.asked:  # a closing terminal may tell twice
             self.asked = True
-            self._note("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+            self._note(said("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once."))

@@ -13,6 +13,7 @@ import torch
 
 from tunesmith import system
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 
 Device = Literal["cpu", "cuda"]
 
@@ -64,6 +65,12 @@ class Machine:
     """What interpreter and libraries take of it before they compute."""
     whose: str = system.MACHINE
     """Limit `available_bytes` is."""
+
+    @property
+    def called(self) -> str:
+        """Its name in the reader's language."""
+        cores = self.name.removesuffix(" cores")
+        return said("{n} cores", n=cores) if cores != self.name else self.name
 
 
 def this_machine(memory_bytes: int | None = None) -> Machine:

@@ -1,14 +1,32 @@
-"""What a notebook shows of a value: HTML in which everything is escaped, for rows, paths and replies are anybody's."""
+"""Values as HTML in which everything is escaped, for rows, paths and replies are anybody's: what a notebook shows, and
+the pages of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from tunesmith import language
 from tunesmith.terminal import safe
 
 _CELL = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere"
+
+
+def pages() -> Environment:
+    """The templates of pages; what is `said` in them is in the reader's language, its values are escaped."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.globals.update(said=_said, language=language.language)
+    return environment
+
+
+def _said(message: str, /, **values: Any) -> Markup:
+    return Markup("").join(
+        Markup(part) if number % 2 == 0 else part for number, part in enumerate(language.pieces(message, **values))
+    )
 
 
 def block(title: str, *parts: Markup) -> str:

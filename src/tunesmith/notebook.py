@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith import markup, rundir
+from tunesmith.language import said
 from tunesmith.planning import Plan, clock
 from tunesmith.report import curve
 from tunesmith.rundir import RunDir
@@ -79,15 +80,17 @@ class Display(Watcher):
     @property
     def _in_a_line(self) -> str:
         if not self._steps:
-            return f"plan {self._plan.in_a_line}" if self._plan else "training"
+            return said("plan {plan}", plan=self._plan.in_a_line) if self._plan else said("training")
         done, seconds = len(self._steps), [line.seconds for line in self._steps]
-        text = f"step {done:,} of {self._n_steps:,}, loss {self._steps[-1].loss:.3f}"
+        text = said("step {done:,} of {n:,}, loss {loss:.3f}", done=done, n=self._n_steps, loss=self._steps[-1].loss)
         if self._held_out:
             first, last = self._held_out[0][1], self._held_out[-1][1]
-            text += f", held-out loss {first:.3f}" + f" → {last:.3f}" * (len(self._held_out) > 1)
+            changes = f" → {last:.3f}" * (len(self._held_out) > 1)
+            text += said(", held-out loss {loss}", loss=f"{first:.3f}{changes}")
         recent = seconds[-_RECENT:]
         left = sum(recent) / len(recent) * (self._n_steps - done)
-        return f"{text}, {clock(sum(seconds))}" + f", {clock(left)} left" * (left > 0)
+        text += said(", {time}", time=clock(sum(seconds)))
+        return text + (said(", {time} left", time=clock(left)) if left > 0 else "")
 
     def _show(self) -> None:
         self._is_old = True

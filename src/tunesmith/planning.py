@@ -30,6 +30,7 @@ from tunesmith.engine.products import ROWS_AT_ONCE, SHARED_AT_ONCE
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
 from tunesmith.hyperparameters import Chosen
+from tunesmith.language import said
 from tunesmith.machines import CARDS, Device, Machine, this_machine
 from tunesmith.recipe import Recipe, settled
 from tunesmith.rows import Row
@@ -351,10 +352,11 @@ class Plan:
 
     def _repr_html_(self) -> str:
         memory = markup.table(
-            ((name, f"{count / 2**20:,.0f}") for name, count in asdict(self.parts).items()), ("memory", "MiB")
+            ((said(name), f"{count / 2**20:,.0f}") for name, count in asdict(self.parts).items()),
+            (said("memory"), "MiB"),
         )
         chosen = markup.table(
-            ((choice.setting, choice.value, choice.why) for choice in self.choices), ("chosen", "", "why")
+            ((choice.setting, choice.value, choice.why) for choice in self.choices), (said("chosen"), "", said("why"))
         )
         return markup.block(self.in_a_line, memory, *([chosen] if self.choices else []))
 
@@ -362,9 +364,15 @@ class Plan:
     def in_a_line(self) -> str:
         """Whether it fits, its memory and its time."""
         needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
-        fits = "fits" if self.fits else "does not fit"
-        time = f"{self.steps:,} steps in about {clock(self.seconds)}"
-        return f"{fits}: {needed:.1f} of {there:.1f} GiB on {self.machine.name}; {time}"
+        return said(
+            "{fits}: {needed:.1f} of {there:.1f} GiB on {machine}; {n:,} steps in about {time}",
+            fits=said("fits") if self.fits else said("does not fit"),
+            needed=needed,
+            there=there,
+            machine=self.machine.called,
+            n=self.steps,
+            time=clock(self.seconds),
+        )
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -394,15 +402,26 @@ class Plan:
         """What to say where it does not fit."""
         needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
         largest = max(asdict(self.parts).items(), key=lambda item: item[1])
-        fix = "--set model.quantize=nf4 holds the weights in 4 bits. " if self.machine.device == "cuda" else ""
+        on_card = self.machine.device == "cuda"
+        fix = said("--set model.quantize=nf4 holds the weights in 4 bits. ") if on_card else ""
         more = system.more_memory(self.machine.whose)
-        by = "" if self.machine.whose == system.MACHINE else f", by {self.machine.whose}"
+        whose = self.machine.whose
+        by = "" if whose == system.MACHINE else said(", by {whose}", whose=system.called(whose))
         return OutOfMemory(
-            "the plan",
-            f"{needed:.1f} GiB needed at the least, most of it for {largest[0]} ({largest[1] / 2**30:.1f} GiB)",
-            f"{there:.1f} GiB that are free ({self.machine.name}{by})",
-            f"{fix}Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it with "
-            f"--anyway. Or: {more[0].lower()}{more[1:]}.",
+            said("the plan"),
+            said(
+                "{needed:.1f} GiB needed at the least, most of it for {part} ({gib:.1f} GiB)",
+                needed=needed,
+                part=said(largest[0]),
+                gib=largest[1] / 2**30,
+            ),
+            said("{there:.1f} GiB that are free ({machine}{by})", there=there, machine=self.machine.called, by=by),
+            fix
+            + said(
+                "Take a smaller model, shorter rows (data.max_length) or a lower lora.r, or try it with --anyway. "
+                "Or: {more}.",
+                more=f"{more[0].lower()}{more[1:]}",
+            ),
         )
 
 
@@ -507,17 +526,17 @@ def _explained(recipe: Recipe, choice: Choice, shape: Shape, machine: Machine) -
     memory = f"{machine.available_bytes / 2**30:.1f} GiB"
     if recipe.engine.tokens_per_micro_batch == "auto":
         usual = choice.tokens_per_micro_batch == TOKENS[machine.device]
-        why = "larger ones are not faster" if usual else f"larger ones do not fit {memory}"
+        why = said("larger ones are not faster") if usual else said("larger ones do not fit {memory}", memory=memory)
         yield Chosen("engine.tokens_per_micro_batch", choice.tokens_per_micro_batch, why)
     if recipe.engine.recompute_layers == "auto":
         n = choice.recompute_layers
-        why = f"without it {memory} are not enough" if n else "everything fits"
+        why = said("without it {memory} are not enough", memory=memory) if n else said("everything fits")
         yield Chosen("engine.recompute_layers", n, why)
     if recipe.model.dtype == "auto":
         name = "float32" if choice.weight_bytes == 4 else "bfloat16"
-        why = "what the card computes in" if machine.device == "cuda" else "weights of 32 bits fit"
+        why = said("what the card computes in") if machine.device == "cuda" else said("weights of 32 bits fit")
         if machine.device == "cpu" and choice.weight_bytes == 2:
-            why = f"weights of 32 bits do not fit {memory}; sums are still in 32"
+            why = said("weights of 32 bits do not fit {memory}; sums are still in 32", memory=memory)
         yield Chosen("model.dtype", name, why)
 
 
@@ -589,7 +608,7 @@ def fitting(checked: Checked, sizes: Sequence[int]) -> list[tuple[int, Plan]]:
             four_bits = plan(replace(checked, recipe=smaller), machine)
             made = replace(
                 four_bits,
-                choices=(*four_bits.choices, Chosen("model.quantize", "nf4", "weights of 16 bits do not fit")),
+                choices=(*four_bits.choices, Chosen("model.quantize", "nf4", said("weights of 16 bits do not fit"))),
             )
         found.append((gib, made))
     return found

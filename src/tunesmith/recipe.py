@@ -21,6 +21,7 @@ from yaml.composer import ComposerError
 
 from tunesmith import reading
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 from tunesmith.records import FIELDS
 from tunesmith.spelling import nearest
 
@@ -374,7 +375,8 @@ def parse_flag(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
-        raise RecipeError(f"--set {text}", "no '='", "key=value", "Write for instance --set lora.r=16.")
+        fix = said("Write for instance --set lora.r=16.")
+        raise RecipeError(f"--set {text}", said("no '='"), said("key=value"), fix)
     try:
         read = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: the 45th of a month, a number of 5000 digits
@@ -499,13 +501,19 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     """The file's content, and the line of every section and setting in it; raises RecipeError."""
     if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
-        raise RecipeError(str(path), "a data file", "a recipe (YAML)", f"Pass it as --data {shlex.quote(str(path))}")
+        fix = said("Pass it as --data {file}", file=shlex.quote(str(path)))
+        raise RecipeError(str(path), said("a data file"), said("a recipe (YAML)"), fix)
     try:
         text = reading.content(Path(path), _MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        fix = "Check the name, or leave it out and use --set."
-        raise RecipeError(str(path), f"no readable recipe ({reason})", "a YAML file in UTF-8", fix) from None
+        reason = said("not UTF-8")
+        if not isinstance(error, UnicodeDecodeError):
+            reason = getattr(error, "strerror", None) or error
+        found, fix = (
+            said("no readable recipe ({why})", why=reason),
+            said("Check the name, or leave it out and use --set."),
+        )
+        raise RecipeError(str(path), found, said("a YAML file in UTF-8"), fix) from None
     return _load(text, path)
 
 
@@ -586,7 +594,7 @@ def _load(text: str, path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]
         line, problem = 1, "very deep nesting"
     except ValueError as error:  # the 45th of a month, a number of 5000 digits
         line, problem = 1, f"a value that can not be read ({error})"
-    raise RecipeError(f"{path}:{line}", problem, "YAML", "Mend the line; two spaces indent a section.")
+    raise RecipeError(f"{path}:{line}", problem, "YAML", said("Mend the line; two spaces indent a section."))
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------
@@ -628,13 +636,12 @@ def _unknown(item: _Given) -> _Problem:
         near = nearest(item.name, same, cutoff=0) or nearest(item.name, known)
     if isinstance(item.value, dict) and "." not in item.name:
         near = nearest(item.name, Recipe.model_fields)
-        fix = f"Did you mean {near}?" if near else "Move its settings."
-        return _Problem(
-            item.where, "", f"the unknown section '{item.name}'", f"one of {', '.join(Recipe.model_fields)}", fix
-        )
-    fix = f"Did you mean {near}?" if near else "Settings: " + ", ".join(known) + "."
-    expected = "a setting that `tunesmith train --help` lists"
-    return _Problem(item.where, "", f"the unknown setting '{item.name}'", expected, fix)
+        fix = said("Did you mean {name}?", name=near) if near else said("Move its settings.")
+        found = said("the unknown section '{name}'", name=item.name)
+        return _Problem(item.where, "", found, said("one of {names}", names=", ".join(Recipe.model_fields)), fix)
+    fix = said("Did you mean {name}?", name=near) if near else said("Settings: {names}.", names=", ".join(known))
+    expected = said("a setting that `tunesmith train --help` lists")
+    return _Problem(item.where, "", said("the unknown setting '{name}'", name=item.name), expected, fix)
 
 
 def _impossible(error: ValidationError, places: Mapping[str, str]) -> list[_Problem]:

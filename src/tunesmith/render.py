@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from tunesmith.errors import TemplateError
+from tunesmith.language import said
 from tunesmith.template import Asked, Refused, Template
 from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 
@@ -33,11 +34,9 @@ _PRIVATE = 0xF0000  # supplementary private use area A: sentinels for special to
 _BREAKS = range(0xE000, 0xE063)  # private use area: breaks a spelling while the template runs
 
 
-_NOT_PLAIN = (
-    "a spelling that becomes a special token",
-    "plain text",
-    "Change the spelling, or leave the row out.",
-)
+def _not_plain() -> tuple[str, str, str]:
+    found = said("a spelling that becomes a special token")
+    return found, said("plain text"), said("Change the spelling, or leave the row out.")
 
 
 class _CanNotRender(Exception):
@@ -126,7 +125,7 @@ class Renderer:
             plain = None if self._plain is None or mark is None else self._plain
             kept = plain.encode(plain.broken(text, mark), mark) if plain is not None and mark is not None else None
             if kept is None or self._known(self._special_in(kept)):
-                raise TemplateError("prompt", *_NOT_PLAIN)
+                raise TemplateError("prompt", *_not_plain())
             ids = kept
         tokenizer = self.template.tokenizer
         begin = tokenizer("")["input_ids"]
@@ -176,20 +175,24 @@ class Renderer:
         if turn[:start] != prompt:
             raise _CanNotRender(
                 name,
-                "a beginning that melts into the prompt's last token",
-                "the same tokens as in chat",
-                "Delete white space at the beginning of the answer.",
+                said("a beginning that melts into the prompt's last token"),
+                said("the same tokens as in chat"),
+                said("Delete white space at the beginning of the answer."),
             )
         stop = next((i for i in range(start, len(turn)) if turn[i] in self._stops), None)
         if stop is None:
             raise _CanNotRender(
                 name,
-                "no stop token after it",
-                "one of the model's stop ids",
-                "The template drops the end of this reply; shorten the conversation or pass --set template.path=FILE.",
+                said("no stop token after it"),
+                said("one of the model's stop ids"),
+                said(
+                    "The template drops the end of this reply; shorten the conversation or pass "
+                    "--set template.path=FILE."
+                ),
             )
         if stop == start:
-            raise _CanNotRender(name, "nothing that the template keeps of it", "text", "Fill it in or delete the row.")
+            found, fix = said("nothing that the template keeps of it"), said("Fill it in or delete the row.")
+            raise _CanNotRender(name, found, said("text"), fix)
         return start, stop + 1
 
     # --- text ------------------------------------------------------------------------------------------------------
@@ -204,8 +207,9 @@ class Renderer:
         written: list[_Text | _CanNotRender] = []
         for (messages, generation_prompt), text in zip(asked, self.template.write_all(asked), strict=True):
             if isinstance(text, Refused):
-                found, fix = f"a template that refuses it ({text})", "Change the row, or pass --set template.path=FILE."
-                written.append(_CanNotRender("conversation", found, "a conversation it accepts", fix))
+                found = said("a template that refuses it ({why})", why=text)
+                fix = said("Change the row, or pass --set template.path=FILE.")
+                written.append(_CanNotRender("conversation", found, said("a conversation it accepts"), fix))
             else:
                 shape = _Shape(tuple(message.role for message in messages), generation_prompt)
                 written.append(_Text(text, messages, shape))
@@ -256,7 +260,7 @@ class Renderer:
         plain = self._plain
         mark = next((chr(c) for c in _BREAKS if not any(chr(c) in m.content for m in text.messages)), None)
         if plain is None or mark is None:
-            raise _CanNotRender("text", *_NOT_PLAIN)
+            raise _CanNotRender("text", *_not_plain())
         broken = [
             Message(message.role, plain.broken(message.content, mark, of_reply=message.role == "assistant"))
             for message in text.messages
@@ -265,14 +269,14 @@ class Renderer:
             replies = [m if m.role == "assistant" else Message(m.role, "x") for m in broken]
             with_replies = self._marks_written(replies, text.shape)
             if self._known(self._special_in(with_replies)) != self._known(self._special_in(expected)):
-                raise _CanNotRender("text", *_NOT_PLAIN)
+                raise _CanNotRender("text", *_not_plain())
             expected = with_replies
             if self._marks_in(ids) == expected:
                 return ids
         written = self._write(broken, generation_prompt=text.shape.generation_prompt).text
         kept = plain.encode(written, mark)
         if kept is None or self._known(self._marks_in(kept)) != self._known(expected):
-            raise _CanNotRender("text", *_NOT_PLAIN)
+            raise _CanNotRender("text", *_not_plain())
         return kept
 
     @cached_property

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from tunesmith import places, rundir
+from tunesmith import markup, places, rundir
 from tunesmith.checking import Checked
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 from tunesmith.shown import Token, tokens
 
@@ -28,93 +28,132 @@ def write_report(run: RunDir, result: Run, checked: Checked) -> None:
     manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
     lie = [str(run.path.absolute()), *places.paths_in(manifest)]
     lines, held_out = rundir.read_lines(run.metrics), rundir.read_lines(run.held_out)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     template = checked.renderer.template
-    page = environment.get_template("report.html.jinja").render(
-        title=f"{Path(checked.data.path).name} → {places.named(checked.recipe.model.name)}",
-        created=manifest["created"].replace("T", " ")[:16] + " UTC",
-        summary=_summary(result, checked),
-        figures=_figures(result, manifest["plan"]),
-        notes=[(line["step"], places.without(text, lie)) for line in lines for text in line.get("notes", ())],
-        loss_curve=curve(
-            [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
-        ),
-        rate_curve=curve([(line["step"], line["learning_rate"]) for line in lines], [], height=120),
-        has_held_out=bool(held_out),
-        samples=result.samples,
-        shown=[
-            {
-                "where": places.named(str(row.conversation.origin)),
-                "tokens": [_visible(token) for token in tokens(checked.renderer, row.documents[-1])],
-            }
-            for row in checked.rows[:3]
-        ],
-        account=[
-            (
-                "rows",
-                f"{checked.n_read} read = {result.rows_trained} trained + {result.rows_held_out} held out"
-                f" + {result.rows_set_aside} set aside",
+    page = (
+        markup.pages()
+        .get_template("report.html.jinja")
+        .render(
+            title=f"{Path(checked.data.path).name} → {places.named(checked.recipe.model.name)}",
+            created=manifest["created"].replace("T", " ")[:16] + " UTC",
+            summary=_summary(result, checked),
+            figures=_figures(result, manifest["plan"]),
+            notes=[(line["step"], places.without(text, lie)) for line in lines for text in line.get("notes", ())],
+            loss_curve=curve(
+                [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in held_out]
             ),
-            ("data", f"{Path(checked.data.path).name}, SHA-256 {checked.data.digest}"),
-            (
-                "base",
-                places.named(checked.recipe.model.name if checked.found.source == "folder" else checked.found.source)
-                + (f", revision {checked.found.revision}" if checked.found.revision else ""),
-            ),
-            (
-                "adapter",
-                f"{sum(t.parameters for t in checked.targets):,} numbers in "
-                + ", ".join(t.name for t in checked.targets),
-            ),
-            (
-                "template",
-                f"{places.without(template.source, lie)}, SHA-256 {template.digest[:16]}…; stops at "
-                + ", ".join(f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids),
-            ),
-            ("system text", checked.system_text),
-            ("versions", ", ".join(f"{name} {version}" for name, version in manifest["code"].items())),
-            ("machine", f"{manifest['machine']}, {manifest['device']}, {manifest['threads']} threads"),
-        ],
-        recipe=places.without(run.recipe.read_text(encoding="utf-8"), lie),
-        manifest=places.without(json.dumps(manifest, indent=2, ensure_ascii=False), lie),
+            rate_curve=curve([(line["step"], line["learning_rate"]) for line in lines], [], height=120),
+            has_held_out=bool(held_out),
+            samples=result.samples,
+            shown=[
+                {
+                    "where": places.named(str(row.conversation.origin)),
+                    "tokens": [_visible(token) for token in tokens(checked.renderer, row.documents[-1])],
+                }
+                for row in checked.rows[:3]
+            ],
+            account=[
+                (
+                    said("rows"),
+                    said(
+                        "{read} read = {trained} trained + {held_out} held out + {set_aside} set aside",
+                        read=checked.n_read,
+                        trained=result.rows_trained,
+                        held_out=result.rows_held_out,
+                        set_aside=result.rows_set_aside,
+                    ),
+                ),
+                (said("data"), f"{Path(checked.data.path).name}, SHA-256 {checked.data.digest}"),
+                (
+                    said("base"),
+                    places.named(
+                        checked.recipe.model.name if checked.found.source == "folder" else checked.found.source
+                    )
+                    + (
+                        said(", revision {revision}", revision=checked.found.revision) if checked.found.revision else ""
+                    ),
+                ),
+                (
+                    said("adapter"),
+                    said(
+                        "{n:,} numbers in {layers}",
+                        n=sum(t.parameters for t in checked.targets),
+                        layers=", ".join(t.name for t in checked.targets),
+                    ),
+                ),
+                (
+                    said("template"),
+                    said(
+                        "{source}, SHA-256 {digest}…; stops at {tokens}",
+                        source=places.without(template.described, lie),
+                        digest=template.digest[:16],
+                        tokens=", ".join(
+                            f"{template.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in template.stop_ids
+                        ),
+                    ),
+                ),
+                (said("system text"), checked.system_text),
+                (said("versions"), ", ".join(f"{name} {version}" for name, version in manifest["code"].items())),
+                (
+                    said("machine"),
+                    said(
+                        "{machine}, {device}, {threads} threads",
+                        **{n: manifest[n] for n in ("machine", "device", "threads")},
+                    ),
+                ),
+            ],
+            recipe=places.without(run.recipe.read_text(encoding="utf-8"), lie),
+            manifest=places.without(json.dumps(manifest, indent=2, ensure_ascii=False), lie),
+        )
     )
     rundir.write_text(run.report, page)
 
 
 def _summary(result: Run, checked: Checked) -> str:
-    text = f"{result.rows_trained} rows taught {places.named(checked.recipe.model.name)} in {_minutes(result.seconds)}."
+    text = said(
+        "{rows} rows taught {model} in {time}.",
+        rows=result.rows_trained,
+        model=places.named(checked.recipe.model.name),
+        time=_minutes(result.seconds),
+    )
     if result.held_out_loss:
         before, after = result.held_out_loss
-        text += f" On {result.rows_held_out} rows it never saw, the loss went from {before:.2f} to {after:.2f}"
-        text += f" ({math.exp(before):.1f} to {math.exp(after):.1f} perplexity)."
+        text += said(
+            " On {rows} rows it never saw, the loss went from {before:.2f} to {after:.2f} "
+            "({less:.1f} to {more:.1f} perplexity).",
+            rows=result.rows_held_out,
+            before=before,
+            after=after,
+            less=math.exp(before),
+            more=math.exp(after),
+        )
     return text
 
 
 def _figures(result: Run, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     figures = [
-        (f"{result.rows_trained:,}", "rows trained"),
-        (f"{result.steps:,}", "steps"),
-        (f"{result.final_loss:.3f}", "last training loss"),
-        (_minutes(result.seconds), f"training time (plan: {_minutes(plan['seconds'])})"),
-        (f"{result.tokens:,}", "tokens"),
-        (f"{result.supervised_tokens:,}", "of them learned"),
+        (f"{result.rows_trained:,}", said("rows trained")),
+        (f"{result.steps:,}", said("steps")),
+        (f"{result.final_loss:.3f}", said("last training loss")),
+        (_minutes(result.seconds), said("training time (plan: {time})", time=_minutes(plan["seconds"]))),
+        (f"{result.tokens:,}", said("tokens")),
+        (f"{result.supervised_tokens:,}", said("of them learned")),
         (
             f"{result.peak_memory_bytes / 2**30:.2f} GiB",
-            f"peak memory (plan: {plan['peak_memory_bytes'] / 2**30:.2f})",
+            said("peak memory (plan: {gib:.2f})", gib=plan["peak_memory_bytes"] / 2**30),
         ),
     ]
     if result.held_out_loss:
-        figures.insert(2, (f"{result.held_out_loss[0]:.2f} → {result.held_out_loss[1]:.2f}", "held-out loss"))
+        figures.insert(2, (f"{result.held_out_loss[0]:.2f} → {result.held_out_loss[1]:.2f}", said("held-out loss")))
     return figures
 
 
 def _minutes(seconds: float) -> str:
     return (
-        f"{seconds:.0f} s"
+        said("{n:.0f} s", n=seconds)
         if seconds < 100
-        else f"{seconds / 60:.1f} min"
+        else said("{n:.1f} min", n=seconds / 60)
         if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
+        else said("{n:.1f} h", n=seconds / 3600)
     )
 
 
@@ -126,7 +165,7 @@ def curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, flo
     """An inline SVG of one or two curves with their axes; its colours hold where no page's style has others."""
     everything = [*points, *held_out]
     if not everything:
-        return Markup("<p class='soft'>Nothing measured.</p>")
+        return Markup("<p class='soft'>{}</p>").format(said("Nothing measured."))
     last = max(step for step, _ in everything)
     low, high = 0.0, max(value for _, value in everything) or 1.0
     first = min(step for step, _ in everything)
@@ -158,9 +197,9 @@ def curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, flo
             x, y = place(step, value).split(",")
             parts.append(
                 f'<circle class="dot" cx="{x}" cy="{y}" r="4" fill="#d9730d">'
-                f"<title>step {step}: {value:.3f}</title></circle>"
+                f"<title>{escape(said('step {step}: {value:.3f}', step=step, value=value))}</title></circle>"
             )
-    return Markup("".join([*parts, "</svg>"]))  # numbers only
+    return Markup("".join([*parts, "</svg>"]))
 
 
 def _ticks(high: float, count: int) -> list[float]:

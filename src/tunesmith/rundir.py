@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from tunesmith import commands, reading
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.language import said
 from tunesmith.terminal import what_is_no_text
 
 _DISK_ERRORS = (
@@ -129,17 +130,18 @@ def free_name(parent: Path, stem: str) -> Path:
 def check_target(path: Path) -> None:
     """Raises RunError unless a new folder can be made at `path`; writes nothing."""
     if found := what_is_no_text(str(path)):  # the library that writes tokenizers opens no such path
-        raise RunError(str(path), found, "a name in UTF-8", "Choose another --out.")
+        raise RunError(str(path), found, said("a name in UTF-8"), said("Choose another --out."))
     with writing(path):
         if path.exists() and (not path.is_dir() or any(file.name != OUTPUT for file in path.iterdir())):
-            found = "a file" if not path.is_dir() else "a folder that is not empty"
-            raise RunError(str(path), found, "a new or empty folder", "Choose another --out.")
+            found = said("a folder that is not empty") if path.is_dir() else said("a file")
+            raise RunError(str(path), found, said("a new or empty folder"), said("Choose another --out."))
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir():
-            raise RunError(str(path), f"{parent}, which is a file", "a folder to write into", "Choose another --out.")
+            found = said("{path}, which is a file", path=parent)
+            raise RunError(str(path), found, said("a folder to write into"), said("Choose another --out."))
         if not os.access(parent, os.W_OK | os.X_OK):
-            found = f"{parent}, which can not be written to"
-            raise RunError(str(path), found, "a folder of yours", "Choose another --out.")
+            found = said("{path}, which can not be written to", path=parent)
+            raise RunError(str(path), found, said("a folder of yours"), said("Choose another --out."))
 
 
 def create(path: Path, needed_bytes: int = 0) -> RunDir:
@@ -159,9 +161,9 @@ def require_space(path: Path, needed_bytes: int) -> None:
     if free + there < needed_bytes:
         raise RunError(
             str(path),
-            f"{_megabytes(free)} free on the disk",
-            f"{_megabytes(needed_bytes - there)} for adapter and checkpoints",
-            "Free some space, keep fewer of them (train.keep_checkpoints), or choose another --out.",
+            said("{size} free on the disk", size=_megabytes(free)),
+            said("{size} for adapter and checkpoints", size=_megabytes(needed_bytes - there)),
+            said("Free some space, keep fewer of them (train.keep_checkpoints), or choose another --out."),
         )
 
 
@@ -169,8 +171,9 @@ def open_run(path: Path) -> RunDir:
     """The folder of a finished or interrupted run; raises RunError when it is none, or somebody else's."""
     run = RunDir(path)
     if not run.manifest.is_file() or not run.recipe.is_file():
-        fix = f"The runs of a folder are listed by: {commands.tunesmith('runs', path.absolute().parent)}"
-        raise RunError(str(path), "no manifest.json and recipe.yaml", "the folder of a run", fix)
+        listing = commands.tunesmith("runs", path.absolute().parent)
+        fix = said("The runs of a folder are listed by: {command}", command=listing)
+        raise RunError(str(path), said("no manifest.json and recipe.yaml"), said("the folder of a run"), fix)
     if not all(os.access(file, os.R_OK) for file in (run.path, run.manifest, run.recipe)):
         fix = "Ask its owner for an export, or use adapter/ alone: load_and_chat.py in it shows how."
         raise RunError(str(path), "a run that only its owner can read", "a run of yours", fix)
@@ -233,8 +236,9 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_ATTEMPTS - 1:
-                    fix = f"Watch it with: {commands.tunesmith('watch', path)}"
-                    raise RunError(str(path), "another process at work in it", "one at a time", fix) from None
+                    fix = said("Watch it with: {command}", command=commands.tunesmith("watch", path))
+                    found = said("another process at work in it")
+                    raise RunError(str(path), found, said("one at a time"), fix) from None
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

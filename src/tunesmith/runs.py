@@ -26,6 +26,7 @@ import psutil
 
 from tunesmith import commands, hub, rundir
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 from tunesmith.spelling import alike
 
@@ -131,13 +132,16 @@ def require_free(run: RunDir) -> str | None:
     told = _told(run)
     state, heard = _state(run, told)
     if state == "running" and not rundir.is_locked(run.path):  # else who wants to lock it is told so
-        fix = (
-            f"Stop it there. If that machine is gone, wait until it has been silent for {_SILENT_AFTER_SECONDS // 60} "
-            f"minutes, or delete {run.state}."
+        fix = said(
+            "Stop it there. If that machine is gone, wait until it has been silent for {n} minutes, or delete {file}.",
+            n=_SILENT_AFTER_SECONDS // 60,
+            file=run.state,
         )
-        found = f"a process at work in it on {told.get('host')} ({_ago(heard)})"
-        raise RunError(str(run.path), found, "one at a time", fix)
-    return f"{_silence(told, heard)} It is taken for ended." if state == "silent" else None
+        found = said("a process at work in it on {host} ({ago})", host=told.get("host"), ago=_ago(heard))
+        raise RunError(str(run.path), found, said("one at a time"), fix)
+    if state != "silent":
+        return None
+    return said("{silence} It is taken for ended.", silence=_silence(told, heard))
 
 
 def require_finished(run: RunDir) -> None:
@@ -145,18 +149,21 @@ def require_finished(run: RunDir) -> None:
     if run.adapter.is_dir():
         return
     state = state_of(run.path)
-    at = f" at step {state.step:,} of {state.n_steps:,}" if state.n_steps and state.state != "done" else ""
-    command = "watch" if state.state == "running" else "resume"
-    became = {
-        "running": "is training, now",
-        "done": "is done, and has lost it since",
-        "interrupted": "was interrupted",
-        "failed": f"failed ({state.reason})",
-        "gone": "was killed",
-        "silent": f"is silent ({state.reason})",
+    found = {
+        "running": said("no adapter/: the run is training, now"),
+        "done": said("no adapter/: the run is done, and has lost it since"),
+        "interrupted": said("no adapter/: the run was interrupted"),
+        "failed": said("no adapter/: the run failed ({reason})", reason=state.reason),
+        "gone": said("no adapter/: the run was killed"),
+        "silent": said("no adapter/: the run is silent ({reason})", reason=state.reason),
     }[state.state]
-    fix = f"{'Wait for it' if command == 'watch' else 'Go on with it'}: {commands.tunesmith(command, run.path)}"
-    raise RunError(str(run.path), f"no adapter/: the run {became}{at}", "a finished run", fix)
+    if state.n_steps and state.state != "done":
+        found += said(" at step {step:,} of {n:,}", step=state.step, n=state.n_steps)
+    what_for, command = said("Go on with it"), "resume"
+    if state.state == "running":
+        what_for, command = said("Wait for it"), "watch"
+    fix = said("{what_for}: {command}", what_for=what_for, command=commands.tunesmith(command, run.path))
+    raise RunError(str(run.path), found, said("a finished run"), fix)
 
 
 # --- which run is meant -----------------------------------------------------------------------------------------------
@@ -329,12 +336,18 @@ def _now() -> datetime.datetime:
 
 def _ago(seconds: float | None) -> str:
     if seconds is None or seconds < 0:
-        return "heard of just now"
-    return f"heard of {round(seconds)} s ago" if seconds < 120 else f"last heard of {round(seconds / 60)} minutes ago"
+        return said("heard of just now")
+    if seconds < 120:
+        return said("heard of {n} s ago", n=round(seconds))
+    return said("last heard of {n} minutes ago", n=round(seconds / 60))
 
 
 def _silence(told: Mapping[str, Any], seconds: float | None) -> str:
-    return f"It was at work on {told['host']}, which was {_ago(seconds)}; whether it still is can not be seen here."
+    return said(
+        "It was at work on {host}, which was {ago}; whether it still is can not be seen here.",
+        host=told["host"],
+        ago=_ago(seconds),
+    )
 
 
 def all_in(folder: Path) -> list[RunState]:

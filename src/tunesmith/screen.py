@@ -15,13 +15,18 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.language import pieces, said
 from tunesmith.terminal import Stream, in_one_line, safe
 
 _PAGE = 100
 _FOR_A_FILE = 10_000  # no table is folded
-# What stays together when a line is wrapped: what stands in backquotes, a command from its name on, else a word.
-_PROGRAMS = r"(?:\S*/)?(?:tunesmith|pip|python[\d.]*|iconv|torchrun|accelerate|uv|git|ollama|kill|vllm|curl|llama-cli) "
-_WORD = re.compile(rf"(?:`[^`\n]*`\S*|(?:{_PROGRAMS}|--[a-z]).*|\S+)\s*")
+# What stays together when a line is wrapped: what stands in backquotes, a command from its name on, else a word; in
+# Chinese, which has no spaces between words, what stands between marks: a name or a path may hold any other sign.
+_MARKS = "，。；：、！？）"
+_SIGN = rf"[^\s{_MARKS}]"
+_NAMES = r"tunesmith|pip|python[\d.]*|iconv|torchrun|accelerate|uv|git|ollama|kill|vllm|curl|llama-cli"
+_PROGRAMS = rf"(?:{_SIGN}*/)?(?:{_NAMES}) "
+_WORD = re.compile(rf"(?:`[^`\n]*`{_SIGN}*[{_MARKS}]*|(?:{_PROGRAMS}|--[a-z]).*|{_SIGN}*[{_MARKS}]+|\S+)\s*")
 
 
 class Screen(Console):
@@ -61,13 +66,18 @@ class Screen(Console):
 
     def labelled(self, label: str, text: str | Text, width: int = 8) -> None:
         """A line of a list: what it is, and beside it the text, wrapped there."""
-        head = styled((f"  {label:{width}} ", "grey62"))
+        head = styled((f"  {padded(label, width)} ", "grey62"))
         if not self.for_people:
             self.print(Text.assemble(head, self._text(text)))
             return
         for line in _wrapped(self._text(text), max(self.width - head.cell_len, 16)):
             self.print(Text.assemble(head, line), soft_wrap=True)
             head = Text(" " * head.cell_len)
+
+    def explained(self, found: str, expected: str, fix: str) -> None:
+        """What an error or a fault says of its place."""
+        for label, text in ((said("found"), found), (said("expected"), expected), (said("fix"), fix)):
+            self.labelled(label, text)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
         """As rich's, for text that may hold anything."""
@@ -98,6 +108,17 @@ def styled(*parts: str | tuple[str, str] | Text, one_line: bool = False) -> Text
     shown = in_one_line if one_line else safe
     pairs = (part if isinstance(part, Text | tuple) else (part, "") for part in parts)
     return Text.assemble(*(pair if isinstance(pair, Text) else (shown(pair[0]), pair[1]) for pair in pairs))
+
+
+def phrase(message: str, /, *, one_line: bool = False, **values: Any) -> Text:
+    """A message in the reader's language; its values may have styles, as the parts of `styled` do."""
+    whole = pieces(message, **values)
+    return styled(*(part if isinstance(part, Text | tuple) else str(part) for part in whole), one_line=one_line)
+
+
+def padded(text: str, width: int) -> str:
+    """The text with spaces behind it, so that it takes so many cells; a Chinese character takes two."""
+    return text + " " * (width - cell_len(text))
 
 
 def _plainly(status: RenderableType) -> RenderableType:

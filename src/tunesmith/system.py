@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from tunesmith.errors import UnsupportedSystem
+from tunesmith.language import marked, said
 
 try:
     import resource
@@ -26,7 +27,7 @@ except ImportError:  # Windows
     resource = None
 
 _ROOT = Path("/")
-MACHINE = "the machine"
+MACHINE = marked("the machine")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def memories(root: Path = _ROOT) -> Iterator[Memory]:
     if resource is not None:
         own = psutil.Process().memory_info()
         for kind, taken, whose in (
-            ("RLIMIT_AS", own.vms, "the limit of addresses (ulimit -v)"),
-            ("RLIMIT_DATA", getattr(own, "data", own.rss), "the limit of data (ulimit -d)"),
+            ("RLIMIT_AS", own.vms, marked("the limit of addresses (ulimit -v)")),
+            ("RLIMIT_DATA", getattr(own, "data", own.rss), marked("the limit of data (ulimit -d)")),
         ):
             bound, _ = resource.getrlimit(getattr(resource, kind))
             if bound != resource.RLIM_INFINITY:
@@ -84,11 +85,17 @@ def memories(root: Path = _ROOT) -> Iterator[Memory]:
 def more_memory(whose: str) -> str:
     """What there is to do where a limit leaves too little, in half a sentence."""
     if "control group" in whose:
-        return (
+        return said(
             "Ask for more memory where this process was started (SLURM: --mem, Docker: --memory, Kubernetes: "
             "resources.limits.memory, systemd: MemoryMax), or end what else runs there"
         )
-    return f"Raise {whose}" if "ulimit" in whose else "Close other programs"
+    return said("Raise {limit}", limit=called(whose)) if "ulimit" in whose else said("Close other programs")
+
+
+def called(whose: str) -> str:
+    """Whose limit it is, in the reader's language."""
+    group = whose.removeprefix("the control group ")
+    return said("the control group {name}", name=group) if group != whose else said(whose)
 
 
 def own_bytes() -> int:
@@ -112,7 +119,7 @@ def core_limit(root: Path = _ROOT) -> Cores:
 def _core_limits(root: Path) -> Iterator[Cores]:
     yield Cores(os.cpu_count() or 1, MACHINE)
     if hasattr(os, "sched_getaffinity"):
-        yield Cores(len(os.sched_getaffinity(0)), "this process's affinity")
+        yield Cores(len(os.sched_getaffinity(0)), marked("this process's affinity"))
     for group, name in _groups(root, "cpu"):
         numbers = _words(group / "cpu.max")  # v2: "200000 100000" or "max 100000", microseconds
         if not numbers:
@@ -193,7 +200,7 @@ def _levels(path: str, top: str) -> list[tuple[PurePosixPath, str]]:
         below = group.relative_to(upper)
     names = [(level, str(upper / level)) for level in (below, *below.parents)]
     return [
-        (level, "the container's control group" if name == "/" else f"the control group {name}")
+        (level, marked("the container's control group") if name == "/" else f"the control group {name}")
         for level, name in names
     ]
 

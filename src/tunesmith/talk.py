@@ -11,17 +11,20 @@ from types import FrameType
 
 from tunesmith.chat import Chat
 from tunesmith.errors import TunesmithError
+from tunesmith.language import marked, said
 from tunesmith.rundir import writing
 from tunesmith.screen import Screen
 from tunesmith.terminal import nobody_reads, what_is_no_text
 from tunesmith.types import Message
 
-HELP = """\
+HELP = marked(
+    """\
 /reset          forget the conversation
 /base  /tuned   switch the adapter off, on
 /system TEXT    begin anew with this system text (without TEXT: with none)
 /save FILE      add the conversation to FILE as a row of training data
 /quit           end (Ctrl-D does too); Ctrl-C stops an answer; Esc Enter starts a new line"""
+)
 
 
 class Talk:
@@ -44,7 +47,7 @@ class Talk:
     def run(self) -> None:
         """Reads turns until /quit or the end of input."""
         read = _reader(self._label)
-        self._console.print("/help lists the commands.", style="grey62")
+        self._console.print(said("/help lists the commands."), style="grey62")
         while True:
             try:
                 line = read().strip()
@@ -55,41 +58,43 @@ class Talk:
             if line == "/quit" or nobody_reads():
                 return
             if found := what_is_no_text(line):
-                self._console.print(f"Not sent: {found}. Set the terminal to UTF-8.", style="yellow")
+                self._console.print(said("Not sent: {found}. Set the terminal to UTF-8.", found=found), style="yellow")
             elif line.startswith("/"):
                 self._command(line)
             elif line:
                 self._answer(line)
 
     def _label(self) -> str:
-        return "base" if self._base and self._chat.tuned else "you"
+        return said("base") if self._base and self._chat.tuned else said("you")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name == "/reset":
             self._messages.clear()
-            self._console.print("Forgotten.", style="grey62")
+            self._console.print(said("Forgotten."), style="grey62")
         elif name in ("/base", "/tuned"):
             if not self._chat.tuned:
-                self._console.print("This is a base model; there is no adapter to switch.", style="yellow")
+                self._console.print(said("This is a base model; there is no adapter to switch."), style="yellow")
                 return
             self._base = name == "/base"
-            self._console.print(f"The {'base' if self._base else 'tuned'} model answers now.", style="grey62")
+            now = said("The base model answers now.") if self._base else said("The tuned model answers now.")
+            self._console.print(now, style="grey62")
         elif name == "/system":
-            said = "System text set" if rest else "No system text"
-            anew = "; a new conversation begins" if self._messages else ""  # what was answered was not under this text
+            done = said("System text set") if rest else said("No system text")
+            if self._messages:  # what was answered was not under this text
+                done = said("{done}; a new conversation begins", done=done)
             self._system = rest or None
             self._messages.clear()
-            self._console.print(f"{said}{anew}.", style="grey62")
+            self._console.print(said("{sentence}.", sentence=done), style="grey62")
         elif name == "/save":
             self._save(rest)
         else:
-            self._console.print(HELP)
+            self._console.print(said(HELP))
 
     def _save(self, name: str) -> None:
         if not name or not self._messages:
-            self._console.print("Usage: /save FILE, after at least one answer.", style="yellow")
+            self._console.print(said("Usage: /save FILE, after at least one answer."), style="yellow")
             return
         row = {"messages": [message.as_dict() for message in self._with_system()]}
         try:
@@ -98,7 +103,7 @@ class Talk:
         except OSError as error:
             self._console.print(str(error), style="red")
             return
-        self._console.print(f"Added to {name}.", style="grey62")
+        self._console.print(said("Added to {name}.", name=name), style="grey62")
 
     def _with_system(self) -> list[Message]:
         return [*([Message("system", self._system)] if self._system else []), *self._messages]
@@ -106,7 +111,7 @@ class Talk:
     def _answer(self, question: str) -> None:
         self._messages.append(Message("user", question))
         try:
-            with _Stoppable() as stopped, self._console.status("Reading …") as reading:
+            with _Stoppable() as stopped, self._console.status(said("Reading …")) as reading:
 
                 def show(piece: str) -> None:
                     reading.stop()
@@ -130,9 +135,9 @@ class Talk:
         else:
             self._messages.pop()
         if stopped():
-            self._console.print("Stopped.", style="grey62")
+            self._console.print(said("Stopped."), style="grey62")
         elif reply.stopped_by == "length":
-            self._console.print("Cut at the token limit (--max-tokens).", style="grey62")
+            self._console.print(said("Cut at the token limit (--max-tokens)."), style="grey62")
 
 
 class _Stoppable:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.confined import Confined, Ended, WorkFailed, memory_limit, tried
 from tunesmith.errors import TemplateError
+from tunesmith.language import marked, said
 from tunesmith.types import Message
 
 if TYPE_CHECKING:
@@ -121,6 +122,9 @@ def too_much(what: str) -> TemplateError:
     return TemplateError("chat template", f"{what} for one conversation", "a text at once", _OTHER_TEMPLATE)
 
 
+_SOURCES = {"tokenizer": marked("tokenizer"), "alias": marked("alias"), "file": marked("file")}
+
+
 @dataclass(frozen=True)
 class Template:
     """A chat template with its probed properties; made by `probe`."""
@@ -147,6 +151,12 @@ class Template:
         return self.writer.text
 
     @cached_property
+    def described(self) -> str:
+        """Where it comes from, in the reader's language."""
+        kind, blank, name = self.source.partition(" ")
+        return said(_SOURCES[kind]) + blank + name
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the template's text, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()

@@ -32,6 +32,7 @@ from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, ProofError
 from tunesmith.interrupts import Interrupts
+from tunesmith.language import said
 from tunesmith.recipe import Recipe, settled
 from tunesmith.rows import Row
 from tunesmith.rundir import RunDir
@@ -240,7 +241,7 @@ class StepTrainer(Trainer):
         """Gives the model the weights of the step with the lowest held-out loss, where that is asked for."""
         if self.best is not None and self.best != self.state.global_step:
             self._load_from_checkpoint(self._ranks.from_main(str(self._run.checkpoint(self.best))))
-            self.note(f"The adapter is that of step {self.best}, with the lowest held-out loss.")
+            self.note(said("The adapter is that of step {step}, with the lowest held-out loss.", step=self.best))
 
     def go_on_from(self, point: Path | None, earlier: Sequence[StepMetrics]) -> None:
         """Trains to the end, or until somebody asks to stop; from a checkpoint where one is given."""

@@ -33,6 +33,7 @@ from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
+from tunesmith.language import said
 from tunesmith.recipe import Recipe, settled
 from tunesmith.records.found import plain
 from tunesmith.report import write_report
@@ -89,21 +90,32 @@ class Run:
         return f"<Run {self._in_a_line}>"
 
     def _repr_html_(self) -> str:
-        rows = f"{self.rows_trained:,} trained + {self.rows_held_out:,} held out + {self.rows_set_aside:,} set aside"
+        rows = said(
+            "{trained:,} trained + {held_out:,} held out + {set_aside:,} set aside",
+            trained=self.rows_trained,
+            held_out=self.rows_held_out,
+            set_aside=self.rows_set_aside,
+        )
+        tokens = said("{total:,}, of them learned {learned:,}", total=self.tokens, learned=self.supervised_tokens)
         facts = [
-            ("rows", rows),
-            ("tokens", f"{self.tokens:,}, of them learned {self.supervised_tokens:,}"),
-            ("time", planning.clock(self.seconds)),
-            ("checkpoint" if self.interrupted else "adapter", self.checkpoint if self.interrupted else self.adapter),
+            (said("rows"), rows),
+            (said("tokens"), tokens),
+            (said("time"), planning.clock(self.seconds)),
+            (said("checkpoint"), self.checkpoint) if self.interrupted else (said("adapter"), self.adapter),
         ]
-        asked = markup.table(((s.question, s.before, s.after) for s in self.samples), ("question", "before", "after"))
+        head = (said("question"), said("before"), said("after"))
+        asked = markup.table(((s.question, s.before, s.after) for s in self.samples), head)
         return markup.block(self._in_a_line, markup.table(facts), *([asked] if self.samples else []))
 
     @property
     def _in_a_line(self) -> str:
-        state = "stopped after " if self.interrupted else ""
-        held_out = self.held_out_loss and ", held-out loss {:.3f} → {:.3f}".format(*self.held_out_loss)
-        return f"{plain(str(self.path))}: {state}{self.steps:,} steps, last loss {self.final_loss:.3f}{held_out or ''}"
+        values = {"run": plain(str(self.path)), "n": self.steps, "loss": self.final_loss}
+        text = said("{run}: {n:,} steps, last loss {loss:.3f}", **values)
+        if self.interrupted:
+            text = said("{run}: stopped after {n:,} steps, last loss {loss:.3f}", **values)
+        if self.held_out_loss:
+            text += said(", held-out loss {loss}", loss="{:.3f} → {:.3f}".format(*self.held_out_loss))
+        return text
 
     def __fspath__(self) -> str:
         """A run can be named wherever its folder can: `tunesmith.load(run)`."""
@@ -186,7 +198,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
                 watcher.noted(note)
             point, damaged = rundir.newest_whole(origin)
             for folder in damaged:
-                watcher.noted(f"{folder} is damaged (its digests differ) and is left out.")
+                watcher.noted(said("{folder} is damaged (its digests differ) and is left out.", folder=folder))
             if damaged and point is None:
                 raise ProofError(
                     str(damaged[-1]),
@@ -303,7 +315,7 @@ class _Work:
         tell(n_steps=trainer.n_steps)
         watcher.began(trainer.n_steps, run.path)
         if point is not None:
-            trainer.note(f"Went on after step {step}.")
+            trainer.note(said("Went on after step {step}.", step=step))
             watcher.went_on(earlier)
         began = time.monotonic()
         with interrupts.gently():
@@ -349,7 +361,8 @@ class _Work:
         settings = self.settled.train
         per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
         rows = planning.general_prompts(self.checked, per_epoch * settled(settings.epochs))
-        self.watcher.noted(f"The base answers {len(rows)} general prompts, to be trained along with the rows …")
+        note = said("The base answers {n} general prompts, to be trained along with the rows …", n=len(rows))
+        self.watcher.noted(note)
         prompts = [row.conversation.messages[0].content for row in rows]
         talks = [[Message("user", prompt)] for prompt in prompts]
         replies = base.replies(talks, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
@@ -365,10 +378,11 @@ class _Work:
 
     def finished(self, run: RunDir, step: int) -> Run:
         """A run that has nothing left to do."""
-        how = "It can go on for longer: --set train.epochs=N."
+        how = said("This run is done. It can go on for longer: --set train.epochs=N.")
         if step < self.n_steps:
-            how = f"It stopped because of eval.patience={self.recipe.eval.patience}."
-        self.watcher.noted(caller.told(f"This run is done. {how}"))
+            patience = self.recipe.eval.patience
+            how = said("This run is done. It stopped because of eval.patience={patience}.", patience=patience)
+        self.watcher.noted(caller.told(how))
         lines = earlier_lines(run, step)
         return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
 
@@ -464,11 +478,14 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
         )
     code, code_before = now["code"], before["code"]
     if other := [
-        f"{name} {code.get(name, 'missing')}"
+        f"{name} {code.get(name, said('missing'))}"
         for name in sorted({*code, *code_before})
         if code.get(name) != code_before.get(name)
     ]:
-        watcher.noted(f"Not the versions that the run began with: {', '.join(other)}. The last digits may differ.")
+        versions = ", ".join(other)
+        watcher.noted(
+            said("Not the versions that the run began with: {versions}. The last digits may differ.", versions=versions)
+        )
 
 
 def _unchanged_rehearsal(run: RunDir) -> tuple[list[dict[str, Any]], int]:

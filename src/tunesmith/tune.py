@@ -44,6 +44,7 @@ from tunesmith import recipe as recipes
 from tunesmith.checking import Checked, check, hold_out, locate
 from tunesmith.errors import OutOfMemory, ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
+from tunesmith.language import marked, said
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir
 from tunesmith.trainer import StepMetrics, Watcher
@@ -87,7 +88,7 @@ State = Literal["done", "pruned", "running", "waiting"]
 TRIALS = 20
 _QUARTERS = 4
 _PRUNER = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-_TIME = "the time is up"
+_TIME = marked("the time is up")
 # A twentieth of the time where that is less.
 _STOP_SECONDS = 10  # for a checkpoint and the end of a step
 _AGAIN_SECONDS = 2
@@ -345,14 +346,14 @@ class _Work:
         while True:
             trial = self._next()
             if trial is None:
-                return self._now(ended=f"{self._wanted} trials were asked for")
+                return self._now(ended=said("{n} trials were asked for", n=self._wanted))
             if time.monotonic() + self._needed(trial) > self._ends:
                 trial.set_user_attr("worker", "")
-                return self._now(ended="the next one would take longer than the time that is left")
+                return self._now(ended=said("the next one would take longer than the time that is left"))
             if stopped := self._carry_out(trial):
                 trial.set_user_attr("worker", "")
             if stopped or interrupts.times() != before:
-                return self._now(ended="it was interrupted", interrupted=True)
+                return self._now(ended=said("it was interrupted"), interrupted=True)
 
     def _next(self) -> optuna.Trial | None:
         """A trial that is this process's from now on: one that was left, or a new one; None where all are begun."""
@@ -401,7 +402,7 @@ class _Work:
             if run is not None and not run.interrupted:  # trained; it can be judged another time
                 trial.set_user_attr("worker", "")
                 return False
-            pace.why = _TIME
+            pace.why = said(_TIME)
         except (ProofError, OutOfMemory) as error:
             if trial.number == 0:
                 raise
@@ -497,7 +498,7 @@ class _Work:
                 text = recipes.write(planning.applied(self._recipe, best.settings), sources)
                 study = dataclasses.replace(study, recipe=text)
                 rundir.write_text(self._path / study.best_recipe.name, text)
-            write_page(study, _RULES)
+            write_page(study)
             for trial in study.trials:
                 if trial.state == "done":
                     shutil.rmtree(RunDir(trial.run).checkpoints, ignore_errors=True)
@@ -529,7 +530,6 @@ class _Work:
         return self._named / _TRIALS / f"{number:04}"
 
 
-_RULES = __doc__ or ""
 _STUDY = "tune"
 _MANIFEST, _JOURNAL, _TURN, _GENERAL = "manifest.json", "journal.jsonl", "turn", "general.json"
 _WORKERS, _TRIALS = "workers", "trials"
@@ -574,14 +574,14 @@ class _Pace(Watcher):
         with rundir.writing(self._path), self._alarm.held():
             self._trial.report(held_out_loss, quarter)
             if quarter < _QUARTERS and self._hopeless(self._trial):
-                self.why = f"after {quarter} of {_QUARTERS} quarters its loss was above the median"
+                self.why = said("after {n} of {all} quarters its loss was above the median", n=quarter, all=_QUARTERS)
 
     def noted(self, text: str) -> None:
         self.watcher.noted(text)
 
     def enough(self) -> bool:
         if not self.why and time.monotonic() + 2 * self._longest + self._stop_seconds > self._ends:
-            self.why = _TIME
+            self.why = said(_TIME)
         return bool(self.why)
 
 

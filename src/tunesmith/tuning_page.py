@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from tunesmith import places, rundir
+from tunesmith import markup, places, rundir
+from tunesmith.language import marked, said
 
 if TYPE_CHECKING:
     from tunesmith.tune import Study, Trial
@@ -18,43 +17,86 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 220, 52, 12, 12, 28
 
 
-def write_page(study: Study, rules: str) -> None:
-    """Writes tune.html; `rules` say how the best trial is found."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+RULES = (
+    marked(
+        "The first trial is the recipe as it stands. The settings of the others are drawn by what is known by then: at "
+        "random at first, later where losses were low."
+    ),
+    marked(
+        "All trials hold out the same rows. The best has the lowest loss on them among those that forgot nothing, by "
+        "the rule of `tunesmith eval`; one that forgot is never the best."
+    ),
+    marked(
+        "The held-out loss is measured after each quarter of a trial's steps. After the second and the third a trial "
+        "is pruned where its lowest loss so far is above the median that the others had there, from five on that came "
+        "to their end and forgot nothing."
+    ),
+    marked(
+        "A trial is also pruned when the time is up, when it does not fit into memory, and when its numbers are not "
+        "finite."
+    ),
+    marked("A trial that was stopped or killed is gone on with, from its newest checkpoint."),
+)
+"""How a study goes, and how its best trial is found."""
+
+
+def write_page(study: Study) -> None:
+    """Writes tune.html."""
     best = study.best
     names = list(study.trials[0].settings) if study.trials else []
-    page = environment.get_template("tune.html.jinja").render(
-        title=f"{study.name}: {len(study.trials)} trials",
-        summary=_summary(study),
-        names=names,
-        plots=[(name, _points(study, name)) for name in names],
-        rows=[
-            {
-                "trial": trial,
-                "kind": _kind(study, trial),
-                "settings": [f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names],
-                "why": places.without(trial.why, [str(study.path.absolute())]),
-            }
-            for trial in study.trials
-        ],
-        base=study.general,
-        best=best,
-        recipe=places.without(study.recipe, [str(study.path.absolute())]),
-        rules=rules,
+    page = (
+        markup.pages()
+        .get_template("tune.html.jinja")
+        .render(
+            title=said("{study}: {n} trials", study=study.name, n=len(study.trials)),
+            summary=_summary(study),
+            names=names,
+            plots=[(name, _points(study, name)) for name in names],
+            rows=[
+                {
+                    "trial": trial,
+                    "kind": (kind := _kind(study, trial)),
+                    "state": said(_STATES[kind]),
+                    "settings": [f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names],
+                    "why": places.without(trial.why, [str(study.path.absolute())]),
+                }
+                for trial in study.trials
+            ],
+            base=study.general,
+            best=best,
+            recipe=places.without(study.recipe, [str(study.path.absolute())]),
+            rules=[said(rule) for rule in RULES],
+        )
     )
     rundir.write_text(study.path / study.page.name, page)
 
 
 def _summary(study: Study) -> str:
-    done = sum(trial.state in ("done", "pruned") for trial in study.trials)
-    text = f"{done} of {study.wanted} trials have ended."
-    best = study.best
+    n_ended = sum(trial.state in ("done", "pruned") for trial in study.trials)
+    parts = [said("{n} of {wanted} trials have ended.", n=n_ended, wanted=study.wanted)]
+    best, first = study.best, study.trials[0] if study.trials else None
     if best is None:
-        return f"{text} None of them came to its end without forgetting." if done else text
-    text += f" The best is {best.number:04}, with a held-out loss of {best.held_out_loss:.3f}"
-    if best.number and study.trials[0].state == "done" and not study.trials[0].forgot:
-        text += f"; that of the recipe as it stands is {study.trials[0].held_out_loss:.3f}"
-    return f"{text}. It answers {best.general} general questions rightly, and its base {study.general}."
+        return " ".join([*parts, said("None of them came to its end without forgetting.")] if n_ended else parts)
+    values: dict[str, Any] = {"number": f"{best.number:04}", "loss": best.held_out_loss}
+    if first is not None and best.number and first.state == "done" and not first.forgot:
+        text = marked(
+            "The best is {number}, with a held-out loss of {loss:.3f}; that of the recipe as it stands is {first:.3f}."
+        )
+        parts.append(said(text, **values, first=first.held_out_loss))
+    else:
+        parts.append(said("The best is {number}, with a held-out loss of {loss:.3f}.", **values))
+    kept = said("It answers {n} general questions rightly, and its base {base}.", n=best.general, base=study.general)
+    return " ".join([*parts, kept])
+
+
+_STATES = {
+    "best": marked("best"),
+    "forgot": marked("forgot"),
+    "done": marked("done"),
+    "pruned": marked("pruned"),
+    "running": marked("running"),
+    "waiting": marked("waiting"),
+}
 
 
 def _kind(study: Study, trial: Trial) -> str:
@@ -72,7 +114,7 @@ def _points(study: Study, name: str) -> Markup:
         if trial.held_out_loss is not None and name in trial.settings
     ]
     if not found:
-        return Markup("<p class='soft'>Nothing measured.</p>")
+        return Markup("<p class='soft'>{}</p>").format(said("Nothing measured."))
     x_place, x_ticks = _axis([x for x, _, _ in found], _LEFT, _WIDTH - _RIGHT, log=_is_wide([x for x, _, _ in found]))
     y_place, y_ticks = _axis([y for _, y, _ in found], _HEIGHT - _BOTTOM, _TOP, log=False)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
@@ -87,7 +129,7 @@ def _points(study: Study, name: str) -> Markup:
     for x, y, trial in sorted(found, key=lambda point: _kind(study, point[2]) == "best"):
         parts.append(
             f'<circle class="{_kind(study, trial)}" cx="{x_place(x):.1f}" cy="{y_place(y):.1f}" r="5">'
-            f"<title>{trial.number:04}: {x:.3g}, loss {y:.3f}</title></circle>"
+            f"<title>{trial.number:04}: {x:.3g}, {y:.3f}</title></circle>"
         )
     return Markup("".join([*parts, "</svg>"]))  # numbers, and words of ours
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from tunesmith.language import said
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -38,7 +40,14 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.field}: found {self.found}; expected {self.expected}. {self.fix}"
+        return said(
+            "{place}: {field}: found {found}; expected {expected}. {fix}",
+            place=self.origin,
+            field=self.field,
+            found=self.found,
+            expected=self.expected,
+            fix=self.fix,
+        )
 
 
 @dataclass(frozen=True, slots=True)

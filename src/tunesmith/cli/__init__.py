@@ -15,6 +15,7 @@ import typer
 from tunesmith import caller, system
 from tunesmith.cli.console import show_error, show_usage
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.language import said
 
 try:
     system.refuse_windows()
@@ -80,12 +81,12 @@ def main() -> None:
         code = error.exit_code
         show_error(error)
     except (KeyboardInterrupt, typer.Abort):
-        print("\nStopped.", file=sys.stderr)
+        print(f"\n{said('Stopped.')}", file=sys.stderr)
         code = 130
     except Exception:
         terminal.guard_streams()
         traceback.print_exc()
-        print("This is a bug of tunesmith; please report it with the lines above.", file=sys.stderr)
+        print(said("This is a bug of tunesmith; please report it with the lines above."), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if why := terminal.not_written():

@@ -8,13 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import commands, system, terminal
+from tunesmith import commands, language, system, terminal
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
+from tunesmith.language import marked, said
 
 if TYPE_CHECKING:
     from tunesmith.screen import Screen
 
-LIBRARIES = "Loading torch and transformers …"
+LIBRARIES = marked("Loading torch and transformers …")
 """What is said while modules that need them are imported, which takes seconds."""
 
 _ESCAPES = {code: f"\\u{code:04x}" for code in terminal.SIGNS if code > ord("~")}
@@ -25,6 +26,7 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
     from tunesmith.screen import Screen
 
     terminal.guard_streams()
+    language.require_known()
     # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
     # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -70,13 +72,13 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
         transient=True,
     )
     tasks: dict[str, Any] = {}
-    with console.status(f"Looking for {name} …") as looking:
+    with console.status(said("Looking for {name} …", name=name)) as looking:
 
         def moved(file: str, done: int, total: int) -> None:
             if file not in tasks:
                 looking.stop()  # of two that move on a screen, older versions of rich refuse one
                 bar.start()
-                tasks[file] = bar.add_task(terminal.safe(f"fetching {file}"), total=total)
+                tasks[file] = bar.add_task(terminal.safe(said("fetching {file}", file=file)), total=total)
             bar.update(tasks[file], completed=done, total=total)
 
         try:
@@ -84,13 +86,14 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
         finally:
             if tasks:
                 bar.stop()
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import model as models
 
     if os.environ.get("TUNESMITH_VERBOSE") is None:
         models.hush_libraries()
     converting = weights and found.folder.is_dir() and models.needs_preparing(found)
-    with console.status("Converting the weights to safetensors, once …" if converting else "Reading its files …"):
+    doing = said("Converting the weights to safetensors, once …") if converting else said("Reading its files …")
+    with console.status(doing):
         return models.prepared(found, weights=weights)
 
 
@@ -127,9 +130,10 @@ def show_error(error: TunesmithError) -> None:
 
         show_faults(screen, error.faults)
         faults = [fault_json(fault) for fault in error.faults]
-    screen.print(styled(("Error  ", "bold red"), styled((error.where, "bold"), one_line=True)), soft_wrap=True)
-    for name, part in (("found", error.found), ("expected", error.expected), ("fix", error.fix)):
-        screen.labelled(name, part)
+    screen.print(
+        styled((f"{said('Error')}  ", "bold red"), styled((error.where, "bold"), one_line=True)), soft_wrap=True
+    )
+    screen.explained(error.found, error.expected, error.fix)
     if "--json" in sys.argv:
         parts = {"where": error.where, "found": error.found, "expected": error.expected, "fix": error.fix}
         print_json({"ok": False, "error": parts, "faults": faults})
@@ -140,8 +144,8 @@ def show_usage(error: Any) -> None:
     from tunesmith.cli.options import ours
     from tunesmith.screen import Screen, styled
 
-    said = error.format_message()
-    if not said:  # the help was printed in its place
+    found = error.format_message()
+    if not found:  # the help was printed in its place
         return
     screen = Screen(stderr=True)
     if error.ctx is not None:
@@ -149,12 +153,13 @@ def show_usage(error: Any) -> None:
     known = [] if error.ctx is None else [name for each in error.ctx.command.params for name in each.opts]
     option = getattr(error, "option_name", None)
     if option is not None and option not in known and (fix := ours(option, known)):
-        screen.print(styled(("Error  ", "bold red"), (error.message, "bold")))
-        screen.labelled("fix", fix)
+        screen.print(styled((f"{said('Error')}  ", "bold red"), (error.message, "bold")))
+        screen.labelled(said("fix"), fix)
         return
-    screen.print(styled(("Error  ", "bold red"), (said, "bold")))
+    screen.print(styled((f"{said('Error')}  ", "bold red"), (found, "bold")))
     if error.ctx is not None:
-        screen.labelled("fix", f"What there is, is listed by: {commands.tunesmith(*_words(error.ctx), '--help')}")
+        help_ = commands.tunesmith(*_words(error.ctx), "--help")
+        screen.labelled(said("fix"), said("What there is, is listed by: {command}", command=help_))
 
 
 def _words(context: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,14 +12,18 @@ from tunesmith.cli import onward
 from tunesmith.cli.console import LIBRARIES, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
+from tunesmith.language import marked, said
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _STATES = {
-    "running": "cyan",
-    "done": "green",
-    "interrupted": "yellow",
-    "failed": "red",
-    "gone": "red",
-    "silent": "yellow",
+    "running": (marked("running"), "cyan"),
+    "done": (marked("done"), "green"),
+    "interrupted": (marked("interrupted"), "yellow"),
+    "failed": (marked("failed"), "red"),
+    "gone": (marked("gone"), "red"),
+    "silent": (marked("silent"), "yellow"),
 }
 
 
@@ -33,23 +37,21 @@ def runs(
     console = start(verbose, as_json)
     from rich.table import Table
 
-    from tunesmith.screen import styled
-
     found = all_runs.all_in(folder)
     if as_json:
         print_json({"runs": [run.as_dict() for run in found]})
         return
     if not found:
-        console.print(f"No runs in {folder}.")
+        console.print(said("No runs in {folder}.", folder=folder))
         go_on(console, *onward.after_all(found))
         return
     table = Table(box=None, padding=(0, 2))
-    for name in ("run", "state", "step", "loss", "model", "data", "began"):
-        table.add_column(name, no_wrap=name == "run")
+    for name in (said("run"), said("state"), said("step"), said("loss"), said("model"), said("data"), said("began")):
+        table.add_column(name, no_wrap=not table.columns)
     for run in found:
         table.add_row(
             run.path.name,
-            styled((run.state, _STATES[run.state])),
+            _state(run.state),
             f"{run.step}/{run.n_steps}" if run.n_steps else "",
             "" if run.loss is None else f"{run.loss:.3f}",
             Path(run.model).name,
@@ -60,14 +62,21 @@ def runs(
     go_on(console, *onward.after_all(found))
 
 
+def _state(state: all_runs.State) -> Text:
+    from tunesmith.screen import styled
+
+    name, style = _STATES[state]
+    return styled((said(name), style))
+
+
 def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """Follow a run of another process. Ctrl-C ends the watching alone; the exit code is that of the run."""
     console = start(verbose, as_json)
     run = all_runs.named(run)
     state = all_runs.state_of(run)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display, terminal
-        from tunesmith.screen import styled
+        from tunesmith.screen import phrase
         from tunesmith.trainer import StepMetrics
 
     with display.TrainingDisplay(console) as watcher:
@@ -82,8 +91,8 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
             if terminal.nobody_reads():
                 return
     state = all_runs.state_of(run)
-    how = styled((state.state, _STATES[state.state]))
-    console.print(styled(f"{run}: ", how, f" after step {state.step}/{state.n_steps}"))
+    how, at = _state(state.state), f"{state.step}/{state.n_steps}"
+    console.print(phrase("{run}: {state} after step {step}", run=str(run), state=how, step=at))
     if state.reason:
         console.print(state.reason)
     go_on(console, *onward.after_run(run, state.state))

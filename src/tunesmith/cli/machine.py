@@ -10,6 +10,7 @@ from tunesmith.cli import onward
 from tunesmith.cli.console import LIBRARIES, fetched, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, VerboseOption, whole
+from tunesmith.language import said
 
 
 def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
@@ -21,7 +22,13 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     from tunesmith.screen import styled
 
     rows = [
-        {"alias": a.name, "source": a.sources[0], "parameters": a.parameters, "licence": a.licence, "note": a.note}
+        {
+            "alias": a.name,
+            "source": a.sources[0],
+            "parameters": a.parameters,
+            "licence": a.licence,
+            "note": said(a.note),
+        }
         for a in hub.aliases().values()
     ]
     if as_json:
@@ -33,7 +40,7 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
         return f"{count / 1e9:.1f} B" if count > 0.9995e9 else f"{count / 1e6:.0f} M"
 
     table = Table(box=None, padding=(0, 2))
-    for name in ("alias", "size", "source", "licence", "note"):
+    for name in (said("alias"), said("size"), said("source"), said("licence"), said("note")):
         table.add_column(name)
     for row in rows:
         table.add_row(styled((row["alias"], "bold")), size(row), row["source"], row["licence"], row["note"])
@@ -45,8 +52,11 @@ def models(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
             console.labelled("", styled((row["source"], "cyan")), 0)
             console.labelled("", row["note"], 0)
     console.print(
-        "\nAny model that transformers builds itself and whose tokenizer has a chat template works too: "
-        "hf:org/name, ms:org/name or a folder."
+        "\n"
+        + said(
+            "Any model that transformers builds itself and whose tokenizer has a chat template works too: "
+            "hf:org/name, ms:org/name or a folder."
+        )
     )
     go_on(console, *onward.after_models(rows[0]["alias"]))
 
@@ -63,7 +73,8 @@ def fetch(
     console = start(verbose, as_json)
     found = fetched(console, model, revision, weights=True)
     size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
-    console.print(f"{model} is here: {found.folder} ({size / 2**20:,.0f} MiB)", soft_wrap=True)
+    here = said("{model} is here: {folder} ({mib:,.0f} MiB)", model=model, folder=found.folder, mib=size / 2**20)
+    console.print(here, soft_wrap=True)
     go_on(console, *onward.after_fetch(model))
     if as_json:
         print_json(
@@ -80,14 +91,14 @@ def fetch(
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = start(verbose, as_json)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith.doctor import examine
-        from tunesmith.screen import styled
+        from tunesmith.screen import padded, styled
 
         findings = examine()
     for finding in findings:
         sign = ("✓", "green") if finding.ok else ("✗", "red")
-        console.print(styled(sign, (f" {finding.name:14}", "bold"), f" {finding.found}"))
+        console.print(styled(sign, (f" {padded(said(finding.name), 14)}", "bold"), f" {finding.found}"))
         if finding.fix:
             console.print(f"  → {finding.fix}", style="yellow")
     ok = all(finding.ok for finding in findings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith import commands, rundir, runs
+from tunesmith.language import said
 from tunesmith.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -24,82 +25,89 @@ Way = tuple[str, str]
 def go_on(console: Screen, *ways: Way) -> None:
     """The one place where a command says how to go on; where `console` goes, so never between JSON."""
     for number, (what_for, command) in enumerate(ways):
-        console.labelled("" if number else "next", f"{what_for}: {command}")
+        console.labelled(
+            "" if number else said("next"), said("{what_for}: {command}", what_for=what_for, command=command)
+        )
 
 
 def after_check(words: Sequence[str]) -> list[Way]:
     """`words` are the command line's own, but for the command."""
     return [
-        ("See what it takes", commands.tunesmith("plan", *words)),
-        ("Train", commands.tunesmith("train", *words)),
+        (said("See what it takes"), commands.tunesmith("plan", *words)),
+        (said("Train"), commands.tunesmith("train", *words)),
     ]
 
 
 def after_plan(words: Sequence[str], *, fits: bool) -> list[Way]:
     if fits:
-        return [("Train", commands.tunesmith("train", *words))]
-    return [("See on which cards it fits", commands.tunesmith("plan", *words, "--table"))]
+        return [(said("Train"), commands.tunesmith("train", *words))]
+    return [(said("See on which cards it fits"), commands.tunesmith("plan", *words, "--table"))]
 
 
 def after_run(run: Path, state: runs.State) -> list[Way]:
     """By what has become of it."""
     if state == "running":
-        return [("Follow it", commands.tunesmith("watch", run))]
+        return [(said("Follow it"), commands.tunesmith("watch", run))]
     if state != "done":
-        return [("Go on with it", commands.tunesmith("resume", run))]
+        return [(said("Go on with it"), commands.tunesmith("resume", run))]
     return [
-        ("Talk with it", commands.tunesmith("chat", run)),
-        ("Compare it with its base", commands.tunesmith("eval", run)) if _can_be_measured(run) else _export(run),
+        (said("Talk with it"), commands.tunesmith("chat", run)),
+        (said("Compare it with its base"), commands.tunesmith("eval", run)) if _can_be_measured(run) else _export(run),
     ]
 
 
 def after_detaching(run: Path, pid: int) -> list[Way]:
-    return [*after_run(run, "running"), ("Stop it, with a point to go on from", commands.line("kill", str(pid)))]
+    return [*after_run(run, "running"), (said("Stop it, with a point to go on from"), commands.line("kill", str(pid)))]
 
 
 def after_all(found: Sequence[runs.RunState]) -> list[Way]:
     """By the newest of some runs."""
     if not found:
-        return [("Train a small one", commands.tunesmith("demo"))]
+        return [(said("Train a small one"), commands.tunesmith("demo"))]
     return after_run(found[-1].path, found[-1].state)
 
 
 def after_demo(run: Path) -> list[Way]:
-    return [after_run(run, "done")[0], ("Train on your own rows", commands.tunesmith("train", "--help"))]
+    return [after_run(run, "done")[0], (said("Train on your own rows"), commands.tunesmith("train", "--help"))]
 
 
 def after_chat(name: str) -> list[Way]:
     """With a run or a model."""
     run = runs.find(name)
-    serve = ("Serve it", commands.tunesmith("serve", name))
-    return [serve, ("Tune it on your rows", commands.tunesmith("train", "--help")) if run is None else _export(run)]
+    serve = (said("Serve it"), commands.tunesmith("serve", name))
+    return [
+        serve,
+        (said("Tune it on your rows"), commands.tunesmith("train", "--help")) if run is None else _export(run),
+    ]
 
 
 def after_eval(run: Path, verdict: str) -> list[Way]:
     if verdict == "better":
-        return [("Serve it", commands.tunesmith("serve", run)), _export(run)]
-    return [("Ask it yourself", commands.tunesmith("chat", run))]
+        return [(said("Serve it"), commands.tunesmith("serve", run)), _export(run)]
+    return [(said("Ask it yourself"), commands.tunesmith("chat", run))]
 
 
 def after_export(run: Path, export: Export) -> list[Way]:
     if export.to == "merged":
         return [
-            ("Talk with it", commands.tunesmith("chat", export.path)),
-            ("Serve it", commands.tunesmith("serve", export.path)),
+            (said("Talk with it"), commands.tunesmith("chat", export.path)),
+            (said("Serve it"), commands.tunesmith("serve", export.path)),
         ]
     if export.to == "gguf":
         (file,) = export.path.glob("*.gguf")
-        return [("Talk with it in llama.cpp", commands.line("llama-cli", "-m", file))]
+        return [(said("Talk with it in llama.cpp"), commands.line("llama-cli", "-m", file))]
     if export.to == "ollama":
         name = re.sub(r"[^a-z0-9._-]+", "-", run.resolve().name.lower()).strip("-._") or "tuned"
         return [
-            ("Bring it to Ollama", commands.line("ollama", "create", name, "-f", export.path / "Modelfile")),
-            ("and then talk with it", commands.line("ollama", "run", name)),
+            (said("Bring it to Ollama"), commands.line("ollama", "create", name, "-f", export.path / "Modelfile")),
+            (said("and then talk with it"), commands.line("ollama", "run", name)),
         ]
     base = rundir.read_manifest(RunDir(run))["base"]
     where = [] if str(base["source"]).startswith("hf:") else ["--base", base["folder"]]
     script = export.path / "load_and_chat.py"
-    return [("Ask it without tunesmith", commands.line(commands.near(sys.executable), script, *where, "Who are you?"))]
+    return [
+        (said("Ask it without tunesmith"), commands.line(commands.near(sys.executable), script, *where, "Who are you?"))
+    ]
 
 
 def after_serving(url: str, models: Sequence[str], *, key: bool) -> list[Way]:
@@ -107,36 +115,36 @@ def after_serving(url: str, models: Sequence[str], *, key: bool) -> list[Way]:
     asked = {"model": models[-1], "messages": [{"role": "user", "content": "Who are you?"}]}
     body = ("-H", "Content-Type: application/json", "-d", json.dumps(asked, ensure_ascii=False))
     header = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if key else ""
-    return [("Ask it from another terminal", commands.line("curl", f"{url}/v1/chat/completions", *body) + header)]
+    return [(said("Ask it from another terminal"), commands.line("curl", f"{url}/v1/chat/completions", *body) + header)]
 
 
 def after_study(best: tuple[Path, Path] | None, to_go_on: Sequence[str] | None) -> list[Way]:
     """`best`: run and recipe of the best trial. `to_go_on`: the command line's own words, where trials are waiting."""
-    ways = [] if to_go_on is None else [("Go on with the study", commands.tunesmith("tune", *to_go_on))]
+    ways = [] if to_go_on is None else [(said("Go on with the study"), commands.tunesmith("tune", *to_go_on))]
     if best is None:
         return ways
     run, recipe = best
-    talk, train = ("Talk with the best", commands.tunesmith("chat", run)), commands.tunesmith("train", recipe)
-    return [*ways, talk, ("Train with the best settings anew", train)][:2]
+    talk, train = (said("Talk with the best"), commands.tunesmith("chat", run)), commands.tunesmith("train", recipe)
+    return [*ways, talk, (said("Train with the best settings anew"), train)][:2]
 
 
 def after_models(first: str) -> list[Way]:
-    return [("Bring one here", commands.tunesmith("fetch", first))]
+    return [(said("Bring one here"), commands.tunesmith("fetch", first))]
 
 
 def after_fetch(model: str) -> list[Way]:
-    return [("Talk with it", commands.tunesmith("chat", model))]
+    return [(said("Talk with it"), commands.tunesmith("chat", model))]
 
 
 def after_doctor() -> list[Way]:
     return [
-        ("See it all once", commands.tunesmith("demo")),
-        ("See the models", commands.tunesmith("models")),
+        (said("See it all once"), commands.tunesmith("demo")),
+        (said("See the models"), commands.tunesmith("models")),
     ]
 
 
 def _export(run: Path) -> Way:
-    return "Take it to llama.cpp", commands.tunesmith("export", run, "--to", "gguf")
+    return said("Take it to llama.cpp"), commands.tunesmith("export", run, "--to", "gguf")
 
 
 def _can_be_measured(run: Path) -> bool:

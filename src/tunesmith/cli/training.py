@@ -34,6 +34,7 @@ from tunesmith.cli.options import (
     whole_settings,
 )
 from tunesmith.errors import RecipeError
+from tunesmith.language import counted, said
 
 if TYPE_CHECKING:
     from tunesmith.checking import Checked
@@ -50,21 +51,21 @@ _CARD_SIZES = (8, 12, 16, 24, 48, 80)
 def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The whole story on a small real model: check, train, before and after, report."""
     console = start(verbose, as_json)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from rich.rule import Rule
 
         from tunesmith import demo as demos
         from tunesmith import display
-        from tunesmith.screen import styled
+        from tunesmith.screen import padded, phrase, styled
 
     console.print(Rule(styled(("tunesmith demo", "bold")), align="left"))
     console.print(
-        styled(
-            "A small model (SmolLM2, 135 million numbers) learns to be ",
-            ("Hester Quill", "bold"),
-            ", who keeps a lighthouse.\n",
+        phrase(
+            "A small model (SmolLM2, 135 million numbers) learns to be {name}, who keeps a lighthouse.",
+            name=("Hester Quill", "bold"),
         )
     )
+    console.print()
     settings, _ = demos.recipe()
     fetched(console, settings.model.name, None, weights=True)
     display.show_check(console, looked_at(console, settings), 2)
@@ -75,7 +76,7 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
         pairs = list(zip(result.questions, result.before, result.after, strict=True))
         shown = [pairs[i] for i in demos.SHOWN]
         console.print(display.side_by_side([(q.question, b.reply.shown, a.reply.shown) for q, b, a in shown]))
-        for name, judged in (("before", result.before), ("after", result.after)):
+        for name, judged in ((said("before"), result.before), (said("after"), result.after)):
             character, right, stopped = (
                 sum(flags)
                 for flags in zip(
@@ -84,9 +85,14 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
             )
             console.print(
                 styled(
-                    f"{name:7}",
-                    (str(character), "bold"),
-                    f" of {len(judged)} in character, {right} with the right fact, {stopped} stopped by themselves",
+                    padded(name, 7),
+                    phrase(
+                        "{character} of {n} in character, {right} with the right fact, {stopped} stopped by themselves",
+                        character=(str(character), "bold"),
+                        n=len(judged),
+                        right=right,
+                        stopped=stopped,
+                    ),
                 )
             )
         console.print()
@@ -130,9 +136,9 @@ def check(
     # What is wrong here is said before torch is loaded.
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     checked = looked_at(console, asked.recipe)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display
-        from tunesmith.screen import styled
+        from tunesmith.screen import phrase, styled
 
     display.show_check(console, checked, show)
     if as_json:
@@ -142,8 +148,12 @@ def check(
     if not checked.faults:
         console.print(
             styled(
-                ("\nAll is well.", "green"),
-                " Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop token.",
+                "\n",
+                phrase(
+                    "{well} Every row's prompt is the prompt of chat, token for token, and its reply ends in a stop "
+                    "token.",
+                    well=(said("All is well."), "green"),
+                ),
             )
         )
     go_on(console, *onward.after_check(asked.words))
@@ -173,14 +183,14 @@ def plan(
     """Memory and time of a training before the start, by what takes them. Needs no weights."""
     console = start(verbose, as_json)
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display, machines, planning
 
     size = None if memory is None else machines.parse_bytes(memory)
     machine = None if card is None else machines.card(card, size)
     checked = looked_at(console, asked.recipe)
     checked.require_ok()
-    with console.status("Laying out its steps …"):
+    with console.status(said("Laying out its steps …")):
         plans = planning.fitting(checked, _CARD_SIZES) if table else []
         made = None if table else planning.plan(checked, machine or machines.this_machine(size))
     if made is None:
@@ -218,7 +228,7 @@ def train(
     if out is not None:
         rundir.check_target(out)
     checked = looked_at(console, settings)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display
         from tunesmith.training import run_name, train
 
@@ -258,26 +268,26 @@ def resume(
     if detach:
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
         return
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display
         from tunesmith.training import resume
 
-    said = "Comparing checkpoint, rows and base with what the run began with …"
-    with display.TrainingDisplay(console, said) as watcher, _point_to_go_on_from(console, watcher):
+    at_first = said("Comparing checkpoint, rows and base with what the run began with …")
+    with display.TrainingDisplay(console, at_first) as watcher, _point_to_go_on_from(console, watcher):
         result = resume(run, epochs=epochs, watcher=watcher)
     _show_trained(console, result, as_json)
 
 
 def looked_at(console: Screen, settings: recipes.Recipe) -> Checked:
     """The check of a recipe and what it needs, with a count of the rows while a large file is rendered."""
-    with console.status(f"Opening {settings.data.path} …"):
+    with console.status(said("Opening {path} …", path=settings.data.path)):
         rows = records.open_file(settings.data.path, settings.data.columns, settings.template.system)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
-    with console.status("Reading and rendering every row …") as status:
+    with console.status(said("Reading and rendering every row …")) as status:
         from tunesmith.checking import check
 
         def rendered(count: int) -> None:
-            status.update(f"{count:,} rows rendered …")
+            status.update(counted("{n:,} row rendered …", "{n:,} rows rendered …", count))
 
         return check(settings, found, rows, rendered)
 
@@ -302,14 +312,14 @@ def _go_on_detached(console: Screen, command: str, arguments: list[str], out: Pa
 
     place = ["--out", str(out)] if command == "train" else [str(out)]
     try:
-        with console.status("It begins in the background: rows, plan, weights …"):
+        with console.status(said("It begins in the background: rows, plan, weights …")):
             process = start_detached([command, *arguments, *place], out)
     except Ended as ended:
         print(ended.said, file=sys.stderr)
         raise typer.Exit(ended.code) from None
-    console.print(
-        f"Trains in the background as process {process.pid}. What it says is in {out / rundir.OUTPUT}", soft_wrap=True
-    )
+    place = out / rundir.OUTPUT
+    begun = said("Trains in the background as process {pid}. What it says is in {file}", pid=process.pid, file=place)
+    console.print(begun, soft_wrap=True)
     go_on(console, *onward.after_detaching(out, process.pid))
     if as_json:
         print_json({"run": str(out), "pid": process.pid, "output": str(out / rundir.OUTPUT)})

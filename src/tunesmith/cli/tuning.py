@@ -29,6 +29,7 @@ from tunesmith.cli.options import (
     given,
 )
 from tunesmith.cli.training import looked_at
+from tunesmith.language import said
 
 if TYPE_CHECKING:
     from tunesmith.trainer import Watcher
@@ -73,7 +74,7 @@ def tune(
     settings = asked.recipe
     require_extra("tune", "optuna")
     checked = looked_at(console, settings)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display
         from tunesmith.tune import tune
 
@@ -83,7 +84,8 @@ def tune(
 
     @contextmanager
     def shown(number: int, drawn: Mapping[str, float]) -> Iterator[Watcher]:
-        console.print(f"\nTrial {number:04}  {display.drawn(drawn)}", style="bold")
+        title = said("Trial {number}", number=f"{number:04}")
+        console.print(f"\n{title}  {display.drawn(drawn)}", style="bold")
         with display.TrainingDisplay(console) as watcher:
             yield watcher
 

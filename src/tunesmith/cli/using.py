@@ -15,6 +15,7 @@ from tunesmith.cli.console import LIBRARIES, fetched, print_json, require_extra,
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 
 if TYPE_CHECKING:
     from tunesmith.chat import Chat
@@ -42,21 +43,21 @@ def chat(
     if as_json and prompt is None:
         raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
     is_model = all_runs.named_or_model(run_or_model) is None
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith.chat import load
         from tunesmith.talk import Talk
         from tunesmith.types import Message
 
     if is_model and not Path(run_or_model).exists():
         fetched(console, run_or_model, None, weights=True)
-    with console.status("Loading the model …"):
+    with console.status(said("Loading the model …")):
         loaded: Chat = load(run_or_model)
     if prompt is None:
         Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
         go_on(console, *onward.after_chat(run_or_model))
         return
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
-    with console.status("Reading the question …") as reading:
+    with console.status(said("Reading the question …")) as reading:
 
         def show(piece: str) -> None:
             reading.stop()
@@ -125,7 +126,7 @@ def evaluate(
     run = all_runs.named(run)
     opened = rundir.open_run(run)
     require_extra("eval", "sacrebleu")
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display, evaluation_page, harness, judging
         from tunesmith.evaluate import evaluate
 
@@ -133,7 +134,7 @@ def evaluate(
     if names:
         harness.require()
     asked = None if judge is None else judging.judge_at(judge, judge_model, judge_key)
-    with console.status("Opening the run …") as status:
+    with console.status(said("Opening the run …")) as status:
         evaluation = evaluate(run, data, asked, names, tell=status.update)
     page = evaluation_page.write(opened, evaluation)
     display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
@@ -168,11 +169,11 @@ def export(
     rundir.open_run(run)
     if out is not None:
         rundir.check_target(out)
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith import display
         from tunesmith.export import export
 
-    with console.status("Reading the run …") as status:
+    with console.status(said("Reading the run …")) as status:
         written = export(run, to, out, dtype, tell=status.update)
     display.show_export(console, written)
     go_on(console, *onward.after_export(run, written))
@@ -207,7 +208,7 @@ def serve(
     require_extra("serve", "uvicorn")
     for name in runs:
         all_runs.named_or_model(name)  # or it is said before anything is loaded
-    with console.status(LIBRARIES):
+    with console.status(said(LIBRARIES)):
         from tunesmith.serving.server import Serving
 
     def tell(text: str) -> None:
@@ -216,9 +217,12 @@ def serve(
     source = context.get_parameter_source("api_key")
     if api_key and source is not None and source.name == "COMMANDLINE":
         tell(
-            "--api-key: everybody on this machine sees the key in the list of processes; set TUNESMITH_API_KEY instead."
+            said(
+                "--api-key: everybody on this machine sees the key in the list of processes; set TUNESMITH_API_KEY "
+                "instead."
+            )
         )
-    with console.status("Loading the models …"):
+    with console.status(said("Loading the models …")):
         serving = Serving(runs, host, port, api_key, tell)
     told = {"url": serving.url, "models": list(serving.service.models)}
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tunesmith import system
 from tunesmith.errors import ProofError, RunError, TunesmithError
+from tunesmith.language import counted
 
 # What launchers set; Trainer must not find it, or it would wrap the model a second time.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -226,8 +227,16 @@ def idle_cores() -> str | None:
     fair, used = _fair_threads(), torch.get_num_threads()
     if system.local_processes() == 1 or torch.cuda.is_available() or used >= fair:
         return None
-    used_by = f"{system.local_processes()} processes with {used} thread{'s' if used > 1 else ''} each"
-    return f"Of this host's {system.cores()} cores {used_by} leave some idle; start it with OMP_NUM_THREADS={fair}."
+    return counted(
+        "Of this host's {cores} cores {processes} processes with {n} thread each leave some idle; start it with "
+        "OMP_NUM_THREADS={fair}.",
+        "Of this host's {cores} cores {processes} processes with {n} threads each leave some idle; start it with "
+        "OMP_NUM_THREADS={fair}.",
+        used,
+        cores=system.cores(),
+        processes=system.local_processes(),
+        fair=fair,
+    )
 
 
 def _fair_threads() -> int:

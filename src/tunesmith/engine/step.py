@@ -33,6 +33,7 @@ from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, chunk_rows, cross_entropy, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory
+from tunesmith.language import said
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
 
@@ -79,7 +80,7 @@ class Engine:
         self._recomputed = asked if isinstance(asked, int) else n_layers if asked == "all" else 0
         if reason := not_packable(model):
             _recompute(model, self._recomputed)
-            note(f"Rows are trained side by side with padding: {reason}.")
+            note(said("Rows are trained side by side with padding: {reason}.", reason=reason))
             return
         attention.register()
         if self._device.type == "cpu" and not sharded:
@@ -87,11 +88,12 @@ class Engine:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
                 self.way = "decoder"
                 if self._dtype.itemsize == 2:
-                    note(f"Weights stay in {_said(self._dtype)}; products are computed in float32.")
+                    dtype = _name(self._dtype)
+                    note(said("Weights stay in {dtype}; products are computed in float32.", dtype=dtype))
                 elif self._decoder.narrowed:
-                    note("Weights that are bfloat16 numbers are kept as such; products are computed in float32.")
+                    note(said("Weights that are bfloat16 numbers are kept as such; products are computed in float32."))
             except NotCovered as reason:
-                note(f"transformers' own layers are used: {reason} is not written by hand.")
+                note(said("transformers' own layers are used: {reason} is not written by hand.", reason=str(reason)))
         _recompute(model, self._recomputed)
         if self._decoder is None:
             self._take_tree()
@@ -109,7 +111,7 @@ class Engine:
         self._leave_decoder()
         self.way = "tree"
         if others := lora.install(self._model):
-            self._note(f"{others} adapters are not plain LoRA on a linear layer; peft applies them.")
+            self._note(said("{n} adapters are not plain LoRA on a linear layer; peft applies them.", n=others))
         liger.install(self._model)
 
     def _take_padded(self) -> None:
@@ -196,7 +198,7 @@ class Engine:
                     "Set engine.recompute_layers=all, a smaller model.dtype, or data.max_length below it.",
                 )
             self._limit = min(self._budget, own) // 2
-            self._note(f"Memory ran out; engine.tokens_per_micro_batch is {self._limit} from here on.")
+            self._note(said("Memory ran out; engine.tokens_per_micro_batch is {n} from here on.", n=self._limit))
             for parameter, gradient in zip(self._trained, before, strict=True):
                 parameter.grad = _copy(gradient)
             _set_random_state(random_state, self._device)
@@ -303,10 +305,16 @@ class Engine:
                 if all(right):
                     break
                 difference = everywhere[right.index(False)]
-                said = "tree way with Liger's kernels" if liger.installed(self._model) else f"{self.way} way"
+                way = said("{way} way", way=self.way)
+                if liger.installed(self._model):
+                    way = said("tree way with Liger's kernels")
                 self._note(
-                    f"The {said} gives another gradient than plain transformers and peft for this model "
-                    f"(relative difference {difference:.1e}); a slower one is taken. Please report the model's name."
+                    said(
+                        "The {way} gives another gradient than plain transformers and peft for this model (relative "
+                        "difference {difference:.1e}); a slower one is taken. Please report the model's name.",
+                        way=way,
+                        difference=difference,
+                    )
                 )
                 self._go_to(self._place() + 1)
         memory.give_back()
@@ -374,7 +382,7 @@ def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _said(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -520,17 +528,17 @@ def not_packable(model: nn.Module) -> str | None:
     causal = _causal(model)
     config = causal.config.get_text_config()
     if causal.config.is_encoder_decoder:
-        return "the model has an encoder"
+        return said("the model has an encoder")
     modules = {type(module).__name__ for module in causal.modules() if not isinstance(module, Conv1D)}
     kinds = [*(getattr(config, "layer_types", None) or ()), *sorted(modules)]
     if recurrent := [kind for kind in kinds if any(word in kind.lower() for word in _RECURRENT)]:
-        return f"the model has layers that are not attention ({recurrent[0]})"
+        return said("the model has layers that are not attention ({kind})", kind=recurrent[0])
     if "chunked_attention" in kinds or getattr(config, "index_topk", None):
-        return "the model chooses the tokens it attends to by their place in the row"
+        return said("the model chooses the tokens it attends to by their place in the row")
     if not causal._supports_attention_backend:
-        return f"{type(causal).__name__} does not use transformers' attention interface"
+        return said("{model} does not use transformers' attention interface", model=type(causal).__name__)
     if getattr(config, "attention_dropout", 0):
-        return "the model drops attention"
+        return said("the model drops attention")
     return None
 
 

@@ -27,11 +27,12 @@ from tunesmith.export.live import Answers, Compared, at_least
 from tunesmith.export.llama import QUANTIZE, SMALLER_TYPES, contents_of, write_gguf
 from tunesmith.export.merged import DTYPES, write_merged
 from tunesmith.export.merging import Merged
+from tunesmith.language import marked, said
 from tunesmith.rundir import RunDir
 
 Form = Literal["adapter", "merged", "gguf", "ollama"]
 FORMS: tuple[Form, ...] = ("adapter", "merged", "gguf", "ollama")
-_OF_WHOLE_WEIGHTS = (
+_OF_WHOLE_WEIGHTS = marked(
     "Trained beside weights of 4 bits; written and compared with the base's own, so its answers differ from chat's."
 )
 
@@ -74,13 +75,13 @@ def export(
         raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
-    tell("Opening the run and its base …")
+    tell(said("Opening the run and its base …"))
     opened = Opened.of(path)
     merged = Merged(opened.found.folder, run.adapter)
     held = opened.recipe.model
     if to != "adapter" and held.quantize != "none":
         _require_memory(merged)
-        notes.append(_OF_WHOLE_WEIGHTS)
+        notes.append(said(_OF_WHOLE_WEIGHTS))
         held = held.model_copy(update={"quantize": "none"})
     chat = opened.chat(held)
     contents = contents_of(merged, chat, dtype, Path(held.name).name) if to in ("gguf", "ollama") else None
@@ -100,7 +101,7 @@ def export(
                 checks += ollama.talks_alike(modelfile.template, live.template, notes)
         else:
             kept = DTYPES[dtype] if dtype else None
-            tell("Writing the merged weights …")
+            tell(said("Writing the merged weights …"))
             rundir.require_space(final, merged.n_bytes(kept))
             checks = write_merged(merged, run, folder, kept, live, tell)
         report = {"to": to, "checks": [asdict(check) for check in checks], "notes": notes}
@@ -150,7 +151,7 @@ def _adapter(run: RunDir, folder: Path) -> list[Compared]:
     for name in names:
         reading.copy(run.adapter / name, folder / name)
     same = all(rundir.sha256(folder / name) == digests[name]["sha256"] for name in names)
-    return [at_least("same bytes", float(same), 1)]
+    return [at_least(marked("same bytes"), float(same), 1)]
 
 
 def _check_names(adapter: Path) -> list[str]:
@@ -163,4 +164,6 @@ def _check_names(adapter: Path) -> list[str]:
         elif (found := reading.kind(path)) != "a file":
             fix = "Copy it again from where it came, as files."
             raise ProofError(str(path), found, "a file, as training wrote it", fix)
-    return [f"Not copied, for no part of an adapter is called so: {', '.join(others)}."] if others else []
+    if not others:
+        return []
+    return [said("Not copied, for no part of an adapter is called so: {names}.", names=", ".join(others))]

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from tunesmith.errors import ModelError, ProofError
 from tunesmith.export.merging import Merged
+from tunesmith.language import said
 from tunesmith.template import Template
 
 TYPES = {
@@ -230,10 +231,10 @@ def alike_up_to(config: PreTrainedConfig) -> tuple[int, str] | None:
     limits = []
     window = getattr(config, "sliding_window", None)
     if config.model_type == "phi3" and window and window < longest:
-        limits.append((window, f"it attends to all tokens, the model to the last {window}"))
+        limits.append((window, said("it attends to all tokens, the model to the last {n}", n=window)))
     if rope.get("rope_type") == "longrope":
         before = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        reason = "with a larger one it turns short texts as long ones, the model only texts that are longer"
+        reason = said("with a larger one it turns short texts as long ones, the model only texts that are longer")
         limits.append((before, reason))
     return min(limits, default=None)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tunesmith.chat import Chat, Reply
 from tunesmith.general import questions
+from tunesmith.language import said
 from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
 
@@ -79,7 +80,7 @@ class Answers:
         template = chat.renderer.template
         replies = list[Reply]()
         for number, message in enumerate(asked, 1):
-            tell(f"Asking the live adapter: question {number} of {len(asked)} …")
+            tell(said("Asking the live adapter: question {number} of {n} …", number=number, n=len(asked)))
             replies.append(chat.reply([message], temperature=0, max_tokens=REPLY_TOKENS))
         return cls(
             prompts=tuple(reply.prompt_ids for reply in replies),

@@ -18,6 +18,7 @@ from tunesmith.export import gguf_file, llama_cpp
 from tunesmith.export.live import AWKWARD, Answers, Compared, at_least, at_most, talks
 from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
+from tunesmith.language import marked, said
 from tunesmith.types import Message
 
 _CONTEXT = 1024  # tokens that the proof has room for, or more where its prompts are longer
@@ -66,7 +67,7 @@ def write_gguf(
     notes: list[str],
 ) -> list[Compared]:
     path = folder / "model.gguf"
-    tell("Writing the file …")
+    tell(said("Writing the file …"))
     rundir.require_space(folder, contents.n_bytes * (2 if dtype in SMALLER_TYPES else 1))
     if dtype in SMALLER_TYPES:
         whole = folder / "float16.gguf"
@@ -76,26 +77,26 @@ def write_gguf(
     else:
         gguf_file.write(path, contents)
     if (limit := gguf_file.alike_up_to(contents.config)) is not None:
-        notes.append(f"Give llama.cpp a context of at most {limit[0]} tokens: {limit[1]}.")
-    tell("Reading it again …")
+        notes.append(said("Give llama.cpp a context of at most {n} tokens: {why}.", n=limit[0], why=limit[1]))
+    tell(said("Reading it again …"))
     bounds = _GGUF_BOUNDS.get(dtype, _SMALLER_BOUNDS)
     read = gguf_file.compare(path, contents)
     checks = [
-        at_least("same weights by name and shape", read.tensors, 1),
-        at_most("largest difference of a weight", read.difference, bounds.weight),
-        at_least("same tokens in the vocabulary", read.tokens, 1),
-        at_least("same stop ids", float(read.stop_ids), 1),
-        at_least("same chat template", float(read.chat_template), 1),
+        at_least(marked("same weights by name and shape"), read.tensors, 1),
+        at_most(marked("largest difference of a weight"), read.difference, bounds.weight),
+        at_least(marked("same tokens in the vocabulary"), read.tokens, 1),
+        at_least(marked("same stop ids"), float(read.stop_ids), 1),
+        at_least(marked("same chat template"), float(read.chat_template), 1),
     ]
     if not llama_cpp.is_here():
-        notes.append("Its answers were not compared: install llama.cpp with: pip install 'tunesmith[export]'.")
+        notes.append(said("Its answers were not compared: install llama.cpp with: pip install 'tunesmith[export]'."))
         return checks
     if live.dtype == torch.bfloat16:  # what is computed in bfloat16 differs by as much
         coarse = _GGUF_BOUNDS["bfloat16"]
         gap = None if bounds.gap is None or coarse.gap is None else max(bounds.gap, coarse.gap)
         bounds = _GgufBounds(bounds.weight, min(bounds.same_reply, coarse.same_reply), gap)
     context = max(map(len, (*live.prompts, *live.awkward))) + live.reply_tokens + 1
-    tell("Opening it with llama.cpp …")
+    tell(said("Opening it with llama.cpp …"))
     return checks + _asked(LlamaCpp(path, max(_CONTEXT, context)), live, bounds, notes, tell)
 
 
@@ -121,13 +122,13 @@ def _asked(
         for message, text, ids in zip(AWKWARD, texts, live.awkward, strict=True)
         if llama.prompt_ids(text) != ids
     ]
-    notes += [f"llama.cpp cuts this message into other tokens: {message!r}." for message in apart]
+    notes += [said("llama.cpp cuts this message into other tokens: {message!r}.", message=message) for message in apart]
     asked = talks(live.template)
     same_talks = sum(llama.prompt([message.as_dict() for message in talk]) == text for talk, text in asked)
     stops = sum(llama.stops_at(stop, live.prompts[0]) for stop in live.stop_ids)
     same_replies, gap = 0, 0.0
     for number, (prompt, reply, logits) in enumerate(zip(live.prompts, live.replies, live.logits, strict=True), 1):
-        tell(f"Asking llama.cpp: question {number} of {len(live.prompts)} …")
+        tell(said("Asking llama.cpp: question {number} of {n} …", number=number, n=len(live.prompts)))
         written = llama.continued(prompt, live.reply_tokens).token_ids
         same_replies += written == reply
         for own, other, row in zip(reply, written, logits, strict=False):
@@ -136,12 +137,12 @@ def _asked(
                 break
     n = len(live.prompts)
     checks = [
-        at_least("llama.cpp: same token ids of prompts", same_prompts / n, 1),
-        at_least("llama.cpp: same token ids of awkward messages", 1 - len(apart) / len(AWKWARD), 0.8),
-        at_least("llama.cpp: same conversations by its own template", same_talks / len(asked), 1),
-        at_least("llama.cpp: stop ids that stop", stops / len(live.stop_ids), 1),
-        at_least("llama.cpp: same greedy replies", same_replies / n, bounds.same_reply),
+        at_least(marked("llama.cpp: same token ids of prompts"), same_prompts / n, 1),
+        at_least(marked("llama.cpp: same token ids of awkward messages"), 1 - len(apart) / len(AWKWARD), 0.8),
+        at_least(marked("llama.cpp: same conversations by its own template"), same_talks / len(asked), 1),
+        at_least(marked("llama.cpp: stop ids that stop"), stops / len(live.stop_ids), 1),
+        at_least(marked("llama.cpp: same greedy replies"), same_replies / n, bounds.same_reply),
     ]
     if bounds.gap is not None:
-        checks.append(at_most("llama.cpp: largest gap of logits where a reply parts", gap, bounds.gap))
+        checks.append(at_most(marked("llama.cpp: largest gap of logits where a reply parts"), gap, bounds.gap))
     return checks

@@ -16,6 +16,7 @@ from tunesmith import model as models
 from tunesmith.export import merging
 from tunesmith.export.live import Answers, Compared, at_least, at_most, logits_of
 from tunesmith.export.merging import Merged
+from tunesmith.language import marked, said
 from tunesmith.rundir import RunDir
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +53,7 @@ def write_merged(
             reading.copy(path, folder / path.name)
     card = (run.adapter / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(_merged_card(card), encoding="utf-8")
-    tell("Opening them with plain transformers …")
+    tell(said("Opening them with plain transformers …"))
     tokenizer = pretrained.tokenizer(folder)
     model: Any = pretrained.causal_lm(folder, dtype=live.dtype)
     model.to(models.device()).eval()
@@ -66,7 +67,7 @@ def write_merged(
     largest, same_tokens, n_tokens, same_replies = 0.0, 0, 0, 0
     asked = zip(live.prompts, live.replies, live.logits, strict=True)
     for number, (prompt, reply, expected) in enumerate(asked, 1):
-        tell(f"Asking plain transformers: question {number} of {len(live.prompts)} …")
+        tell(said("Asking plain transformers: question {number} of {n} …", number=number, n=len(live.prompts)))
         logits = logits_of(model, prompt, reply)
         apart = (logits - expected).abs().max()
         largest = float(np.maximum(largest, float(apart)))  # NaN if one is; Python's max passes over it
@@ -79,11 +80,11 @@ def write_merged(
     bounds = _BOUNDS[max(kept, live.dtype, key=_COARSENESS.index)]  # what is computed in bfloat16 differs by as much
     n = len(live.prompts)
     return [
-        at_least("same token ids of prompts", same_prompts / n, 1),
-        at_least("same stop ids", float(sorted(generation.eos_token_id) == sorted(live.stop_ids)), 1),
-        at_most("largest difference of a logit", largest, bounds.logit),
-        at_least("same most likely tokens", same_tokens / n_tokens, bounds.same_token),
-        at_least("same greedy replies", same_replies / n, bounds.same_reply),
+        at_least(marked("same token ids of prompts"), same_prompts / n, 1),
+        at_least(marked("same stop ids"), float(sorted(generation.eos_token_id) == sorted(live.stop_ids)), 1),
+        at_most(marked("largest difference of a logit"), largest, bounds.logit),
+        at_least(marked("same most likely tokens"), same_tokens / n_tokens, bounds.same_token),
+        at_least(marked("same greedy replies"), same_replies / n, bounds.same_reply),
     ]
 
 

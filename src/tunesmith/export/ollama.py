@@ -22,6 +22,7 @@ from tunesmith.chat import Chat
 from tunesmith.errors import ModelError
 from tunesmith.export import gguf_file, go_template
 from tunesmith.export.live import Compared, at_least, talks
+from tunesmith.language import marked, said
 from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
 
@@ -236,5 +237,5 @@ def talks_alike(written: str, template: Template, notes: list[str]) -> list[Comp
         for talk, text in known
     )
     if trims(template):
-        notes.append("White space around a message, which the trained template takes away, stays in Ollama.")
-    return [at_least("Ollama: same token ids of conversations", same / len(known), 1)]
+        notes.append(said("White space around a message, which the trained template takes away, stays in Ollama."))
+    return [at_least(marked("Ollama: same token ids of conversations"), same / len(known), 1)]

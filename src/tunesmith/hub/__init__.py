@@ -30,6 +30,7 @@ from tunesmith.hub.disk import bytes_to_come, cache_dir, disk_errors, require_ro
 from tunesmith.hub.files import missing, missing_parts, needed, weight_files
 from tunesmith.hub.network import forbid_network, offline
 from tunesmith.hub.package import bring, is_here
+from tunesmith.language import said
 from tunesmith.spelling import nearest
 
 __all__ = [
@@ -114,10 +115,11 @@ def _as_folder(name: str) -> Path | None:
     if path.is_dir():
         return path.absolute()
     if path.is_file():
-        raise ModelError(name, "a file", "the folder of a model", f"Give its folder: {path.parent}")
+        fix = said("Give its folder: {folder}", folder=path.parent)
+        raise ModelError(name, said("a file"), said("the folder of a model"), fix)
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
-        fix = f"Check the path (the current folder is {Path.cwd()})."
-        raise ModelError(name, "no such folder", "the folder of a model", fix)
+        fix = said("Check the path (the current folder is {folder}).", folder=Path.cwd())
+        raise ModelError(name, said("no such folder"), said("the folder of a model"), fix)
     return None
 
 
@@ -132,8 +134,8 @@ def _places(name: str, alias: Alias | None) -> list[tuple[Hub, str]]:
     # Old Hugging Face models have no owner in their name. Only a prefix asks for one: a misspelt alias asks nobody.
     shape = rf"[\w.-]+|{_ID}" if name.startswith("hf:") else _ID
     if not all(re.fullmatch(shape, source[3:]) for source in sources):
-        expected = f"an alias ({', '.join(aliases())}), a folder, or a hub's org/name"
-        raise ModelError(name, "none of that name", expected, _hint(name))
+        expected = said("an alias ({names}), a folder, or a hub's org/name", names=", ".join(aliases()))
+        raise ModelError(name, said("none of that name"), expected, _hint(name))
     hubs: dict[str, Hub] = {"hf": HuggingFace(), "ms": ModelScope()}
     return [(hubs[source[:2]], source[3:]) for source in sources]
 
@@ -142,8 +144,9 @@ def _hint(name: str) -> str:
     known = list(aliases())
     words = (name.lower(), name.lower().rpartition("/")[2].rpartition(":")[2])
     near = next((alias for word in words if (alias := nearest(word, known))), None)
-    lists = f"`{commands.tunesmith('models')}` lists the aliases; a hub id reads org/name."
-    return f"Did you mean {near}?" if near else lists
+    if near:
+        return said("Did you mean {name}?", name=near)
+    return said("`{command}` lists the aliases; a hub id reads org/name.", command=commands.tunesmith("models"))
 
 
 def _refuse_revision(name: str, revision: str | None, why: str) -> None:
@@ -210,9 +213,12 @@ def _from_hubs(
 
 
 def _not_here(name: str, place: str) -> ModelError:
-    fix = f"Run `{commands.tunesmith('fetch', name)}` where there is a network, or unset TUNESMITH_OFFLINE."
-    found = "TUNESMITH_OFFLINE set and no complete copy on this machine"
-    return ModelError(name, found, f"a copy in {place}", fix)
+    fix = said(
+        "Run `{command}` where there is a network, or unset TUNESMITH_OFFLINE.",
+        command=commands.tunesmith("fetch", name),
+    )
+    found = said("TUNESMITH_OFFLINE set and no complete copy on this machine")
+    return ModelError(name, found, said("a copy in {place}", place=place), fix)
 
 
 def _nobody_gives(name: str, refusals: list[tuple[Hub, str, Refused]]) -> ModelError:
@@ -222,8 +228,10 @@ def _nobody_gives(name: str, refusals: list[tuple[Hub, str, Refused]]) -> ModelE
         ways = " Or: ".join(hub.way_in(repo) for hub, repo, refused in refusals if refused.kind == "gated")
         return ModelError(name, found, "a model that may be read from this machine", ways)
     if "unreachable" in kinds:
-        fix = "Check the network (proxy, HF_ENDPOINT, MODELSCOPE_ENDPOINT) and run it again: whole files are kept."
-        return ModelError(name, found, "the model, from a hub that answers", fix)
+        fix = said(
+            "Check the network (proxy, HF_ENDPOINT, MODELSCOPE_ENDPOINT) and run it again: whole files are kept."
+        )
+        return ModelError(name, found, said("the model, from a hub that answers"), fix)
     hubs = " or ".join(hub.name for hub, _, _ in refusals)
     return ModelError(name, found, f"an alias ({', '.join(aliases())}), a folder, or a model of {hubs}", _hint(name))
 

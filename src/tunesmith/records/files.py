@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TextIO
 from tunesmith import reading
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import DataError
+from tunesmith.language import said
 from tunesmith.records.found import first_line, quoted, rename_hint, seen
 from tunesmith.records.json_rows import ROW_CHARACTERS, Parsed, json_rows, jsonl_rows, lines_of, too_long_row
 from tunesmith.spelling import nearest
@@ -67,7 +68,8 @@ def format_of(path: Path) -> str:
         while not (text := start.removeprefix(_BOM).lstrip()) and (more := file.read(_AT_ONCE)):
             start = start[:4] + more
         if not text:
-            raise DataError(str(path), "an empty file", "at least one example", "Check how the file was written.")
+            fix = said("Check how the file was written.")
+            raise DataError(str(path), said("an empty file"), said("at least one example"), fix)
         kind = _kind(start, text[:1], path)
         if kind != "parquet":
             file.seek(0)
@@ -82,11 +84,13 @@ def _kind(data: bytes, first: bytes, path: Path) -> str:
     if data.startswith(b"PAR1"):
         return "parquet"
     if suffix == ".parquet":
-        found = f"no Parquet (it begins with {data[:8]!r})"
-        raise DataError(str(path), found, "a Parquet file", "Rename it after what it is, or write it again.")
+        found = said("no Parquet (it begins with {start})", start=repr(data[:8]))
+        fix = said("Rename it after what it is, or write it again.")
+        raise DataError(str(path), found, said("a Parquet file"), fix)
     for magic, kind in _BINARY.items():
         if data.startswith(magic):
-            raise DataError(str(path), kind, "JSON, JSONL, CSV or Parquet", "Unpack or export it first.")
+            expected, fix = said("JSON, JSONL, CSV or Parquet"), said("Unpack or export it first.")
+            raise DataError(str(path), kind, expected, fix)
     if first == b"[" and suffix != ".csv":
         return "json"
     if first == b"{" and suffix != ".csv":
@@ -95,8 +99,8 @@ def _kind(data: bytes, first: bytes, path: Path) -> str:
         text = _beginning(path)  # an encoding that is not UTF-8 is the better message
         blank = len(text) - len(text.lstrip())
         where = f"{path}:{text.count(chr(10), 0, blank) + 1}"
-        expected = "'[' (an array) or '{' (an object a line)"
-        raise DataError(where, seen(text[blank:]), expected, "See the README for the three forms of a row.")
+        expected = said("{opening} (an array) or {brace} (an object a line)", opening="'['", brace="'{'")
+        raise DataError(where, seen(text[blank:]), expected, said("See the README for the three forms of a row."))
     return "csv"
 
 
@@ -123,7 +127,7 @@ def _require_utf8(file: BinaryIO, path: Path) -> None:
         data = before + chunk
         start = data.find(b"\n") + 1  # where a line begins, and no character is cut
         _text(data[start:], path, lines + data.count(b"\n", 0, start) + 1)
-        raise DataError(str(path), "bytes that are not UTF-8", "UTF-8", "Write the file again as UTF-8.")
+        raise DataError(str(path), said("bytes that are not UTF-8"), "UTF-8", said("Write the file again as UTF-8."))
 
 
 def _beginning(path: Path) -> str:
@@ -140,11 +144,12 @@ def _text(data: bytes, path: Path, first_line: int = 1) -> str:
     to have."""
     for bom, name in _WIDE.items():
         if first_line == 1 and data.startswith(bom):
-            raise DataError(str(path), f"{name} text", "UTF-8", f"Convert it: {_conversion(name[:-2], path)}")
+            fix = said("Convert it: {command}", command=_conversion(name[:-2], path))
+            raise DataError(str(path), said("{encoding} text", encoding=name), "UTF-8", fix)
     zero = data.find(b"\x00")
     if zero >= 0:
-        fix = "The file is binary, UTF-16 or damaged; write it again as UTF-8."
-        raise DataError(f"{path}:{_line(data, zero, first_line)}", "a NUL byte", "text in UTF-8", fix)
+        fix = said("The file is binary, UTF-16 or damaged; write it again as UTF-8.")
+        raise DataError(f"{path}:{_line(data, zero, first_line)}", said("a NUL byte"), said("text in UTF-8"), fix)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -156,9 +161,11 @@ def _text(data: bytes, path: Path, first_line: int = 1) -> str:
         except UnicodeDecodeError:
             continue
         sample = quoted(data[start : start + 200].decode(encoding, "ignore").strip())
-        fix = f"If that is right, convert it: {_conversion(name, path)}"
-        raise DataError(where, f"bytes that are not UTF-8 but read as {name}: {sample}", "UTF-8", fix)
-    raise DataError(where, f"the byte 0x{data[at]:02x}, which is not UTF-8", "UTF-8", "Write the file again as UTF-8.")
+        fix = said("If that is right, convert it: {command}", command=_conversion(name, path))
+        found = said("bytes that are not UTF-8 but read as {encoding}: {sample}", encoding=name, sample=sample)
+        raise DataError(where, found, "UTF-8", fix)
+    found = said("the byte 0x{byte:02x}, which is not UTF-8", byte=data[at])
+    raise DataError(where, found, "UTF-8", said("Write the file again as UTF-8."))
 
 
 def _conversion(encoding: str, path: Path) -> str:
@@ -201,7 +208,7 @@ def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterato
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            fix = "Reading stopped here; double the quotes inside a quoted cell, and close it."
+            fix = said("Reading stopped here; double the quotes inside a quoted cell, and close it.")
             yield Parsed(None, origin, Fault(origin, "row", str(error), "CSV", fix))
             return
         if cells is None:
@@ -210,8 +217,10 @@ def _csv(lines: Iterable[str], path: str, columns: Mapping[str, str]) -> Iterato
             continue
         fault = None
         if len(cells) != len(header):
-            fix = "Quote cells that hold commas or line breaks."
-            fault = Fault(origin, "row", f"{len(cells)} cells", f"{len(header)}, as in the header", fix)
+            fix = said("Quote cells that hold commas or line breaks.")
+            fault = Fault(
+                origin, "row", said("{n} cells", n=len(cells)), said("{n}, as in the header", n=len(header)), fix
+            )
         yield Parsed(dict(zip(header, cells, strict=False)), origin, fault)
 
 
@@ -224,27 +233,30 @@ def _csv_header(reader: Iterator[list[str]], path: str, columns: Mapping[str, st
     try:
         header = [name.strip() for name in next(reader)]
     except csv.Error as error:
-        raise DataError(where, str(error), "a CSV header", "Quote cells that hold quotes or commas.") from None
+        fix = said("Quote cells that hold quotes or commas.")
+        raise DataError(where, str(error), said("a CSV header"), fix) from None
     if len(header) > _MOST_COLUMNS:
-        fix = "Is it a table with named columns? Keep those that are needed."
-        raise DataError(where, f"{len(header):,} columns", f"at most {_MOST_COLUMNS:,}", fix)
-    found = f"the header {quoted(', '.join(header))}"
+        fix = said("Is it a table with named columns? Keep those that are needed.")
+        found, expected = said("{n:,} columns", n=len(header)), said("at most {n:,}", n=_MOST_COLUMNS)
+        raise DataError(where, found, expected, fix)
+    found = said("the header {names}", names=quoted(", ".join(header)))
     absent = {name: columns.get(name, name) for name in ("instruction", "output")}
     absent = {name: column for name, column in absent.items() if column not in header}
     if absent:
         hints = [hint for name, column in absent.items() if (hint := rename_hint(name, column, header))]
         if len(header) == 1 and (mark := next((mark for mark in (";", "\t") if mark in header[0]), None)):
-            fix = f"Separate the columns by commas, not by {'tabs' if mark == chr(9) else repr(mark)}."
+            sign = said("tabs") if mark == "\t" else repr(mark)
+            fix = said("Separate the columns by commas, not by {sign}.", sign=sign)
         elif hints:
-            fix = f"Try {' '.join(hints)}"
+            fix = said("Try {flags}", flags=" ".join(hints))
         else:
-            fix = "Name the columns, for instance --set data.columns.output=answer"
+            fix = said("Name the columns, for instance --set data.columns.output=answer")
         needed = [columns.get(name, name) for name in ("instruction", "output")]
-        raise DataError(where, found, f"columns {' and '.join(needed)}", fix)
+        expected = said("columns {one} and {other}", one=needed[0], other=needed[1])
+        raise DataError(where, found, expected, fix)
     if len(set(header)) < len(header):
-        raise DataError(
-            where, f"a column twice in {quoted(', '.join(header))}", "each column once", "Rename one of them."
-        )
+        found = said("a column twice in {names}", names=quoted(", ".join(header)))
+        raise DataError(where, found, said("each column once"), said("Rename one of them."))
     return header
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from tunesmith.language import marked, said
 from tunesmith.spelling import nearest
 
 # What other data sets call these fields; only for hints, a file says what it is by our names.
@@ -29,12 +30,14 @@ def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
     return f"--set '{word}'" if shlex.quote(word) == word and word[-1] in ".,:" else f"--set {shlex.quote(word)}"
 
 
-RENAME = "Rename it in the file"
+def rename_or(flag: str) -> str:
+    """What to do about a name that all rows have."""
+    return said("Rename it in the file, or pass {flag}", flag=flag)
 
 
 def for_one_row(fix: str) -> str:
     """What to do about a name in a row where others have the right one: a flag would be wrong for those."""
-    return f"{RENAME}." if fix.startswith(f"{RENAME}, or pass --set data.columns.") else fix
+    return said("Rename it in the file.") if fix.startswith(rename_or("--set data.columns.")) else fix
 
 
 def list_of_objects(row: Any) -> str | None:
@@ -46,34 +49,36 @@ def list_of_objects(row: Any) -> str | None:
 
 def listed(row: Mapping[str, Any]) -> str:
     names = [quoted(str(key)) for key in islice(row, 8)]
-    return f"only {', '.join(names)}{' …' if len(row) > 8 else ''}" if names else "an empty object"
+    if not names:
+        return said("an empty object")
+    return said("only {names}", names=f"{', '.join(names)}{' …' if len(row) > 8 else ''}")
 
 
 def described(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return f"the truth value {json.dumps(value)}"
+        return said("the truth value {value}", value=json.dumps(value))
     if isinstance(value, (int, float)):
-        return f"the number {str(value)[:60]}"
+        return said("the number {value}", value=str(value)[:60])
     if isinstance(value, str):
         return quoted(value)
     if not isinstance(value, (list, tuple, dict)):  # Parquet knows more types than JSON
         return f"{quoted(str(value))} ({type(value).__name__})"
-    kind = "an object" if isinstance(value, dict) else "a list"
+    kind = said("an object") if isinstance(value, dict) else said("a list")
     if not value:
-        return f"{kind} that is empty"
+        return said("{kind} that is empty", kind=kind)
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
-        return f"{kind}, deeply nested"
-    return f"{kind} ({quoted(text, 40)})"
+        return said("{kind}, deeply nested", kind=kind)
+    return said("{kind} ({text})", kind=kind, text=quoted(text, 40))
 
 
-def seen(text: str, at_end: str = "the end of the file") -> str:
+def seen(text: str, at_end: str = marked("the end of the file")) -> str:
     """The first line of what was found where reading stopped."""
     text = text[:1000].strip()
-    return quoted(text.splitlines()[0].strip(), 40) if text else at_end
+    return quoted(text.splitlines()[0].strip(), 40) if text else said(at_end)
 
 
 def quoted(text: str, at_most: int = 60) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from tunesmith.errors import DataError
+from tunesmith.language import marked, said
 from tunesmith.records.found import list_of_objects, plain, seen
 from tunesmith.types import Fault, Origin
 
@@ -20,14 +21,14 @@ _AT_ONCE = 1 << 20
 
 # What Python's JSON reader says, and what it means.
 _JSON_EXPECTED = {
-    "Expecting value": "a value",
-    "Expecting property name": "a field name in double quotes",
-    "Expecting ':'": "':' behind the field name",
-    "Expecting ','": "',' or the end of the object",
-    "Unterminated string": "a quote at the end of the text",
-    "Invalid \\escape": "a known escape (a backslash itself is \\\\)",
-    "Invalid \\uXXXX": "four hexadecimal digits behind \\u",
-    "Extra data": "nothing behind the object",
+    "Expecting value": marked("a value"),
+    "Expecting property name": marked("a field name in double quotes"),
+    "Expecting ':'": marked("':' behind the field name"),
+    "Expecting ','": marked("',' or the end of the object"),
+    "Unterminated string": marked("a quote at the end of the text"),
+    "Invalid \\escape": marked("a known escape (a backslash itself is \\\\)"),
+    "Invalid \\uXXXX": marked("four hexadecimal digits behind \\u"),
+    "Extra data": marked("nothing behind the object"),
 }
 
 
@@ -66,9 +67,9 @@ class _Decoder:
         except json.JSONDecodeError as error:
             raise _stopped(text, error) from None
         except RecursionError:
-            raise _Stopped(start, "fewer levels of brackets", whole=True) from None
+            raise _Stopped(start, said("fewer levels of brackets"), whole=True) from None
         except ValueError:  # Python's limit on the digits of a whole number
-            raise _Stopped(start, "shorter numbers", whole=True) from None
+            raise _Stopped(start, said("shorter numbers"), whole=True) from None
         return value, end, _first_twice(value) if self._any_twice else None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,14 +91,15 @@ def _stopped(text: str, error: json.JSONDecodeError) -> _Stopped:
     """Where Python's reader stopped, and what should have stood there."""
     at = error.pos
     if error.msg.startswith("Invalid control character"):
-        found = {"\n": "a line break", "\r": "a line break", "\t": "a tab"}.get(text[at], f"U+{ord(text[at]):04X}")
-        return _Stopped(at, "\\n, \\t or the like", f"{found} inside a text")
+        known = {"\n": said("a line break"), "\r": said("a line break"), "\t": said("a tab")}
+        found = said("{what} inside a text", what=known.get(text[at], f"U+{ord(text[at]):04X}"))
+        return _Stopped(at, said("\\n, \\t or the like"), found)
     if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 points at the comma, earlier ones behind it
         at = _skip(text, at + 1)
     before = text[:at].rstrip(" \t\r\n") if text[at : at + 1] in ("}", "]") else ""
     if before.endswith(","):
-        return _Stopped(at, "no comma in front of it")
-    expected = next((meant for said, meant in _JSON_EXPECTED.items() if error.msg.startswith(said)), error.msg)
+        return _Stopped(at, said("no comma in front of it"))
+    expected = next((said(meant) for begin, meant in _JSON_EXPECTED.items() if error.msg.startswith(begin)), error.msg)
     return _Stopped(at, expected)
 
 
@@ -171,7 +173,7 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
 
     def stopped(where: int, expected: str, found: str | None = None) -> Parsed:
         origin = Origin(path, window.line_at(where))
-        fix = "Reading stopped here; mend the JSON and check again."
+        fix = said("Reading stopped here; mend the JSON and check again.")
         found = found or seen(window.text[where : where + 200])
         return Parsed(None, origin, Fault(origin, "row", found, expected, fix))
 
@@ -183,7 +185,7 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
             break
         if not first:
             if not window.is_at(position, ","):
-                yield stopped(position, "',' or ']' behind an object")
+                yield stopped(position, said("',' or ']' behind an object"))
                 return
             position = window.skip(position + 1)
         first = False
@@ -198,7 +200,7 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
         position = end
     rest = window.skip(position + 1)
     if rest < len(window.text):
-        yield stopped(rest, "nothing behind the closing ']'")
+        yield stopped(rest, said("nothing behind the closing ']'"))
 
 
 def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, int, tuple[str, str] | None]:
@@ -214,21 +216,23 @@ def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, in
                 raise
             stop = stopped
         if len(window.text) - start > ROW_CHARACTERS:
-            raise _Stopped(start, _AT_MOST, f"a row of more than {ROW_CHARACTERS >> 20} million characters")
+            found = said("a row of more than {n} million characters", n=ROW_CHARACTERS >> 20)
+            raise _Stopped(start, _at_most(), found)
         if not window.more():
             if found is None:
-                raise stop or _Stopped(start, "a value")
+                raise stop or _Stopped(start, said("a value"))
             return found
 
 
-_AT_MOST = f"at most {ROW_CHARACTERS >> 20} million characters a row"
+def _at_most() -> str:
+    return said("at most {n} million characters a row", n=ROW_CHARACTERS >> 20)
 
 
 def too_long_row(origin: Origin, length: int) -> Fault | None:
     if length <= ROW_CHARACTERS:
         return None
-    found = f"a row of {length:,} characters"
-    return Fault(origin, "row", found, _AT_MOST, "Is it one row? Cut it into several, or delete it.")
+    found = said("a row of {n:,} characters", n=length)
+    return Fault(origin, "row", found, _at_most(), said("Is it one row? Cut it into several, or delete it."))
 
 
 def lines_of(file: TextIO) -> Iterator[tuple[str, int]]:
@@ -258,12 +262,12 @@ def jsonl_rows(lines: Iterable[tuple[str, int]], path: str, text: Callable[[], s
             try:
                 value, end, twice = decoder.read(line, start)
                 if (rest := _skip(line, end)) < len(line):
-                    raise _Stopped(rest, _JSON_EXPECTED["Extra data"])
+                    raise _Stopped(rest, said(_JSON_EXPECTED["Extra data"]))
             except _Stopped as stop:
                 if first:
                     _refuse_spread_object(text(), offset + start, number, path)
-                found = stop.found or seen(line[stop.at :], "the end of the line")
-                fix = "Each line is one whole JSON object; an array starts with '['."
+                found = stop.found or seen(line[stop.at :], marked("the end of the line"))
+                fix = said("Each line is one whole JSON object; an array starts with '['.")
                 yield Parsed(None, origin, Fault(origin, "row", found, stop.expected, fix))
             else:
                 yield Parsed(value, origin, _twice(origin, twice))
@@ -279,14 +283,15 @@ def _refuse_spread_object(text: str, start: int, line: int, path: str) -> None:
         if text[start + 1 : text.find("\n", start)].strip():
             return  # more than '{' in its line: a line of JSONL that is broken
         line += text.count("\n", start, stop.at)
-        fix = "Mend the JSON; then put the objects into an array ('[' … ']') or on a line each."
+        fix = said("Mend the JSON; then put the objects into an array ('[' … ']') or on a line each.")
         raise DataError(f"{path}:{line}", stop.found or seen(text[stop.at :]), stop.expected, fix) from None
     if "\n" in text[start:end]:
         name = list_of_objects(value)
-        fix = (
-            f"Write the list of '{name}' alone." if name else "Put '[' and ']' around, and commas between, the objects."
-        )
-        raise DataError(f"{path}:{line}", "an object over several lines", "an array, or one object a line", fix)
+        fix = said("Put '[' and ']' around, and commas between, the objects.")
+        if name:
+            fix = said("Write the list of '{name}' alone.", name=name)
+        found, expected = said("an object over several lines"), said("an array, or one object a line")
+        raise DataError(f"{path}:{line}", found, expected, fix)
 
 
 def _skip(text: str, position: int) -> int:
@@ -301,5 +306,11 @@ def _twice(origin: Origin, twice: tuple[str, str] | None) -> Fault | None:
     if twice is None:
         return None
     key, place = (plain(part[:200]) for part in twice)
-    fix = "Readers keep only one of them; delete or rename the other."
-    return Fault(origin, f"{place}.{key}".removeprefix("."), f"'{key}' twice in one object", "each key once", fix)
+    fix = said("Readers keep only one of them; delete or rename the other.")
+    return Fault(
+        origin,
+        f"{place}.{key}".removeprefix("."),
+        said("'{key}' twice in one object", key=key),
+        said("each key once"),
+        fix,
+    )

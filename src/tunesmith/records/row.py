@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.records.found import RENAME, described, list_of_objects, listed, plain, rename_hint
+from tunesmith.language import marked, said
+from tunesmith.records.found import described, list_of_objects, listed, plain, rename_hint, rename_or
 from tunesmith.spelling import nearest
 from tunesmith.types import Message, Role
 
@@ -20,6 +21,16 @@ ROLES: Mapping[str, Role] = {
 }
 FIELDS = ("instruction", "input", "output", "system", "history", "messages", "conversations")
 """The names that a row's fields may have, and that `data.columns` maps to the file's own."""
+
+_FILL_IN = marked("Fill it in or delete the row.")
+_ANSWER = marked("the answer to learn")
+_SAYS = {
+    "system": marked("what the system says"),
+    "user": marked("what the user says"),
+    "human": marked("what the human says"),
+    "assistant": _ANSWER,
+    "gpt": _ANSWER,
+}
 
 _TALK_FIELDS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
@@ -34,7 +45,8 @@ class Problem(Exception):
 def understand(row: Any, columns: Mapping[str, str]) -> list[Message]:
     """The row's messages: roles known and in order, the last a reply; raises Problem."""
     if not isinstance(row, dict):
-        raise Problem("row", described(row), "an object with named fields", 'Write {"instruction": …, "output": …}.')
+        fix = said("Write {row}.", row='{"instruction": …, "output": …}')
+        raise Problem("row", described(row), said("an object with named fields"), fix)
     names = {name: columns.get(name, name) for name in FIELDS}
     talks = [name for name in _TALK_FIELDS if names[name] in row]
     filled = [name for name in talks if row[names[name]] is not None]  # Parquet has every column in every row
@@ -48,19 +60,21 @@ def _from_instruction(row: dict[str, Any], names: Mapping[str, str]) -> list[Mes
     asked = [_string(row.get(names[name]), names[name], absent=name == "input") for name in ("instruction", "input")]
     question = "\n".join(text for text in asked if text.strip())
     if not question:
-        raise Problem(names["instruction"], "no text", "a question or task", "Fill it in or delete the row.")
+        raise Problem(names["instruction"], said("no text"), said("a question or task"), said(_FILL_IN))
     messages = _system(row, names["system"])
     name = names["history"]
     history = row.get(name) or []
     if not isinstance(history, list):
-        raise Problem(name, described(history), "a list of [question, answer] pairs", "Mend or delete the field.")
+        raise Problem(
+            name, described(history), said("a list of [question, answer] pairs"), said("Mend or delete the field.")
+        )
     for number, pair in enumerate(history):
         where = f"{name}[{number}]"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise Problem(where, described(pair), "[question, answer]", "Mend the pair.")
-        messages.append(Message("user", _filled(pair[0], f"{where}[0]", "a question")))
-        messages.append(Message("assistant", _filled(pair[1], f"{where}[1]", "an answer")))
-    answer = _filled(row[names["output"]], names["output"], "the answer to learn")
+            raise Problem(where, described(pair), said("[question, answer]"), said("Mend the pair."))
+        messages.append(Message("user", _filled(pair[0], f"{where}[0]", marked("a question"))))
+        messages.append(Message("assistant", _filled(pair[1], f"{where}[1]", marked("an answer"))))
+    answer = _filled(row[names["output"]], names["output"], _ANSWER)
     return [*messages, Message("user", question), Message("assistant", answer)]
 
 
@@ -73,18 +87,19 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
             continue
         near = _misspelt(column, tuple(free))
         if near:
-            fix = f"{RENAME}, or pass {rename_hint(name, column, [near])}"
+            fix = rename_or(str(rename_hint(name, column, [near])))
             raise Problem(column, f"'{plain(near)}'", f"'{column}'", fix)
         if name in ("instruction", "output"):
             found = listed(row)
             if (talk := list_of_objects(row)) is None:
                 hint = rename_hint(name, column, free) or f"--set data.columns.{name}=…"
-                raise Problem(column, found, f"'{column}'", f"{RENAME}, or pass {hint}")
+                raise Problem(column, found, f"'{column}'", rename_or(hint))
             for wanted, keys in _TALK_FIELDS.items():
                 if set(keys) <= set(row[talk][0]):
-                    fix = f"{RENAME}, or pass --set {shlex.quote(f'data.columns.{wanted}={talk}')}"
+                    fix = rename_or(f"--set {shlex.quote(f'data.columns.{wanted}={talk}')}")
                     raise Problem(wanted, found, f"'{wanted}'", fix)
-            raise Problem(column, f"a list under '{talk}'", "the rows themselves", f"Write the list of '{talk}' alone.")
+            found, fix = said("a list under '{name}'", name=talk), said("Write the list of '{name}' alone.", name=talk)
+            raise Problem(column, found, said("the rows themselves"), fix)
 
 
 @lru_cache(maxsize=256)
@@ -98,30 +113,29 @@ def _from_talk(row: Mapping[str, Any], form: str, names: Mapping[str, str]) -> l
     role_field, text_field = _TALK_FIELDS[form]
     turns = row[name]
     if not isinstance(turns, list) or not turns:
-        fix = f'Write [{{"{role_field}": "user", "{text_field}": …}}, …].'
-        raise Problem(name, described(turns), "a list of turns", fix)
+        fix = said("Write {row}.", row=f'[{{"{role_field}": "user", "{text_field}": …}}, …]')
+        raise Problem(name, described(turns), said("a list of turns"), fix)
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         where = f"{name}[{number}]"
         if not isinstance(turn, dict):
-            expected = f"an object with '{role_field}' and '{text_field}'"
-            raise Problem(where, described(turn), expected, "Mend the turn.")
+            expected = said("an object with '{role}' and '{text}'", role=role_field, text=text_field)
+            raise Problem(where, described(turn), expected, said("Mend the turn."))
         for key in (role_field, text_field):
             if key not in turn:
-                raise Problem(where, listed(turn), f"'{key}'", "Rename the key in the file.")
+                raise Problem(where, listed(turn), f"'{key}'", said("Rename the key in the file."))
         role = turn[role_field]
         if not isinstance(role, str) or role not in ROLES:
             near = nearest(str(role)[:100].lower(), ROLES)
-            expected = "system, user or assistant (human or gpt in ShareGPT)"
-            fix = f"Did you mean '{near}'?" if near else "Rename the role, or leave the turn out."
+            expected = said("system, user or assistant (human or gpt in ShareGPT)")
+            fix = said("Did you mean '{name}'?", name=near) if near else said("Rename the role, or leave the turn out.")
             raise Problem(f"{where}.{role_field}", described(role), expected, fix)
-        says = "the answer to learn" if ROLES[role] == "assistant" else f"what the {role} says"
-        messages.append(Message(ROLES[role], _filled(turn[text_field], f"{where}.{text_field}", says)))
+        messages.append(Message(ROLES[role], _filled(turn[text_field], f"{where}.{text_field}", _SAYS[role])))
     _check_order(messages, name)
     beside = _system(row, names["system"])  # ShareGPT keeps the system text beside the talk
     if beside and messages[0].role == "system":
-        found = "a system text beside a talk that begins with one"
-        raise Problem(names["system"], found, "one system text", "Delete one of the two.")
+        found = said("a system text beside a talk that begins with one")
+        raise Problem(names["system"], found, said("one system text"), said("Delete one of the two."))
     return [*beside, *messages]
 
 
@@ -130,19 +144,19 @@ def _check_order(messages: Sequence[Message], name: str) -> None:
     for number, message in enumerate(messages):
         where = f"{name}[{number}]"
         if message.role == "system" and previous is not None:
-            fix = "Move it to the front or delete it."
-            raise Problem(where, "a system turn", "system only as the first turn", fix)
+            fix = said("Move it to the front or delete it.")
+            raise Problem(where, said("a system turn"), said("system only as the first turn"), fix)
         if message.role == previous:
-            found = f"two {message.role} turns in a row"
-            raise Problem(where, found, "user and assistant in turn", "Join them or delete one.")
+            found = said("two {role} turns in a row", role=message.role)
+            raise Problem(where, found, said("user and assistant in turn"), said("Join them or delete one."))
         if message.role == "assistant" and previous in (None, "system"):
-            raise Problem(
-                where, "a reply that nobody asked for", "a user turn first", "Put the question in front of it."
-            )
+            found, fix = said("a reply that nobody asked for"), said("Put the question in front of it.")
+            raise Problem(where, found, said("a user turn first"), fix)
         previous = message.role
     if previous != "assistant":
         where = f"{name}[{len(messages) - 1}]"
-        raise Problem(where, f"a {previous} turn at the end", "a reply at the end", "Add the reply or delete the turn.")
+        found, fix = said("a {role} turn at the end", role=previous), said("Add the reply or delete the turn.")
+        raise Problem(where, found, said("a reply at the end"), fix)
 
 
 def _system(row: Mapping[str, Any], name: str) -> list[Message]:
@@ -153,7 +167,7 @@ def _system(row: Mapping[str, Any], name: str) -> list[Message]:
 def _filled(value: Any, where: str, expected: str) -> str:
     text = _string(value, where)
     if not text.strip():
-        raise Problem(where, "no text", expected, "Fill it in or delete the row.")
+        raise Problem(where, said("no text"), said(expected), said(_FILL_IN))
     return text
 
 
@@ -162,16 +176,15 @@ def _string(value: Any, where: str, *, absent: bool = False) -> str:
     if value is None and absent:
         return ""
     if not isinstance(value, str):
-        fix = "Fill it in or delete the row." if value is None else "Put it in quotes, or delete the row."
-        raise Problem(where, described(value), "text", fix)
+        fix = said(_FILL_IN) if value is None else said("Put it in quotes, or delete the row.")
+        raise Problem(where, described(value), said("text"), fix)
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            found = f"half a character (\\u{ord(value[error.start]):04x})"
-            raise Problem(
-                where, found, "whole characters", "The text was cut inside an emoji; write it again."
-            ) from None
+            found = said("half a character ({code})", code=f"\\u{ord(value[error.start]):04x}")
+            fix = said("The text was cut inside an emoji; write it again.")
+            raise Problem(where, found, said("whole characters"), fix) from None
     if "\x00" in value:
-        raise Problem(where, "the character NUL (\\u0000)", "text", "Delete the character.")
+        raise Problem(where, said("the character NUL (\\u0000)"), said("text"), said("Delete the character."))
     return value

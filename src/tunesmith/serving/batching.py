@@ -40,6 +40,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tunesmith import model as models
 from tunesmith.engine.step import longest_together, not_packable
+from tunesmith.language import said
 from tunesmith.machines import free_bytes
 from tunesmith.serving import attention
 from tunesmith.serving.reply import Again, Ended, Reply, Sampling, Together, Written
@@ -133,14 +134,18 @@ class Batch:
                 self._forward([(first, prompts[0][:4])])
                 logits = self._forward([(first, prompts[0][4:]), (second, prompts[1])])
             except Exception as error:  # a model may take its inputs in a way of its own
-                self.reason = f"they can not be computed together ({type(error).__name__}: {error})"
+                found = f"{type(error).__name__}: {error}"
+                self.reason = said("they can not be computed together ({error})", error=found)
                 return
         expected = torch.stack(alone).float()
         difference = float((logits - expected).norm() / expected.norm())
         self._bytes_per_token = sum(t[:, :, :1].nbytes for pair in first.kept.values() for t in pair)
         self.n_prompt = 0
         if not difference < (_BOUND if logits.dtype == self._dtype else _BOUND_SHORT):
-            self.reason = f"together they differ from the model alone (relative difference {difference:.1e})"
+            self.reason = said(
+                "together they differ from the model alone (relative difference {difference:.1e})",
+                difference=difference,
+            )
 
     def make_room(self, tokens: int | None, share: float) -> None:
         """Sets the budget: `tokens`, or what a share of the free memory holds."""

@@ -20,6 +20,7 @@ import uvicorn
 from tunesmith import chat as chats
 from tunesmith.chat import Chat, Opened
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 from tunesmith.loopback import is_loopback
 from tunesmith.model import hush_libraries
 from tunesmith.serving import vllm_command
@@ -122,15 +123,16 @@ class Serving:
 
     def _introduce(self) -> None:
         service = self.service
-        self._tell(f"{self.url}  the chat page; the API is at {self.url}/v1")
+        self._tell(said("{url}  the chat page; the API is at {url}/v1", url=self.url))
         if not service.loopback:
             self._tell(
-                "There is no TLS here: who is on the way reads along. docs/how-to/serve.md puts a proxy in front."
+                said("There is no TLS here: who is on the way reads along. docs/how-to/serve.md puts a proxy in front.")
             )
         for served in service.models.values():
-            self._tell(f"  {served.id}" + (f"  ({served.base} with its adapter)" if served.chat.tuned else "  (base)"))
+            what = said("({base} with its adapter)", base=served.base) if served.chat.tuned else said("(base)")
+            self._tell(f"  {served.id}  {what}")
         if service.batch.reason:
-            self._tell(f"Replies are written one after the other: {service.batch.reason}.")
+            self._tell(said("Replies are written one after the other: {reason}.", reason=service.batch.reason))
         adapters = [
             (served.id, run.adapter.absolute())
             for served, run in zip((s for s in service.models.values() if s.chat.tuned), self._opened, strict=True)
@@ -138,9 +140,9 @@ class Serving:
         if adapters:
             line, left_out = vllm_command.command(_vllm_base(self._opened[0]), adapters)
             if line:
-                self._tell(f"For many users at once, on a GPU:\n  {line}")
+                self._tell(said("For many users at once, on a GPU:") + f"\n  {line}")
             for reason in left_out:
-                self._tell(f"Not by vLLM: {reason}.")
+                self._tell(said("Not by vLLM: {reason}.", reason=reason))
 
 
 def _checked_key(key: str | None) -> str | None:
@@ -236,7 +238,8 @@ class _Server(uvicorn.Server):
                 self._until = time.monotonic() + self._grace
                 service.batch.close()
                 if service.following:
-                    self._tell(f"Finishing {service.following} replies. Press Ctrl-C again to end at once.")
+                    n = service.following
+                    self._tell(said("Finishing {n} replies. Press Ctrl-C again to end at once.", n=n))
             if time.monotonic() > self._until:
                 service.batch.give_up()
                 self.should_exit = True

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunesmith.language import said
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (MaxLoRARanks of vllm/config/lora.py, v0.26)."""
 
@@ -25,9 +27,10 @@ def command(base: str, adapters: Sequence[tuple[str, Path]]) -> tuple[str, list[
     for name, path in adapters:
         text = (path / "chat_template.jinja").read_text(encoding="utf-8")
         if reason := _not_served(settings[name]):
-            left_out.append(f"{name}: {reason}")
+            left_out.append(said("{name}: {reason}", name=name, reason=reason))
         elif template is not None and text != template:
-            left_out.append(f"{name}: another chat template than {taken[0][0]}'s, and vLLM has one for all")
+            reason = said("another chat template than {other}'s, and vLLM has one for all", other=taken[0][0])
+            left_out.append(said("{name}: {reason}", name=name, reason=reason))
         else:
             template = text
             taken.append((name, path))
@@ -46,11 +49,11 @@ def command(base: str, adapters: Sequence[tuple[str, Path]]) -> tuple[str, list[
 def _not_served(settings: dict[str, object]) -> str | None:
     """Why vLLM refuses an adapter (vllm/lora/peft_helper.py)."""
     if settings.get("use_dora"):
-        return "vLLM does not do DoRA; export it with --to merged"
+        return said("vLLM does not do DoRA; export it with --to merged")
     if settings.get("modules_to_save"):
-        return "vLLM takes no modules_to_save; export it with --to merged"
+        return said("vLLM takes no modules_to_save; export it with --to merged")
     if settings.get("bias", "none") != "none":
-        return "vLLM takes no biases in an adapter; export it with --to merged"
+        return said("vLLM takes no biases in an adapter; export it with --to merged")
     if int(str(settings["r"])) > RANKS[-1]:
-        return f"vLLM takes no rank above {RANKS[-1]}; export it with --to merged"
+        return said("vLLM takes no rank above {rank}; export it with --to merged", rank=RANKS[-1])
     return None
