@@ -36,7 +36,7 @@ PAIRS = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SPELT_ALIKE = {
-    *("logits", "python", "ok", "; ", ", {time}", "{run}: {verdict}", "{sentence}.", "{what_for}: {command}"),
+    *("logits", "python", "ok", "; ", ", ", ", {time}", "{run}: {verdict}", "{sentence}.", "{what_for}: {command}"),
     *(
         "{name}: {reason}",
         " = {value}: {why}",
