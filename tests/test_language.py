@@ -90,19 +90,21 @@ def test_what_is_said_is_written_out_where_it_is_said() -> None:
                 )
 
 
-@pytest.mark.parametrize(("message", "translated"), PAIRS)
-def test_a_translation_has_the_values_and_names_of_its_message(message: str, translated: str) -> None:
-    assert {*fields(translated)} == {*fields(message)}
-    assert sorted(set(NAMES.findall(translated))) == sorted(set(NAMES.findall(message)))
-    assert HAN.search(translated) or message in SPELT_ALIKE, translated
+def test_a_translation_has_the_values_and_names_of_its_message() -> None:
+    for message, translated in PAIRS:
+        assert {*fields(translated)} == {*fields(message)}, message
+        assert sorted(set(NAMES.findall(translated))) == sorted(set(NAMES.findall(message))), message
+        assert HAN.search(translated) or message in SPELT_ALIKE, message
 
 
-@pytest.mark.parametrize(("message", "translated"), PAIRS)
-def test_a_translation_is_written_as_chinese_is(message: str, translated: str) -> None:
-    bare = re.sub(r"\{[^}]*\}", "{}", translated).replace("[问, 答]", "")  # as it stands in a file
-    assert not re.search(r"[\u4e00-\u9fff][,;:!?()]|[\u4e00-\u9fff]\.(?: |$)", bare), "full-width signs"
-    assert not re.search(r"[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]", bare), "a space between scripts"
-    assert not re.search(r"[。，；：（）、] | [。，；：（）、]", bare), "no space beside full-width signs"
+def test_a_translation_is_written_as_chinese_is() -> None:
+    for message, translated in PAIRS:
+        bare = re.sub(r"\{[^}]*\}", "{}", translated).replace("[问, 答]", "")  # as it stands in a file
+        assert not re.search(r"[\u4e00-\u9fff][,;:!?()]|[\u4e00-\u9fff]\.(?: |$)", bare), f"full-width signs: {message}"
+        assert not re.search(r"[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]", bare), f"a space: {message}"
+        assert not re.search(r"[。，；：（）、] | [。，；：（）、]", bare), (
+            f"no space beside full-width signs: {message}"
+        )
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
