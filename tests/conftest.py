@@ -4,6 +4,7 @@ of real tokenizers where it is at hand."""
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -36,6 +37,12 @@ MACHINE = (
 )
 """Files of the tests whose results a processor, its threads or what computes on it could change: they are marked
 `machine`, and `make test-machines` runs them once more on others."""
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: every collection of garbage would go through it for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

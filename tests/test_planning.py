@@ -51,8 +51,11 @@ def middling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "middling", **sizes, num_key_value_heads=4)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("sets", [{}, {"lora.dropout": 0.0, "lora.r": 32}, {"engine.recompute_layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("sets", "share"),
+    [({}, True), ({}, False), ({"lora.dropout": 0.0, "lora.r": 32}, True), ({"engine.recompute_layers": 2}, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("published", ["float32", "bfloat16", "bfloat16 in float32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_a_step_keeps_is_what_the_plan_says(

@@ -61,8 +61,8 @@ def as_printed(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def undisturbed_study(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Three trials that nobody stopped; do not write into it."""
-    return tune.tune(settings(tiny_model, talk), tmp_path_factory.mktemp("tunes") / "undisturbed", trials=3)
+    """Two trials that nobody stopped; do not write into it."""
+    return tune.tune(settings(tiny_model, talk), tmp_path_factory.mktemp("tunes") / "undisturbed", trials=2)
 
 
 # --- what is tried, and what is best ----------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_the_first_trial_is_the_recipe_as_it_stands_and_the_others_are_within_th
     for trial in others:
         for searched in tune.SPACE:
             assert searched.low <= trial.settings[searched.name] <= max(searched.high, first.settings[searched.name])
-    assert len({json.dumps(trial.settings) for trial in undisturbed_study.trials}) == 3
+    assert len({json.dumps(trial.settings) for trial in undisturbed_study.trials}) == 2
     alone = train(settings(tiny_model, talk, **{"eval.every": "5 steps"}), tmp_path / "alone")
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (alone.path, first.run)]
     assert weights[0] == weights[1]
@@ -281,10 +281,10 @@ def test_the_same_command_goes_on_and_begins_nothing_twice(
     command = ["tune", *flags_of(tiny_model, talk), "--out", out]
     first = tunesmith(*command, "--trials", "1", timeout=LONG)
     assert first.code == 0, first.err
-    again = tunesmith(*command, "--trials", "3", cwd=tmp_path, timeout=LONG)
+    again = tunesmith(*command, "--trials", "2", cwd=tmp_path, timeout=LONG)
     assert as_printed(again.json) == told(undisturbed_study), again.err
     before = {path: path.stat().st_mtime_ns for path in (out / "trials").rglob("*")}
-    once_more = tunesmith(*command, "--trials", "3", timeout=LONG)
+    once_more = tunesmith(*command, "--trials", "2", timeout=LONG)
     assert once_more.code == 0 and as_printed(once_more.json) == as_printed(again.json)
     assert before == {path: path.stat().st_mtime_ns for path in (out / "trials").rglob("*")}
     for ended in (first, again, once_more):
@@ -312,7 +312,7 @@ def test_a_study_that_was_stopped_ends_as_one_that_was_not(
     undisturbed_study: Study, tiny_model: Path, talk: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     out = tmp_path / "study"
-    command = ["tune", *flags_of(tiny_model, talk), "--out", out, "--trials", "3"]
+    command = ["tune", *flags_of(tiny_model, talk), "--out", out, "--trials", "2"]
     process = start(*command)
     running(out, 1, 4, process)
     process.send_signal(how)
@@ -362,7 +362,7 @@ def test_half_a_line_in_the_journal_is_cut_off_and_a_damaged_one_is_named(
     whole = journal.read_bytes()
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"wor')
-    found = tune.tune(settings(tiny_model, talk), out, trials=3)
+    found = tune.tune(settings(tiny_model, talk), out, trials=2)
     assert told(found) == told(undisturbed_study) and journal.read_bytes().startswith(whole + b'{"op_code":0')
     journal.write_bytes(whole.replace(b'{"op_code":5', b'\0\0"op_code":5', 1))
     with pytest.raises(RunError, match=r"journal\.jsonl: found a damaged line"):
@@ -406,7 +406,8 @@ def test_two_processes_take_part_in_one_study_and_each_trial_is_trained_once(
     tiny_model: Path, talk: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
-    command = ["tune", *flags_of(tiny_model, talk, **SHORT), "--out", out, "--trials", "1000"]
+    one_step = {**SHORT, "train.examples_per_step": 64}  # an epoch
+    command = ["tune", *flags_of(tiny_model, talk, **one_step), "--out", out, "--trials", "1000"]
     processes: list[Forked] = []
     with ended_in_the_end(processes):
         processes.append(start(*command, "--join"))
@@ -447,7 +448,7 @@ def test_processes_of_one_training_are_no_study(
     tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="--join"):
+    with pytest.raises(RecipeError, match="join=True"):
         tune.tune(settings(tiny_model, talk), tmp_path / "study")
 
 

@@ -9,6 +9,7 @@ itself does is for a fresh process to show.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -149,6 +150,7 @@ def serve(address: str) -> None:
 
     for name in ("demo", "display", "doctor", "talk", "training"):  # what the commands import when they are called
         importlib.import_module(f"tunesmith.{name}")
+    gc.freeze()  # no fork looks through what was imported, which would copy its pages
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")

@@ -9,7 +9,7 @@ import typer
 
 from tunesmith import runs as all_runs
 from tunesmith.cli import onward
-from tunesmith.cli.console import LIBRARIES, print_json, start
+from tunesmith.cli.console import loading, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption
 from tunesmith.language import marked, said
@@ -74,7 +74,7 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
     console = start(verbose, as_json)
     run = all_runs.named(run)
     state = all_runs.state_of(run)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display, terminal
         from tunesmith.screen import phrase
         from tunesmith.trainer import StepMetrics

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli import onward
-from tunesmith.cli.console import LIBRARIES, fetched, print_json, start
+from tunesmith.cli.console import fetched, loading, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, VerboseOption, whole
 from tunesmith.language import said
@@ -91,7 +91,7 @@ def fetch(
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = start(verbose, as_json)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith.doctor import examine
         from tunesmith.screen import padded, styled
 

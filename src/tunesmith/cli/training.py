@@ -13,7 +13,7 @@ import typer
 from tunesmith import recipe as recipes
 from tunesmith import records, rundir, runs
 from tunesmith.cli import onward
-from tunesmith.cli.console import LIBRARIES, fetched, print_json, start
+from tunesmith.cli.console import fetched, loading, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import (
     BatchOption,
@@ -51,7 +51,7 @@ _CARD_SIZES = (8, 12, 16, 24, 48, 80)
 def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """The whole story on a small real model: check, train, before and after, report."""
     console = start(verbose, as_json)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from rich.rule import Rule
 
         from tunesmith import demo as demos
@@ -136,7 +136,7 @@ def check(
     # What is wrong here is said before torch is loaded.
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     checked = looked_at(console, asked.recipe)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display
         from tunesmith.screen import phrase, styled
 
@@ -183,7 +183,7 @@ def plan(
     """Memory and time of a training before the start, by what takes them. Needs no weights."""
     console = start(verbose, as_json)
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display, machines, planning
 
     size = None if memory is None else machines.parse_bytes(memory)
@@ -228,7 +228,7 @@ def train(
     if out is not None:
         rundir.check_target(out)
     checked = looked_at(console, settings)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display
         from tunesmith.training import run_name, train
 
@@ -268,7 +268,7 @@ def resume(
     if detach:
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
         return
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display
         from tunesmith.training import resume
 

@@ -12,7 +12,7 @@ import psutil
 import typer
 
 from tunesmith.cli import onward
-from tunesmith.cli.console import LIBRARIES, fetched, print_json, require_extra, start
+from tunesmith.cli.console import fetched, loading, print_json, require_extra, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import (
     BatchOption,
@@ -74,7 +74,7 @@ def tune(
     settings = asked.recipe
     require_extra("tune", "optuna")
     checked = looked_at(console, settings)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display
         from tunesmith.tune import tune
 

@@ -11,7 +11,7 @@ import typer
 from tunesmith import rundir, terminal
 from tunesmith import runs as all_runs
 from tunesmith.cli import onward
-from tunesmith.cli.console import LIBRARIES, fetched, print_json, require_extra, start
+from tunesmith.cli.console import fetched, loading, print_json, require_extra, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
@@ -43,7 +43,7 @@ def chat(
     if as_json and prompt is None:
         raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
     is_model = all_runs.named_or_model(run_or_model) is None
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith.chat import load
         from tunesmith.talk import Talk
         from tunesmith.types import Message
@@ -126,7 +126,7 @@ def evaluate(
     run = all_runs.named(run)
     opened = rundir.open_run(run)
     require_extra("eval", "sacrebleu")
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display, evaluation_page, harness, judging
         from tunesmith.evaluate import evaluate
 
@@ -169,7 +169,7 @@ def export(
     rundir.open_run(run)
     if out is not None:
         rundir.check_target(out)
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith import display
         from tunesmith.export import export
 
@@ -208,7 +208,7 @@ def serve(
     require_extra("serve", "uvicorn")
     for name in runs:
         all_runs.named_or_model(name)  # or it is said before anything is loaded
-    with console.status(said(LIBRARIES)):
+    with loading(console):
         from tunesmith.serving.server import Serving
 
     def tell(text: str) -> None:
