@@ -146,6 +146,15 @@ def test_a_language_that_there_is_not_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert ended.code == 2 and "en or zh" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("utf-8", "zh"), ("gb18030", "zh"), ("gbk", "zh"), ("ascii", "en"), ("latin-1", "en")]
+)
+def test_chinese_is_said_where_it_can_be_written(encoding: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_LANG", "zh")
+    language.settle(encoding)
+    assert language.language() == expected
+
+
 def test_a_file_for_others_can_be_in_another_language(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_LANG", "zh")
     with language.speaking("en"):

@@ -44,6 +44,15 @@ def require_known() -> None:
         raise RecipeError(VARIABLE, repr(given), "en or zh", "Set it to one of the two, or leave it to the locale.")
 
 
+def settle(encoding: str) -> None:
+    """From now on, in the processes that this one starts too, English, where what is printed in this encoding could
+    not hold the reader's language: Chinese in ASCII would be escapes that nobody reads."""
+    try:
+        said("rows").encode(encoding)
+    except UnicodeEncodeError:
+        os.environ[VARIABLE] = "en"
+
+
 @contextmanager
 def speaking(of: Language) -> Iterator[None]:
     """Inside, everything is said in this language: in a file that is not for the reader alone."""

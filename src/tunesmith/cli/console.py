@@ -27,6 +27,7 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
 
     terminal.guard_streams()
     language.require_known()
+    language.settle(sys.stderr.encoding if answer_on_stdout else sys.stdout.encoding)
     # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
     # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
     if "OMP_WAIT_POLICY" not in os.environ:
