@@ -420,8 +420,7 @@ def test_what_stands_around_the_question_must_be_well_formed(tmp_path: Path, mor
         ({"instruction": "q", "response": "a"}, "output", "response", "data.columns.output=response"),
         ({"message": [ASK, REPLY]}, "messages", "message", "data.columns.messages=message"),
         ({"dialog": [{"from": "human", "value": "x"}]}, "conversations", "dialog", "data.columns.conversations=dialog"),
-        ({"output": "a"}, "instruction", "only 'output'", "data.columns.instruction="),
-        ({}, "instruction", "an empty object", "data.columns.instruction="),
+        ({"output": "a", "more": 1}, "instruction", "only 'output', 'more'", "data.columns.instruction=…"),
     ],
 )
 def test_a_misspelt_field_is_a_fault_with_the_flag_that_maps_it(
@@ -431,6 +430,22 @@ def test_a_misspelt_field_is_a_fault_with_the_flag_that_maps_it(
     assert fault.field == field
     assert found in fault.found
     assert f"--set {flag}" in fault.fix
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "found"),
+    [
+        ({"instruction": "q"}, "output", "only 'instruction'"),
+        ({"output": "a"}, "instruction", "only 'output'"),
+        ({}, "instruction", "an empty object"),
+    ],
+)
+def test_where_nothing_could_be_renamed_it_is_to_be_written(
+    tmp_path: Path, row: dict[str, Any], field: str, found: str
+) -> None:
+    fault = fault_of(tmp_path, row)
+    assert (fault.field, fault.found) == (field, found)
+    assert fault.fix == "Write what is missing into the row, or leave the row out."
 
 
 def test_a_misspelt_input_is_never_dropped_in_silence(tmp_path: Path) -> None:

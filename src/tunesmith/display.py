@@ -295,8 +295,6 @@ class TrainingDisplay(Watcher):
     def __init__(self, console: Screen, at_first: str | None = None) -> None:
         """`at_first` is what is done before there is a plan, or the training itself."""
         self._console = console
-        self.run: Path | None = None
-        """The folder of the training, once there is one."""
         self._status = console.status(at_first or said("Laying out the steps …"))
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
@@ -331,7 +329,6 @@ class TrainingDisplay(Watcher):
         self._status.update(said("Loading the model, and asking it what the trained one will be asked …"))
 
     def began(self, n_steps: int, run: Path) -> None:
-        self.run = run
         self._status.stop()
         self._task = self._progress.add_task("train", total=n_steps, left="")
         if self._console.for_people:
@@ -370,6 +367,8 @@ class TrainingDisplay(Watcher):
         self._held_out.append(held_out_loss)
 
     def noted(self, text: str) -> None:
+        if not self._live.is_started:  # what is done now, too
+            self._status.update(text)
         self._console.print(text, style="yellow")
 
     def _update(self, *, at_once: bool) -> None:

@@ -133,8 +133,14 @@ def check_target(path: Path) -> None:
         raise RunError(str(path), found, said("a name in UTF-8"), said("Choose another --out."))
     with writing(path):
         if path.exists() and (not path.is_dir() or any(file.name != OUTPUT for file in path.iterdir())):
-            found = said("a folder that is not empty") if path.is_dir() else said("a file")
-            raise RunError(str(path), found, said("a new or empty folder"), said("Choose another --out."))
+            found, fix = said("a file"), said("Choose another --out.")
+            if path.is_dir():
+                found = said("a folder that is not empty")
+            if RunDir(path).manifest.is_file() and not RunDir(path).report.is_file():
+                go_on = commands.tunesmith("resume", path)
+                found = said("a run that is not finished")
+                fix = said("Choose another --out, or go on with it: {command}", command=go_on)
+            raise RunError(str(path), found, said("a new or empty folder"), fix)
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir():
             found = said("{path}, which is a file", path=parent)

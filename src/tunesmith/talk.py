@@ -90,6 +90,8 @@ class Talk:
         elif name == "/save":
             self._save(rest)
         else:
+            if name != "/help":
+                self._console.print(said("There is no {name}.", name=name), style="yellow")
             self._console.print(said(HELP))
 
     def _save(self, name: str) -> None:

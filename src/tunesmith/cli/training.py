@@ -38,7 +38,6 @@ from tunesmith.language import counted, said
 
 if TYPE_CHECKING:
     from tunesmith.checking import Checked
-    from tunesmith.display import TrainingDisplay
     from tunesmith.screen import Screen
     from tunesmith.training import Run
 
@@ -70,7 +69,8 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     fetched(console, settings.model.name, None, weights=True)
     display.show_check(console, looked_at(console, settings), 2)
     console.print()
-    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, watcher):
+    out = out or rundir.free_name(runs.FOLDER, "demo")
+    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, out):
         result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
     if not result.run.interrupted:
         pairs = list(zip(result.questions, result.before, result.after, strict=True))
@@ -239,7 +239,8 @@ def train(
         _go_on_detached(console, "train", arguments, out or rundir.free_name(runs.FOLDER, run_name(settings)), as_json)
         return
     fetched(console, settings.model.name, settings.model.revision, weights=True)
-    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, watcher):
+    out = out or rundir.free_name(runs.FOLDER, run_name(settings))
+    with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, out):
         run = train(settings, out, sources=asked.sources, watcher=watcher, checked=checked, anyway=anyway)
     _show_trained(console, run, as_json)
 
@@ -273,7 +274,7 @@ def resume(
         from tunesmith.training import resume
 
     at_first = said("Comparing checkpoint, rows and base with what the run began with …")
-    with display.TrainingDisplay(console, at_first) as watcher, _point_to_go_on_from(console, watcher):
+    with display.TrainingDisplay(console, at_first) as watcher, _point_to_go_on_from(console, run):
         result = resume(run, epochs=epochs, watcher=watcher)
     _show_trained(console, result, as_json)
 
@@ -338,13 +339,15 @@ def _show_trained(console: Screen, run: Run, as_json: bool) -> None:
 
 
 @contextmanager
-def _point_to_go_on_from(console: Screen, watcher: TrainingDisplay) -> Iterator[None]:
-    """Says how to go on where a training that has begun is stopped at once."""
+def _point_to_go_on_from(console: Screen, run: Path) -> Iterator[None]:
+    """Says how to go on where a training is stopped at once."""
     try:
         yield
     except KeyboardInterrupt:
-        if watcher.run is not None:
-            go_on(console, *onward.after_run(watcher.run, "interrupted"))
+        if rundir.RunDir(run).manifest.is_file():
+            go_on(console, *onward.after_run(run, "interrupted"))
+        else:
+            console.print(said("Stopped before anything was written."), style="yellow")
         raise
 
 

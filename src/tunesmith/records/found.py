@@ -21,7 +21,7 @@ _OTHER_NAMES = {
 def rename_hint(name: str, column: str, free: Iterable[str]) -> str | None:
     """The flag that maps `name` to the most likely of the `free` names, if one is likely."""
     lower = {key.lower(): key for key in free if key}
-    near = [key for key in (column.lower(), *_OTHER_NAMES.get(name, ())) if key in lower]
+    near = [key for key in (column.lower(), name, *_OTHER_NAMES.get(name, ())) if key in lower]
     meant = near[0] if near else nearest(column.lower(), lower)
     if not meant:
         return None

@@ -92,8 +92,10 @@ def _check_fields(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
         if name in ("instruction", "output"):
             found = listed(row)
             if (talk := list_of_objects(row)) is None:
-                hint = rename_hint(name, column, free) or f"--set data.columns.{name}=…"
-                raise Problem(column, found, f"'{column}'", rename_or(hint))
+                fix = said("Write what is missing into the row, or leave the row out.")
+                if free:
+                    fix = rename_or(rename_hint(name, column, free) or f"--set data.columns.{name}=…")
+                raise Problem(column, found, f"'{column}'", fix)
             for wanted, keys in _TALK_FIELDS.items():
                 if set(keys) <= set(row[talk][0]):
                     fix = rename_or(f"--set {shlex.quote(f'data.columns.{wanted}={talk}')}")
