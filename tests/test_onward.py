@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,26 @@ def test_a_training_that_is_stopped_says_how_to_go_on_with_it(tiny_model: Path, 
     until(8, run, process)
     process.send_signal(signal.SIGINT)
     assert "Went on after step" in finished(process).out
+
+
+def test_a_training_that_is_stopped_before_its_first_step_says_how_to_go_on(
+    tiny_model: Path, talk: Path, tmp_path: Path
+) -> None:
+    flags = [*flags_of(tiny_model, talk)[:-1], "--out", "runs/my run"]
+    process = start("train", *flags, "--set", "train.rehearse=0.5", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs" / "my run" / "manifest.json").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    ended = finished(process)
+    assert ended.code == 130
+    (line,) = said(ended.out)
+    assert shlex.split(line)[1:] == ["resume", "runs/my run"]
+    again = tunesmith("train", *flags, cwd=tmp_path)
+    assert again.code == 2 and "resume 'runs/my run'" in again.err and "a run that is not finished" in again.err
+    resumed = tunesmith(*shlex.split(line)[1:], cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
 
 
 def test_a_run_that_is_not_done_is_gone_on_with_or_followed(tmp_path: Path) -> None:

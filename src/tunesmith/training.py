@@ -168,12 +168,13 @@ def train(
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             sources = sources or recipes.sources_of(recipe)
             rundir.write_text(run.recipe, recipes.write(recipe, sources))
-            rundir.write_json(run.manifest, {**_manifest(work), "sources": sources, "plan": made.as_dict()})
             rundir.write_lines(run.ledger, ledger(checked, work.training, work.held_out))
             if work.held_out:  # so that the run can be measured when the data is elsewhere
                 talks = (row.conversation.messages for row in work.held_out)
                 lines = ({"messages": [message.as_dict() for message in talk]} for talk in talks)
                 rundir.write_lines(run.held_out_rows, lines)
+            # The last of them: where it is, the run can be gone on with.
+            rundir.write_json(run.manifest, {**_manifest(work), "sources": sources, "plan": made.as_dict()})
             return work.carry_out(run, base, None, tell)
 
 
