@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared, save_tiny_model
-from tunesmith import hub, model
+from tunesmith import checking, hub, model, recipe
 from tunesmith.engine.decoder import Decoder
 from tunesmith.errors import ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.model import open_renderer, targets
@@ -400,6 +400,8 @@ def test_config_and_tokenizer_of_a_gguf_file_are_had_without_its_weights(
     assert of_both == [True, True] and config.dtype != torch.bfloat16
     with pytest.raises(ModelError, match="no weights"):
         model.load_base(ready, BASE)
+    by_check = checking.locate(recipe.resolve(flags={"model.name": str(found.folder)})[0], weights=False)
+    assert by_check.folder == ready.folder
 
 
 def test_bin_weights_are_left_alone_where_none_are_needed(tiny_model: Path, tmp_path: Path, cache: Path) -> None:

@@ -605,9 +605,9 @@ ROW = '{"instruction": "q", "output": "a"}'
     [
         (f"[\n{ROW},\n{ROW},\n]\n", 4, "']'", "no comma in front of it"),
         (f'[\n{ROW},\n{{"instruction": "q",\n "output": "a",\n}}\n]\n', 5, "'}'", "no comma in front of it"),
-        (f"[\n{ROW}\n{ROW}\n]\n", 3, "'{\"instruction", "',' or ']' behind an object"),
+        (f"[\n{ROW}\n{ROW}\n]\n", 3, "'{\"instruction", "',' or ']' after an object"),
         (f"[\n{ROW},\n{ROW},\n\n", 5, "the end of the file", "a value"),
-        (f"[\n{ROW},\n{ROW}\n", 4, "the end of the file", "',' or ']' behind an object"),
+        (f"[\n{ROW},\n{ROW}\n", 4, "the end of the file", "',' or ']' after an object"),
         (f'[\n{ROW},\n{{"instruction": "q", "out', 3, "'\"out'", "a quote at the end of the text"),
         (f'[\n{ROW},\n{{"instruction": "q",\n"output":\n', 5, "the end of the file", "a value"),
         (f'[\n{ROW},\n{{"instruction": "q", "output": "a\nb"}}\n]', 3, "a line break inside a text", "\\n"),
@@ -616,8 +616,8 @@ ROW = '{"instruction": "q", "output": "a"}'
         (f"[\n{ROW},\n{{'instruction': 'q'}}\n]", 3, "''instruction': 'q'}'", "a field name in double quotes"),
         (f'[\n{ROW},\n{{"instruction": "C:\\dir", "output": "a"}}]', 3, "'\\dir", "a known escape"),
         (f'[\n{ROW},\n{{"instruction": undefined}}]', 3, "'undefined}]'", "a value"),
-        (f"[\n{ROW}\n]\n\n[{ROW}]\n", 5, "'[{\"instruction", "nothing behind the closing ']'"),
-        (f"[\n{ROW}\n]\n]", 4, "']'", "nothing behind the closing ']'"),
+        (f"[\n{ROW}\n]\n\n[{ROW}]\n", 5, "'[{\"instruction", "nothing after the closing ']'"),
+        (f"[\n{ROW}\n]\n]", 4, "']'", "nothing after the closing ']'"),
     ],
 )
 def test_broken_json_is_named_by_the_line_where_reading_stopped(
@@ -641,8 +641,8 @@ def test_rows_before_broken_json_are_read(tmp_path: Path) -> None:
     ("row", "expected"),
     [
         ("{broken", "a field name in double quotes"),
-        (f"{ROW},", "nothing behind the object"),
-        (f"{ROW} {ROW}", "nothing behind the object"),
+        (f"{ROW},", "nothing after the object"),
+        (f"{ROW} {ROW}", "nothing after the object"),
         (ROW[:-1], "',' or the end of the object"),
         (ROW[:-3], "a quote at the end of the text"),
         ('{"instruction": "q", "output": }', "a value"),

@@ -89,6 +89,33 @@ def test_without_the_random_states_the_bytes_would_differ(
         assert_same(out, undisturbed.path)
 
 
+@pytest.mark.parametrize("stopped_at", range(1, 7))
+def test_a_run_that_ends_between_its_first_files_is_gone_on_with_or_named(
+    tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    """The one before the first step is the first of those that can be gone on with."""
+    replace, n_written = Path.replace, 0
+
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal n_written
+        n_written += tmp_path in target.parents
+        if n_written == stopped_at:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "run")
+    monkeypatch.undo()
+    if (tmp_path / "run" / "manifest.json").is_file():
+        ended = resume(tmp_path / "run")
+        assert (ended.path / "report.html").is_file() and (ended.path / "ledger.jsonl").is_file()
+        assert len(rundir.read_lines(ended.path / "held_out_rows.jsonl")) == ended.rows_held_out
+    else:
+        with pytest.raises(RunError, match="the folder of a run"):
+            resume(tmp_path / "run")
+
+
 def test_a_process_killed_at_any_moment_goes_on_to_the_same_bytes(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
     """kill -9, twice in one run, with a checkpoint at every step, so that one of them is often being written."""
     flags = {"train.epochs": 6, "train.save_every": "1 steps"}

@@ -236,8 +236,7 @@ def test_a_trial_ends_with_the_time_and_keeps_its_newest_checkpoint(
     watcher = Until(clock, 4)
     monkeypatch.setattr(tune.time, "monotonic", lambda: clock() + watcher.later)
     given = settings(tiny_model, talk, **{"train.epochs": 400})
-    shown = lambda number, drawn: nullcontext(watcher)  # noqa: E731
-    found = tune.tune(given, tmp_path / "study", trials=3, hours=0.9, shown=shown)
+    found = tune.tune(given, tmp_path / "study", trials=3, hours=0.9, shown=lambda number, drawn: nullcontext(watcher))
     first = found.trials[0]
     assert (first.state, first.why) == ("pruned", "the time is up") and "would take longer" in found.ended
     assert [point.name for point in RunDir(first.run).points()] == ["step-000004"]

@@ -1,5 +1,5 @@
 """A hundred short questions that have nothing to do with anybody's data: what a model knew before a training should
-still be there behind it."""
+still be there after it."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def phrase(message: str, /, *, one_line: bool = False, **values: Any) -> Text:
 
 
 def padded(text: str, width: int) -> str:
-    """The text with spaces behind it, so that it takes so many cells; a Chinese character takes two."""
+    """The text with spaces after it, so that it takes so many cells; a Chinese character takes two."""
     return text + " " * (width - cell_len(text))
 
 

@@ -23,12 +23,12 @@ _AT_ONCE = 1 << 20
 _JSON_EXPECTED = {
     "Expecting value": marked("a value"),
     "Expecting property name": marked("a field name in double quotes"),
-    "Expecting ':'": marked("':' behind the field name"),
+    "Expecting ':'": marked("':' after the field name"),
     "Expecting ','": marked("',' or the end of the object"),
     "Unterminated string": marked("a quote at the end of the text"),
     "Invalid \\escape": marked("a known escape (a backslash itself is \\\\)"),
-    "Invalid \\uXXXX": marked("four hexadecimal digits behind \\u"),
-    "Extra data": marked("nothing behind the object"),
+    "Invalid \\uXXXX": marked("four hexadecimal digits after \\u"),
+    "Extra data": marked("nothing after the object"),
 }
 
 
@@ -185,7 +185,7 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
             break
         if not first:
             if not window.is_at(position, ","):
-                yield stopped(position, said("',' or ']' behind an object"))
+                yield stopped(position, said("',' or ']' after an object"))
                 return
             position = window.skip(position + 1)
         first = False
@@ -200,7 +200,7 @@ def json_rows(file: TextIO, path: str) -> Iterator[Parsed]:
         position = end
     rest = window.skip(position + 1)
     if rest < len(window.text):
-        yield stopped(rest, said("nothing behind the closing ']'"))
+        yield stopped(rest, said("nothing after the closing ']'"))
 
 
 def _read_whole(decoder: _Decoder, window: _Window, start: int) -> tuple[Any, int, tuple[str, str] | None]:
