@@ -341,9 +341,9 @@ def test_a_command_that_is_spelt_wrong_is_refused(tmp_path: Path, arguments: tup
     assert refused(tmp_path, command, "--json", *rest, says=(says,)).out == ""
 
 
-def test_one_json_answer_needs_one_question(tiny_model: Path, tmp_path: Path) -> None:
-    ended = refused(tmp_path, "chat", tiny_model, "--json", says=("chat --json", "Add --prompt TEXT."))
-    assert ended.json["error"]["expected"] == "one question to answer"
+def test_an_answer_in_json_needs_a_question(tiny_model: Path, tmp_path: Path) -> None:
+    ended = refused(tmp_path, "chat", tiny_model, "--json", says=("standard input", "or add --prompt TEXT."))
+    assert ended.json["error"]["expected"] == "a question a line"
 
 
 def test_a_folder_that_is_no_run_is_no_chat_partner(tmp_path: Path) -> None:

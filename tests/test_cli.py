@@ -15,7 +15,7 @@ import torch
 
 import tunesmith as library
 from conftest import ROOT, tunesmith
-from tunesmith import doctor
+from tunesmith import doctor, extras
 from tunesmith.engine import onepass, products
 from tunesmith.hub import aliases
 from tunesmith.recipe import Recipe, parse_flag, setting_names
@@ -213,9 +213,9 @@ def test_help_shows_every_default_as_it_is_set() -> None:
 
 def test_doctor_knows_every_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"all", "benchmarks", "dev"}
+    assert set(extras.PURPOSES) == set(project["optional-dependencies"]) - {"all", "benchmarks", "dev"}
     lines = ['no-such-package[more]>=1; extra == "eval"', 'torch>=2; extra == "serve"', "torch>=2"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
-    (extras,) = (finding for finding in doctor.examine() if finding.name == "extras")
-    assert "serve" in extras.found and "eval" not in extras.found
-    assert "tunesmith[eval]" in extras.fix and "serve" not in extras.fix
+    (found,) = (finding for finding in doctor.examine() if finding.name == "extras")
+    assert "serve" in found.found and "eval" not in found.found
+    assert "tunesmith[eval]" in found.fix and "serve" not in found.fix

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def fenced(text: str, language: str | None = None) -> Iterator[str]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The arguments of every `tunesmith …` line of the fenced blocks; words before it may set the environment."""
+    """The arguments of every `tunesmith …` line of the fenced blocks; words before it may set the environment, and
+    files that it reads from or writes to may come after it."""
     for block in fenced(text):
         for line in block.replace("\\\n", " ").splitlines():
             try:
@@ -57,7 +59,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words.pop(0)
             if words and Path(words[0]).name == "tunesmith":
-                yield words[1:]
+                yield [word for before, word in pairwise(words) if before not in "<>" and word not in "<>"]
 
 
 def problem_of_command(arguments: list[str]) -> str | None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"cli.training"},
     {"cli.console", "cli.onward"},
     {"cli.options"},
-    {"display", "talk", "doctor", "evaluation_page", "judging"},
+    {"display", "talk", "questions", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate", "tune", "tuning_page", "serving.server"},
     {"export", "serving.app"},
     {"export.llama", "export.merged", "export.ollama", "serving.answers"},
@@ -74,6 +74,7 @@ LAYERS = [
         "places",
         "export.llama_cpp",
         "export.go_template",
+        "extras",
     },
 ]
 COMMAND_LINE = LAYERS[:5]

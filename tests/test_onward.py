@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch:
     assert commands.tunesmith("runs") == f"'{beside}' runs"
     monkeypatch.chdir(tmp_path)
     assert commands.tunesmith("runs") == "'my env/bin/tunesmith' runs"
+
+
+def test_a_command_whose_extra_is_missing_comes_after_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # which is how an import that fails begins
+    (_, serve), (_, train) = onward.after_chat("smollm2")
+    install, command = serve.split(" && ")
+    assert shlex.split(install)[1:] == ["install", "tunesmith[serve]"] and problem(command) is None
+    assert problem(train) is None
+    monkeypatch.delitem(sys.modules, "uvicorn")
+    assert onward.after_chat("smollm2")[0][1] == command
 
 
 # --- what each command ends with --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunesmith import commands, hub, system
+from tunesmith import commands, extras, hub, system
 from tunesmith.engine import onepass, products
 from tunesmith.language import counted, marked, said
 
@@ -82,25 +81,13 @@ def _findings() -> Iterator[Finding]:
     )
 
 
-EXTRAS = {
-    "cpu": marked("faster on a CPU"),
-    "gpu": marked("bases of 4 bits and Liger's kernels"),
-    "eval": marked("BLEU, chrF and a judge in `eval`"),
-    "export": marked("`export --to gguf`, compared with llama.cpp"),
-    "serve": marked("`serve`"),
-    "tune": marked("`tune`"),
-}
-"""What can be installed beside tunesmith, and what for."""
-
-
 def _extras() -> Finding:
     """What is installed of that which is only needed for some things."""
     here, lacking = list[str](), dict[str, str]()
-    for extra, needed_for in EXTRAS.items():
+    for extra, needed_for in extras.PURPOSES.items():
         if extra == "gpu" and not torch.cuda.is_available():
             continue
-        absent = [name for name in _packages_of(extra) if not _is_installed(name)]
-        if absent:
+        if extras.missing(extra):
             lacking[extra] = needed_for
         else:
             here.append(extra)
@@ -108,22 +95,6 @@ def _extras() -> Finding:
     if lacking:
         fix = said("For {uses}: {command}", uses=said("; ").join(map(said, lacking.values())), command=fix)
     return Finding(marked("extras"), ", ".join(here) or said("none"), True, fix if lacking else "")
-
-
-def _packages_of(extra: str) -> list[str]:
-    """By the metadata of the installed tunesmith, as pyproject.toml has them."""
-    lines = importlib.metadata.requires("tunesmith") or []
-    return [
-        re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in lines if re.search(rf"extra == .{extra}\b", line)
-    ]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _memory() -> Finding:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import commands, language, system, terminal
-from tunesmith.errors import DataError, MissingExtra, TunesmithError
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.language import said
 
 if TYPE_CHECKING:
@@ -128,12 +127,6 @@ def print_json(value: dict[str, Any]) -> None:
 def _speaks() -> bool:
     """Of several processes that train together the first one speaks; errors are shown by each."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def require_extra(extra: str, package: str) -> None:
-    """Raises MissingExtra where a package of an extra is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"tunesmith {sys.argv[1]}", extra)
 
 
 def show_error(error: TunesmithError) -> None:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith import commands, rundir, runs
+from tunesmith import commands, extras, rundir, runs
 from tunesmith.language import said
 from tunesmith.rundir import RunDir
 
@@ -52,7 +52,7 @@ def after_run(run: Path, state: runs.State) -> list[Way]:
         return [(said("Go on with it"), commands.tunesmith("resume", run))]
     return [
         (said("Talk with it"), commands.tunesmith("chat", run)),
-        (said("Compare it with its base"), commands.tunesmith("eval", run)) if _can_be_measured(run) else _export(run),
+        (said("Compare it with its base"), _with_extra("eval", run)) if _can_be_measured(run) else _export(run),
     ]
 
 
@@ -74,16 +74,15 @@ def after_demo(run: Path) -> list[Way]:
 def after_chat(name: str) -> list[Way]:
     """With a run or a model."""
     run = runs.find(name)
-    serve = (said("Serve it"), commands.tunesmith("serve", name))
     return [
-        serve,
+        _serve(name),
         (said("Tune it on your rows"), commands.tunesmith("train", "--help")) if run is None else _export(run),
     ]
 
 
 def after_eval(run: Path, verdict: str) -> list[Way]:
     if verdict == "better":
-        return [(said("Serve it"), commands.tunesmith("serve", run)), _export(run)]
+        return [_serve(run), _export(run)]
     return [(said("Ask it yourself"), commands.tunesmith("chat", run))]
 
 
@@ -91,7 +90,7 @@ def after_export(run: Path, export: Export) -> list[Way]:
     if export.to == "merged":
         return [
             (said("Talk with it"), commands.tunesmith("chat", export.path)),
-            (said("Serve it"), commands.tunesmith("serve", export.path)),
+            _serve(export.path),
         ]
     if export.to == "gguf":
         (file,) = export.path.glob("*.gguf")
@@ -143,8 +142,18 @@ def after_doctor() -> list[Way]:
     ]
 
 
+def _serve(name: str | Path) -> Way:
+    return said("Serve it"), _with_extra("serve", name)
+
+
 def _export(run: Path) -> Way:
-    return said("Take it to llama.cpp"), commands.tunesmith("export", run, "--to", "gguf")
+    return said("Take it to llama.cpp"), _with_extra("export", run, "--to", "gguf")
+
+
+def _with_extra(command: str, *words: str | Path) -> str:
+    """A command whose extra has its name, after what installs that where it is missing."""
+    asked = commands.tunesmith(command, *words)
+    return f"{commands.pip_install(f'tunesmith[{command}]')} && {asked}" if extras.missing(command) else asked
 
 
 def _can_be_measured(run: Path) -> bool:

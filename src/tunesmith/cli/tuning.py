@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
+from tunesmith import extras
 from tunesmith.cli import onward
-from tunesmith.cli.console import fetched, loading, print_json, require_extra, start
+from tunesmith.cli.console import fetched, loading, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import (
     BatchOption,
@@ -72,7 +73,7 @@ def tune(
     # What is wrong here is said before torch is loaded.
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     settings = asked.recipe
-    require_extra("tune", "optuna")
+    extras.require("tune", "tunesmith tune")
     checked = looked_at(console, settings)
     with loading(console):
         from tunesmith import display

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith import rundir, terminal
+from tunesmith import extras, rundir, terminal
 from tunesmith import runs as all_runs
 from tunesmith.cli import onward
-from tunesmith.cli.console import fetched, loading, print_json, require_extra, start
+from tunesmith.cli.console import fetched, loading, print_json, start
 from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
 from tunesmith.language import said
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tunesmith.chat import Chat
+    from tunesmith.questions import Question
+    from tunesmith.screen import Screen
+
+_AT_ONCE = 32
+"""Questions that are answered before the first of them is printed."""
 
 
 def chat(
@@ -38,10 +45,13 @@ def chat(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Talk with a run or a model."""
+    """Talk with a run or a model.
+
+    With --json and without --prompt, a question is read from each line of standard input: its text, or
+    {"prompt": "…"}, or {"messages": […]}. Each is a conversation of its own, and a line of JSON is its answer.
+    """
     console = start(verbose, answer_on_stdout=True)
-    if as_json and prompt is None:
-        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
+    asked = _asked(prompt) if as_json else []  # before a model is loaded
     is_model = all_runs.named_or_model(run_or_model) is None
     with loading(console):
         from tunesmith.chat import load
@@ -52,6 +62,9 @@ def chat(
         fetched(console, run_or_model, None, weights=True)
     with console.status(said("Loading the model …")):
         loaded: Chat = load(run_or_model)
+    if as_json:
+        _answer_all(console, loaded, asked, system, temperature=temperature, max_tokens=max_tokens, base=base)
+        return
     if prompt is None:
         Talk(loaded, console, system=system, base=base, temperature=temperature, max_tokens=max_tokens).run()
         go_on(console, *onward.after_chat(run_or_model))
@@ -63,27 +76,45 @@ def chat(
             reading.stop()
             print(piece, end="", flush=True)
 
-        reply = loaded.reply(
+        loaded.reply(
             messages,
             temperature=temperature,
             max_tokens=max_tokens,
             base=base,
-            on_text=None if as_json else show,
+            on_text=show,
             cancelled=terminal.nobody_reads,
         )
-    if as_json:
-        print_json(
-            {
-                "reply": reply.text,
-                "prompt_ids": reply.prompt_ids,
-                "token_ids": reply.token_ids,
-                "stopped_by": reply.stopped_by,
-            }
-        )
-    else:
-        print()
-        if sys.stdout.isatty():  # else the answer goes to a program, which asks many, and knows how to go on
-            go_on(console, *onward.after_chat(run_or_model))
+    print()
+    if sys.stdout.isatty():  # else the answer goes to a program, which asks many, and knows how to go on
+        go_on(console, *onward.after_chat(run_or_model))
+
+
+def _asked(prompt: str | None) -> list[Question]:
+    """What is to be answered in JSON."""
+    from tunesmith import questions
+
+    if prompt is not None:
+        return [questions.Question("--prompt", [{"role": "user", "content": prompt}])]
+    if sys.stdin.isatty():
+        fix = said("Add --prompt TEXT, or give questions, one a line: < FILE.")
+        raise RecipeError("chat --json", said("no --prompt"), said("something to answer"), fix)
+    return questions.read(sys.stdin, said("standard input"))
+
+
+def _answer_all(console: Screen, chat: Chat, asked: Sequence[Question], system: str | None, **how: Any) -> None:
+    """Prints a line for each question, in their order; all are looked at before the first is answered."""
+    talks = [question.talk(system) for question in asked]
+    for question, talk in zip(asked, talks, strict=True):
+        with question.named():
+            chat.prompt_ids(talk)
+    with console.status(said("Reading the question …")) as answering:
+        for first in range(0, len(asked), _AT_ONCE):
+            some = slice(first, first + _AT_ONCE)
+            for question, reply in zip(asked[some], chat.replies(talks[some], **how), strict=True):
+                print_json(question.answered(reply))
+            if terminal.nobody_reads():
+                return
+            answering.update(said("{n} of {all} questions answered …", n=first + len(talks[some]), all=len(asked)))
 
 
 def evaluate(
@@ -125,7 +156,7 @@ def evaluate(
     console = start(verbose, as_json)
     run = all_runs.named(run)
     opened = rundir.open_run(run)
-    require_extra("eval", "sacrebleu")
+    extras.require("eval", "tunesmith eval")
     with loading(console):
         from tunesmith import display, evaluation_page, harness, judging
         from tunesmith.evaluate import evaluate
@@ -205,7 +236,7 @@ def serve(
 ) -> None:
     """An OpenAI-compatible API and a chat page, for several runs at once, until Ctrl-C."""
     console = start(verbose, as_json)
-    require_extra("serve", "uvicorn")
+    extras.require("serve", "tunesmith serve")
     for name in runs:
         all_runs.named_or_model(name)  # or it is said before anything is loaded
     with loading(console):
