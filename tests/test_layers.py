@@ -60,6 +60,7 @@ LAYERS = [
         "commands",
         "system",
         "interrupts",
+        "deadline",
         "language",
         "markup",
         "general",

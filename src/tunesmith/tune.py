@@ -23,14 +23,11 @@ import math
 import os
 import secrets
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import optuna
@@ -42,6 +39,7 @@ from tunesmith import chat as chats
 from tunesmith import general, interrupts, planning, reading, rundir, runs, verdict
 from tunesmith import recipe as recipes
 from tunesmith.checking import Checked, check, hold_out, locate
+from tunesmith.deadline import Alarm, TimeIsUp
 from tunesmith.errors import OutOfMemory, ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
 from tunesmith.language import marked, said
@@ -91,7 +89,6 @@ _PRUNER = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
 _TIME = marked("the time is up")
 # A twentieth of the time where that is less.
 _STOP_SECONDS = 10  # for a checkpoint and the end of a step
-_AGAIN_SECONDS = 2
 _END_SECONDS = 30  # for what follows the last trial
 
 
@@ -206,10 +203,6 @@ def tune(
         return work.go_on()
 
 
-class _TimeIsUp(KeyboardInterrupt):
-    """Ends a training as a second Ctrl-C does."""
-
-
 class _Work:
     """One process's part in a study."""
 
@@ -235,7 +228,7 @@ class _Work:
         self._steps_per_epoch = made.steps // self._epochs
         self._seconds_per_step, self._seconds_besides = made.seconds / made.steps, 0.0  # until a trial was measured
         self._name = secrets.token_hex(4)  # of this process, in this study
-        self._alarm = _Alarm(ends)
+        self._alarm = Alarm(ends)
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
@@ -398,7 +391,7 @@ class _Work:
                     return True
                 if not run.interrupted:
                     facts = self._judge(run)
-        except _TimeIsUp:
+        except TimeIsUp:
             if run is not None and not run.interrupted:  # trained; it can be judged another time
                 trial.set_user_attr("worker", "")
                 return False
@@ -539,7 +532,7 @@ class _Pace(Watcher):
     """Hands on what happens, tells the study each held-out loss, and says when a trial should stop."""
 
     def __init__(
-        self, hopeless: Callable[[optuna.Trial], bool], trial: optuna.Trial, ends: float, alarm: _Alarm
+        self, hopeless: Callable[[optuna.Trial], bool], trial: optuna.Trial, ends: float, alarm: Alarm
     ) -> None:
         self.watcher = Watcher()
         self.why = ""
@@ -621,43 +614,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         found = f"no manifest of a study ({error})"
     raise RunError(str(path), found, "a new or empty folder, or that of a study", "Choose another --out.")
-
-
-class _Alarm:
-    """While it is on, `_TimeIsUp` is raised in the main thread when the time is up, whatever is being computed."""
-
-    def __init__(self, ends: float) -> None:
-        self._ends, self._n_held, self._rang = ends, 0, False
-        self._previous: Any = None
-
-    def __enter__(self) -> None:
-        if self._ends < math.inf and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGALRM, self._ring)
-            # Again and again: Python drops what is raised in a finalizer.
-            signal.setitimer(signal.ITIMER_REAL, max(self._ends - time.monotonic(), 0.001), _AGAIN_SECONDS)
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-            self._previous, self._rang = None, False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside it waits: what is being written is written to its end."""
-        self._n_held += 1
-        try:
-            yield
-        finally:
-            self._n_held -= 1
-        if self._rang and not self._n_held:
-            self._rang = False
-            raise _TimeIsUp
-
-    def _ring(self, number: int, frame: FrameType | None) -> None:
-        if not self._n_held:
-            raise _TimeIsUp
-        self._rang = True
 
 
 def _free_memory() -> None:
