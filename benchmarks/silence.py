@@ -128,6 +128,7 @@ def _all(folder: Path, model: str, n_rows: int, only: Sequence[str]) -> Iterator
         (["export", "mine", "--to", "gguf"], {}),
         (["export", "mine", "--to", "ollama"], {}),
         (["serve", "mine", "--port", "0"], {"stop_at": "Ask it"}),
+        (["tune", "rows.jsonl", "--model", model, "--batch", "8", "--trials", "2", "--out", "tunes/mine"], {}),
     ]
     for arguments, how in commands:
         if only and arguments[0] not in only:
