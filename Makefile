@@ -17,8 +17,9 @@ endef
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
 
+# Compiled code is kept, whatever the environment says: without, every process compiles torch and transformers anew.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 # The tests that depend on the machine, once more on others: see scripts/test_machines.py.
 test-machines: $(VENV)/.developing
