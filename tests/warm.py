@@ -45,6 +45,8 @@ OTHERS = (
     *("transformers.models.llama.modeling_llama", "typer._adapters"),
 )
 """What the commands import when they are called. Not optuna, which a test hides."""
+SAMPLE_TOKENS = 8
+"""Of the replies before and after a training: with all 96 they are a third of what a small one costs."""
 
 Streams = tuple[int, int, int]
 
@@ -154,8 +156,9 @@ class Warm:
 def serve(address: str) -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from tunesmith import cli
+    from tunesmith import cli, training
 
+    training.SAMPLE_TOKENS = SAMPLE_TOKENS
     for name in (*(f"tunesmith.{own}" for own in OWN), *OTHERS):
         with suppress(ImportError):  # not installed, or not in this version
             importlib.import_module(name)
