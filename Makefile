@@ -15,13 +15,18 @@ define INSTALL
 		&& $(PIP) --constraint $(PINS) --editable $(1); }
 endef
 
-.PHONY: demo test test-machines check format reference catalogue constraints clean
+.PHONY: demo test pytest test-machines check format reference catalogue constraints clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
 
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
+# Types are checked, on one core, while the tests run.
+test: $(VENV)/.developing
+	@$(MAKE) --no-print-directory --jobs 2 check pytest
+
+# Compiled code is kept, whatever the environment says: without, every process compiles torch and transformers anew.
+pytest: $(VENV)/.developing
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 # The tests that depend on the machine, once more on others: see scripts/test_machines.py.
 test-machines: $(VENV)/.developing

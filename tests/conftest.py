@@ -27,9 +27,10 @@ from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tunesmith import training
 from tunesmith.engine import products
 from tunesmith.training import Run
-from warm import Forked, Streams, Warm
+from warm import SAMPLE_TOKENS, Forked, Streams, Warm
 
 MACHINE = (
     *("attention", "batching", "cli", "engine", "golden", "guards", "kernels", "lanes", "liger", "loss", "memory"),
@@ -54,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+training.SAMPLE_TOKENS = SAMPLE_TOKENS
+
 os.environ["TUNESMITH_LANG"] = "en"  # whatever the locale is; what tests look for is in English
 
 for _name in ("no_proxy", "NO_PROXY"):  # tests ask servers on this machine, whatever proxy theirs has
@@ -66,6 +69,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
 
 
 def largest(numbers: Iterable[float]) -> float:

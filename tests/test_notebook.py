@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from nbformat import v4
 
 import tunesmith as library
-from conftest import ROOT
+from conftest import ROOT, script
 from small_runs import FLAGS, settings
 from test_gguf import save_model
 from tunesmith import notebook
@@ -113,22 +113,36 @@ def test_values_are_one_line_and_html(outputs: dict[str, list[Any]]) -> None:
         assert html.startswith("<div>") and html.endswith("</div>")
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """A kernel's manager and client."""
+    manager, client = start_new_kernel(
+        startup_timeout=600, kernel_name="python3", env=environment(), cwd=str(tmp_path_factory.mktemp("kernel"))
+    )
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_tab_offers_the_public_names_in_a_kernel(kernel: tuple[Any, Any]) -> None:
+    _, client = kernel
+    client.execute_interactive("import tunesmith", timeout=600)
+    matches = client.complete("tunesmith.", 10, reply=True, timeout=600)["content"]["matches"]
+    assert {name.removeprefix("tunesmith.") for name in matches} >= {*library.__all__}
+
+
 def test_ctrl_c_in_a_notebook_is_said_and_the_record_is_that_of_the_last_step(
-    tiny_model: Path, talk: Path, tmp_path: Path
+    kernel: tuple[Any, Any], tiny_model: Path, talk: Path
 ) -> None:
-    manager, client = start_new_kernel(startup_timeout=600, kernel_name="python3", env=environment(), cwd=str(tmp_path))
-    try:
-        client.execute_interactive(recipe_cell(tiny_model, talk, **{"train.epochs": 10_000}), timeout=600)
-        asked, texts = client.execute("run = tunesmith.train(recipe, 'run')"), [""]
-        for message in messages(client, asked):
-            if "data" in message:
-                texts.append(message["data"]["text/plain"])
-                if "step 3 of" in texts[-1] and "step 3 of" not in texts[-2]:
-                    manager.interrupt_kernel()
-        said = "".join(m.get("text", "") for m in messages(client, client.execute("print(run.interrupted, run.steps)")))
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    manager, client = kernel
+    client.execute_interactive(recipe_cell(tiny_model, talk, **{"train.epochs": 10_000}), timeout=600)
+    asked, texts = client.execute("run = tunesmith.train(recipe, 'run')"), [""]
+    for message in messages(client, asked):
+        if "data" in message:
+            texts.append(message["data"]["text/plain"])
+            if "step 3 of" in texts[-1] and "step 3 of" not in texts[-2]:
+                manager.interrupt_kernel()
+    said = "".join(m.get("text", "") for m in messages(client, client.execute("print(run.interrupted, run.steps)")))
     steps = int(said.removeprefix("True "))
     assert texts[-1].startswith(f"step {steps:,} of 90,000, loss ") and "Stopping after this step" in texts[-1]
 
@@ -142,17 +156,6 @@ def messages(client: Any, asked: str) -> Iterator[dict[str, Any]]:
         yield message["content"]
         if message["content"].get("execution_state") == "idle":
             return
-
-
-def test_tab_offers_the_public_names_in_a_kernel() -> None:
-    manager, client = start_new_kernel(startup_timeout=600, kernel_name="python3", env=environment())
-    try:
-        client.execute_interactive("import tunesmith", timeout=600)
-        matches = client.complete("tunesmith.", 10, reply=True, timeout=600)["content"]["matches"]
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert {name.removeprefix("tunesmith.") for name in matches} >= {*library.__all__}
 
 
 def in_a_process(code: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -196,8 +199,8 @@ def test_ipython_without_a_kernel_has_no_display() -> None:
         "from tunesmith import Watcher, notebook\n"
         "assert type(notebook.watcher()) is Watcher\n"
     )
-    ended = in_a_process(code)
-    assert ended.returncode == 0, ended.stderr
+    ended = script(code)
+    assert ended.code == 0, ended.err
 
 
 # --- what anybody wrote -----------------------------------------------------------------------------------------------

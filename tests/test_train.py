@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import largest
 from plain import train_plainly
-from tunesmith import chat, recipe, rundir
+from tunesmith import chat, recipe, rundir, training
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
@@ -42,9 +42,11 @@ FLAGS = {"train.epochs": 3, "eval.hold_out": 0.1, "train.save_every": "5 steps",
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run with held-out rows and checkpoints."""
+    """A finished run with held-out rows and checkpoints, and replies as long as they are."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return train(settings(tiny_model, talk, **FLAGS), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAMPLE_TOKENS", 96)
+        return train(settings(tiny_model, talk, **FLAGS), out)
 
 
 def test_losses_and_adapter_are_those_of_plain_transformers_and_peft(

@@ -39,6 +39,14 @@ BEFORE_IMPORTS = {
     "GOMP_SPINCOUNT": "3000",
 }
 
+OWN = ("demo", "display", "doctor", "engine.kernels", "evaluate", "export", "talk", "training")
+OTHERS = (
+    *("numpy.ma", "pyarrow.compute", "pydantic.type_adapter", "torch.profiler._cupti_monitor"),
+    *("transformers.models.llama.modeling_llama", "typer._adapters"),
+)
+"""What the commands import when they are called. Not optuna, which a test hides."""
+SAMPLE_TOKENS = 8
+"""Of the replies before and after a training: with all 96 they are a third of what a small one costs."""
 
 Streams = tuple[int, int, int]
 
@@ -146,10 +154,18 @@ class Warm:
 
 
 def serve(address: str) -> None:
-    from tunesmith import cli
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    for name in ("demo", "display", "doctor", "talk", "training"):  # what the commands import when they are called
-        importlib.import_module(f"tunesmith.{name}")
+    from tunesmith import cli, training
+
+    training.SAMPLE_TOKENS = SAMPLE_TOKENS
+    for name in (*(f"tunesmith.{own}" for own in OWN), *OTHERS):
+        with suppress(ImportError):  # not installed, or not in this version
+            importlib.import_module(name)
+    if numba := sys.modules.get("numba.core.registry"):  # what it reads where it first compiles
+        numba.cpu_target.typing_context.refresh()
+        numba.cpu_target.target_context.refresh()
+    get_checkpoint_conversion_mapping("llama")  # makes those of all models, once in a process
     gc.freeze()  # no fork looks through what was imported, which would copy its pages
 
     listener = socket.socket(socket.AF_UNIX)

@@ -614,10 +614,13 @@ def save_adapter(model: PeftModel, folder: Path, pissa_start: Path | None = None
     extra: dict[str, Any] = {"save_embedding_layers": False}
     if pissa_start:
         extra["path_initial_model_for_weight_conversion"] = str(pissa_start)
+    card = folder / "README.md"  # peft fills in what is there, and compiles a template where nothing is: 25 ms
+    folder.mkdir(parents=True, exist_ok=True)
+    card.write_text("---\n{}\n---\n")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion is what it advises
         model.save_pretrained(str(folder), safe_serialization=True, **extra)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; a run writes its own
+    card.unlink(missing_ok=True)  # a run writes its own
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -44,7 +44,7 @@ from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, 
 from tunesmith.types import Message
 
 _SAMPLES = 3
-_SAMPLE_TOKENS = 96
+SAMPLE_TOKENS = 96
 _EXTENDED = "train.epochs"  # what a run may be given more of
 
 
@@ -599,4 +599,4 @@ def _question(row: Row) -> str:
 
 def _ask(chat: Chat, rows: Sequence[Row]) -> list[Reply]:
     talks = [row.conversation.messages[:-1] for row in rows]
-    return chat.replies(talks, temperature=0, max_tokens=_SAMPLE_TOKENS) if rows else []
+    return chat.replies(talks, temperature=0, max_tokens=SAMPLE_TOKENS) if rows else []
