@@ -15,26 +15,29 @@ define INSTALL
 		&& $(PIP) --constraint $(PINS) --editable $(1); }
 endef
 
-.PHONY: demo test pytest test-machines check format reference catalogue constraints clean
+.PHONY: demo test pytest test-machines check style types format reference catalogue constraints clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
 
 # Types are checked, on one core, while the tests run.
-test: $(VENV)/.developing
-	@$(MAKE) --no-print-directory --jobs 2 check pytest
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types pytest
 
-# Compiled code is kept, whatever the environment says: without, every process compiles torch and transformers anew.
 pytest: $(VENV)/.developing
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 # The tests that depend on the machine, once more on others: see scripts/test_machines.py.
 test-machines: $(VENV)/.developing
 	@$(BIN)/python scripts/test_machines.py $(ONLY)
 
-check: $(VENV)/.developing
+check: style types
+
+style: $(VENV)/.developing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.developing
 	$(BIN)/pyright
 
 format: $(VENV)/.developing
