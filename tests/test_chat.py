@@ -83,6 +83,10 @@ def test_side_by_side_gives_the_replies_of_one_by_one(talk: Chat) -> None:
     assert talk.replies(talks, temperature=0, max_tokens=24) == alone
     assert len({reply.prompt_ids for reply in alone}) == 3
     assert talk.replies([]) == []
+    counts: list[tuple[int, int]] = []
+    assert talk.replies(talks, temperature=0, max_tokens=24, on_written=lambda *n: counts.append(n)) == alone
+    assert counts == sorted(counts) and counts[-1] == counts[-2] == (3, sum(len(reply.token_ids) for reply in alone))
+    assert counts[0] == (0, 3) and len(counts) == 1 + max(len(reply.token_ids) for reply in alone)
 
 
 @pytest.mark.parametrize("kind", ["llama", "learned positions", "dynamic", "longrope"])
