@@ -81,8 +81,8 @@ def after_chat(name: str) -> list[Way]:
     ]
 
 
-def after_eval(run: Path, verdict: str) -> list[Way]:
-    if verdict == "better":
+def after_eval(run: Path, *, good: bool) -> list[Way]:
+    if good:
         return [(said("Serve it"), commands.tunesmith("serve", run)), _export(run)]
     return [(said("Ask it yourself"), commands.tunesmith("chat", run))]
 
