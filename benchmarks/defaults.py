@@ -46,8 +46,7 @@ def ferry() -> Task:
     rows = [{"instruction": asked, "output": fact["answer"]} for fact in facts for asked in fact["asked"]]
 
     def holds(expects: Sequence[str]) -> Callable[[str], bool]:
-        judge = general.General("", tuple(expects))
-        return judge.right
+        return lambda text: general.holds(text, expects)
 
     return Task(rows, [(question, holds(fact["expects"])) for fact in facts for question in fact["tested"]])
 

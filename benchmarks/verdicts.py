@@ -73,10 +73,17 @@ def main() -> int:
     (arguments.out / f"verdicts-{result['date']}.json").write_text(
         json.dumps(result, indent=1) + "\n", encoding="utf-8"
     )
-    print("| training | loss | listening | copied | general | verdict |\n|---|---|---|---|---|---|")
+    print("| training | loss | listening | likeness | copied | general | verdict |\n|---|---|---|---|---|---|---|")
     for name, one in found.items():
         pairs = [
-            f"{one['base'][key]:.2f} → {one['tuned'][key]:.2f}" for key in ("loss", "listening", "copied", "general")
+            f"{one['base'][key]:{form}} → {one['tuned'][key]:{form}}"
+            for key, form in (
+                ("loss", ".2f"),
+                ("listening", ".2f"),
+                ("likeness", ".2f"),
+                ("copied", ".0%"),
+                ("general", ""),
+            )
         ]
         print(f"| {name} | {' | '.join(pairs)} | {one['sentence']} |")
     return 0
@@ -89,7 +96,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:
     fields = evaluation.as_dict()
-    return {key: fields[key] for key in ("base", "tuned", "change_interval", "verdict", "sentence")}
+    return {key: fields[key] for key in ("base", "tuned", "change_interval", "short", "kept", "verdict", "sentence")}
 
 
 if __name__ == "__main__":

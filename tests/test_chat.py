@@ -85,6 +85,16 @@ def test_side_by_side_gives_the_replies_of_one_by_one(talk: Chat) -> None:
     assert talk.replies([]) == []
 
 
+def test_what_is_written_side_by_side_is_counted(talk: Chat) -> None:
+    counts: list[tuple[int, int]] = []
+    talks = [[Message("user", text)] for text in ("Who are you?", "一加一？")]
+    written = talk.replies(talks, temperature=0, max_tokens=24, on_written=lambda *n: counts.append(n))
+    first, second = sorted(len(reply.token_ids) for reply in written)
+    assert [reply.text for reply in written] == ["Bo.", "二。"] and first < second
+    steps = [((n >= first) + (n >= second), min(n, first) + n) for n in range(1, second + 1)]
+    assert counts == [*steps, steps[-1]]
+
+
 @pytest.mark.parametrize("kind", ["llama", "learned positions", "dynamic", "longrope"])
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(lengths=st.lists(st.integers(1, 52), min_size=1, max_size=3))

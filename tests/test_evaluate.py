@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -24,18 +25,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import script, tunesmith
 from small_runs import settings
 from tunesmith import evaluate as evaluations
-from tunesmith import scores
+from tunesmith import general, scores
 from tunesmith.chat import load
 from tunesmith.cli.console import require_extra
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
 from tunesmith.evaluate import Answer, evaluate
-from tunesmith.general import General, questions
+from tunesmith.general import General, Kept, questions
 from tunesmith.judging import judge_at
 from tunesmith.training import Run, train
 from tunesmith.types import Origin, Rendered
-from tunesmith.verdict import Side, advice, conclude
+from tunesmith.verdict import Compared, Side, advice, conclude
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -82,20 +83,36 @@ def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
         (("7", "seven"), "There are seven days.", True),
         (("7", "seven"), "There are 17 days.", False),
         (("Paris",), "it is paris.", True),
+        (("Paris",), "Ha! Paris, sailor. Did you think I would not know?", True),
         (("CAT",), "cat", False),
         (("CAT",), "It is CAT!", True),
         (("十二",), "一年有十二个月。", True),
+        (("十二",), "我不知道有几个月。也许是十二个。", False),
         (("Au",), "Because.", False),
+        (("Everest",), "The highest one is Mt. Everest.", True),
+        (("Earth",), "The planet is called Kepler-41B. It is a planet similar to Earth.", False),
+        (("hello", "hi"), "It is a greeting that means goodbye or hello.", False),
+        (("hello", "hi"), "It is a greeting that means hello or hi.", True),
+        (("star",), "The Sun is a star, but it is also a planet.", False),
+        (("Jupiter",), "It is Jupiter, but it is not the only planet.", True),
     ],
 )
-def test_a_general_answer_is_right_if_it_holds_the_word(answers: tuple[str, ...], reply: str, right: bool) -> None:
+def test_a_general_answer_is_right_if_the_first_sentence_says_it(
+    answers: tuple[str, ...], reply: str, right: bool
+) -> None:
     assert General("?", answers).right(reply) == right
+
+
+def test_of_what_a_question_offers_the_first_that_is_named_is_the_answer() -> None:
+    larger = General("Which number is larger, 9 or 4?", ("9", "nine"), others=("4", "four"))
+    assert larger.right("9 is larger than 4.") and not larger.right("4 is larger than 9.")
+    assert larger.right("Which number is larger, 9 or 4? The number 9 is.")
+    assert not any(question.right(question.question) for question in questions())
 
 
 def test_there_are_a_hundred_general_questions_and_none_twice() -> None:
     asked = [question.question for question in questions()]
     assert len(asked) == len(set(asked)) == 100
-    assert not any(question.right(question.question) for question in questions() if len(question.answers) > 9)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -185,45 +202,112 @@ def test_another_question_is_never_the_own_one() -> None:
 
 BASE = Side(3.0, (2.9, 3.1), 0.3, (0.2, 0.4), 0.2, None, 0.95, 0.01, 0.0, 50, 100.0)
 GOOD = replace(BASE, loss=2.0, loss_interval=(1.9, 2.1), listening=0.8, listening_interval=(0.6, 1.0), likeness=0.5)
+FELL = Compared(40, 40, 0, (-1.1, -0.9), (0.2, 0.4), None)
+UNSHOWN, ROSE = replace(FELL, loss=(-1.1, 0.1)), replace(FELL, loss=(0.1, 0.3))
+NO_CLOSER = replace(FELL, likeness=(-0.1, 0.1))
+
+
+def kept(lost: int, gained: int, base: int = 50, asked: int = 100, language: str = "en") -> Kept:
+    return Kept(language, asked, base, base - lost + gained, lost, gained)
+
+
+def listening(mean: float, low: float, high: float) -> Side:
+    return replace(GOOD, listening=mean, listening_interval=(low, high))
 
 
 @pytest.mark.parametrize(
-    ("base", "tuned", "change", "lost", "gained", "verdict", "says"),
+    ("base", "tuned", "compared", "general", "verdict", "says"),
     [
-        (BASE, GOOD, (-1.1, -0.9), 3, 3, "better", "nothing forgotten"),
-        (BASE, GOOD, (-1.1, 0.1), 3, 3, "no difference", "No difference that 40 rows could show"),
-        (BASE, GOOD, (0.1, 0.3), 3, 3, "worse", "the loss rose"),
-        (BASE, replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9), 0, 0, "worse", "depend on the questions"),
-        (  # of BASE's 0.3
-            BASE, replace(GOOD, listening=0.1, listening_interval=(0.06, 0.14)), (-1.1, -0.9), 0, 0, "worse",
-            "less than half as much",
-        ),
+        (BASE, GOOD, FELL, kept(3, 3), "better", "nothing forgotten (general questions 50 → 50 of 100 right)"),
+        (BASE, GOOD, UNSHOWN, kept(3, 3), "no difference", "No difference that 40 rows could show"),
+        (BASE, GOOD, ROSE, kept(3, 3), "worse", "the loss rose"),
+        (BASE, listening(0, -0.1, 0.1), FELL, kept(0, 0), "worse", "no longer depend on the questions. Right"),
+        (BASE, listening(0.1, 0.06, 0.14), FELL, kept(0, 0), "worse", "less than half as much. Right"),  # of BASE's 0.3
         (
-            BASE, replace(GOOD, listening=0.1, listening_interval=(0.04, 0.16)), (-1.1, -0.9), 0, 0, "better",
-            "nothing forgotten",
+            BASE, listening(0.1, 0.04, 0.16), FELL, kept(0, 0), "better",
+            "its answers depend less on the questions: likelier after their own by 0.10 nats per token, 0.30 before",
         ),
+        (BASE, listening(0.21, 0.1, 0.3), FELL, kept(0, 0), "better", "right). Right"),  # less, but not by a third
         (
-            replace(BASE, listening_interval=(-0.1, 0.1)), replace(GOOD, listening_interval=(-0.1, 0.1)), (-1.1, -0.9),
-            0, 0, "no difference", "belong to their questions",
+            replace(BASE, listening_interval=(-0.1, 0.1)), listening(0.8, -0.1, 0.1), FELL, kept(0, 0),
+            "no difference", "belong to their questions",
         ),
-        (BASE, replace(GOOD, general=7), (-1.1, -0.9), 45, 2, "worse", "than a fifth of what that knows (7"),
-        (BASE, replace(GOOD, general=41), (-1.1, -0.9), 10, 1, "learned, but forgot", "41 general"),
-        (BASE, replace(GOOD, general=40), (-1.1, 0.1), 10, 0, "no difference", "it forgot: 40 general"),
-        (BASE, replace(GOOD, general=20), (0.1, 0.3), 32, 2, "worse", "nats per token); it forgot"),
-        (BASE, replace(GOOD, general=46), (-1.1, -0.9), 20, 16, "better", "nothing forgotten"),  # chance
-        (BASE, replace(GOOD, copied=0.8), (-1.1, -0.9), 0, 0, "better", "it copies: 80%"),
-        (BASE, replace(GOOD, stopped=0.5), (-1.1, -0.9), 0, 0, "better", "only 50% of its answers end"),
-        (BASE, replace(GOOD, repetition=0.4), (-1.1, -0.9), 0, 0, "better", "repeats itself: 40%"),
+        (BASE, replace(GOOD, general=7), FELL, kept(45, 2), "worse", "what that knows (general questions 50 → 7"),
+        (BASE, replace(GOOD, general=41), FELL, kept(10, 1), "learned, but forgot", "questions 50 → 41 of 100 right"),
+        (BASE, replace(GOOD, general=40), UNSHOWN, kept(10, 0), "no difference", "it forgot: general questions 50 →"),
+        (BASE, replace(GOOD, general=20), ROSE, kept(32, 2), "worse", "nats per token); it forgot"),
+        (BASE, replace(GOOD, general=46), FELL, kept(20, 16), "better", "nothing forgotten"),  # chance
+        (BASE, replace(GOOD, copied=0.31), FELL, kept(0, 0), "better", "it copies: 31%"),
+        (BASE, replace(GOOD, copied=0.19), FELL, kept(0, 0), "better", "right). Right"),
+        (BASE, replace(GOOD, stopped=0.5), FELL, kept(0, 0), "better", "only 50% of its answers end"),
+        (BASE, replace(GOOD, repetition=0.4), FELL, kept(0, 0), "better", "repeats itself: 40%"),
+        (
+            BASE, GOOD, NO_CLOSER, kept(0, 0), "no difference",
+            "become likelier (loss 3.00 → 2.00 nats per token), but what it writes is no closer to them",
+        ),
+        (BASE, GOOD, replace(NO_CLOSER, exact=(0, 0)), kept(0, 0), "no difference", "no closer to them"),
+        (BASE, GOOD, replace(NO_CLOSER, exact=(0.1, 0.3)), kept(0, 0), "better", "nothing forgotten"),
+        (BASE, GOOD, NO_CLOSER, kept(9, 0), "no difference", "no closer to them; it forgot: "),
     ],
 )  # fmt: skip
 def test_the_verdict_follows_from_the_rules(
-    base: Side, tuned: Side, change: tuple[float, float], lost: int, gained: int, verdict: str, says: str
+    base: Side, tuned: Side, compared: Compared, general: Kept, verdict: str, says: str
 ) -> None:
-    found = conclude(base, tuned, change, 40, lost, gained)
+    found = conclude(base, tuned, compared, [general])
     assert found.name == verdict and says in found.sentence
-    few = conclude(base, tuned, change, 3, lost, gained)
+    few = conclude(base, tuned, replace(compared, rows=3), [general])
     assert few.name == (verdict if verdict == "worse" else "too few rows")
     assert few.name == "worse" or ("3 held-out rows" in few.sentence and "at least 10" in few.sentence)
+
+
+@pytest.mark.parametrize(
+    ("exact", "short", "says", "few"),
+    [
+        (
+            (1 / 12, 3 / 12), 12,
+            "Right answers: 3 of 12 short held-out answers say what their row says, 1 before; likeness to the rows' "
+            "own answers 20% → 50% (100% is the same text). A lower loss does not yet mean right answers: read them "
+            "side by side.",
+            True,
+        ),
+        ((0.0, 11 / 12), 12, "11 of 12 short held-out answers say what their row says, 0 before", False),
+        ((0.0, 1.0), 2, "2 of 2 short held-out answers", True),  # the ten others may say anything
+        ((None, None), 0, "Right answers: likeness to the rows' own answers 20% → 50%", True),
+    ],
+)  # fmt: skip
+def test_what_is_known_of_right_answers_is_said_beside_a_lower_loss(
+    exact: tuple[float | None, float | None], short: int, says: str, few: bool
+) -> None:
+    base, tuned = replace(BASE, exact=exact[0]), replace(GOOD, exact=exact[1])
+    compared = replace(FELL, rows=12, answered=12, short=short)
+    found = conclude(base, tuned, compared, [kept(0, 0)])
+    assert found.name == "better" and says in found.sentence
+    assert found.reserved == few == ("does not yet mean right answers" in found.sentence)
+    risen = conclude(base, replace(tuned, loss=4), replace(compared, loss=(0.9, 1.1)), [kept(0, 0)])
+    assert "Right answers" in risen.sentence and "does not yet mean" not in risen.sentence
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese", "forgot"),
+    [
+        (kept(1, 1, 44, 85), kept(0, 0, 0, 15, "zh"), False),
+        (kept(0, 6, 44, 85), kept(6, 0, 6, 15, "zh"), True),  # the sum says that nothing changed
+        (kept(0, 4, 44, 85), kept(4, 0, 4, 15, "zh"), False),  # one chance in sixteen
+        (kept(3, 0, 44, 85), kept(3, 0, 9, 15, "zh"), True),  # both together
+    ],
+)
+def test_each_language_is_counted_and_can_be_forgotten_alone(english: Kept, chinese: Kept, forgot: bool) -> None:
+    before, after = english.base + chinese.base, english.tuned + chinese.tuned
+    found = conclude(replace(BASE, general=before), replace(GOOD, general=after), FELL, [english, chinese])
+    assert found.name == ("learned, but forgot" if forgot else "better")
+    parts = f"English {english.base} → {english.tuned} of 85, Chinese {chinese.base} → {chinese.tuned} of 15"
+    assert f"general questions {before} → {after} of 100 right: {parts}" in found.sentence
+
+
+def test_questions_are_counted_by_their_language() -> None:
+    base = [question.language == "zh" for question in questions()]
+    tuned = [question.question == "What is 2 plus 3?" for question in questions()]
+    assert general.kept(base, tuned) == (Kept("en", 85, 0, 1, 0, 1), Kept("zh", 15, 15, 0, 15, 0))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +343,8 @@ def test_nothing_that_forgot_and_nothing_of_few_rows_is_better(
 ) -> None:
     base = replace(BASE, general=60)
     tuned = replace(GOOD, general=60 - lost + gained, listening=listening, listening_interval=(listening, listening))
-    found = conclude(base, tuned, (change, change + width), rows, lost, gained)
+    compared = replace(FELL, rows=rows, loss=(change, change + width))
+    found = conclude(base, tuned, compared, [kept(lost, gained, 60)])
     if found.name == "better":
         assert rows >= 10 and change + width < 0 and listening > 0
         assert lost - gained < 5 or sum(math.comb(lost + gained, k) for k in range(lost, lost + gained + 1)) >= (
@@ -287,6 +372,8 @@ def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(finished: Pa
     assert found["tuned"]["loss"] < found["base"]["loss"]
     assert found["tuned"]["loss_interval"][0] < found["tuned"]["loss"] < found["tuned"]["loss_interval"][1]
     assert len(found["answers"]) == 4 and len(found["general"]) == 100
+    assert [(one["language"], one["asked"]) for one in found["kept"]] == [("en", 85), ("zh", 15)]
+    assert "the loss of 4 held-out rows" in ended.err and "208 replies in all" in ended.err
     changes = [answer["base_loss"] - answer["tuned_loss"] for answer in found["answers"]]
     assert changes == sorted(changes)  # worst first
     assert json.loads((finished / "eval.json").read_text()) == found
@@ -306,6 +393,22 @@ def test_the_loss_is_that_of_the_training_s_own_measurement(undisturbed: Run) ->
     assert undisturbed.held_out_loss is not None
     assert found.base.loss == pytest.approx(undisturbed.held_out_loss[0], rel=1e-5)
     assert found.tuned.loss == pytest.approx(undisturbed.held_out_loss[1], rel=1e-5)
+
+
+def test_it_is_said_what_will_be_done_and_how_far_it_is(undisturbed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluations, "questions", lambda: questions()[:8])
+    monkeypatch.setattr(evaluations, "kept", lambda *flags: (kept(0, 0, 0, 8),))
+    announced, told = list[str](), list[str]()
+    evaluate(undisturbed.path, tell=told.append, announce=announced.append)
+    assert len(announced) == 1 and "4 held-out rows, then answers to 4 of them and to 8 general" in announced[0]
+    counts = [re.findall(r"(base|tuned).* (\d+) of (\d+) (texts|replies)", text) for text in told]
+    seen = [one for found in counts for one in found]
+    for name in ("base", "tuned"):
+        for thing, every in (("texts", 8), ("replies", 12)):
+            numbers = [int(n) for side, n, of, what in seen if (side, what, int(of)) == (name, thing, every)]
+            assert numbers == sorted(numbers) and numbers[-1] == every and len(set(numbers)) > 1, (name, thing)
+    first = next(i for i, text in enumerate(told) if "left" in text)
+    assert "base answers" in told[first] and all("about" in text for text in told[first:])
 
 
 def test_rows_of_another_file_can_be_measured(undisturbed: Run, rows: Path) -> None:

@@ -41,6 +41,8 @@ SPELT_ALIKE = {
         "{name}: {reason}",
         " = {value}: {why}",
         "; {more}",
+        "{text}. {sentence}",
+        "{total}: {parts}",
         "“{text}”{where}",
         "tokens",
         "16 bits",

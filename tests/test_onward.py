@@ -185,11 +185,11 @@ def test_a_run_that_is_not_done_is_gone_on_with_or_followed(tmp_path: Path) -> N
         assert shlex.split(line)[1] == ("watch" if state == "running" else "resume")
 
 
-@pytest.mark.parametrize("verdict", ["better", "worse", "unclear"])
-def test_after_an_evaluation_it_depends_on_the_verdict(folder: Path, verdict: str) -> None:
-    lines = [line for _, line in onward.after_eval(folder / RUN, verdict)]
+@pytest.mark.parametrize("good", [True, False])
+def test_after_an_evaluation_it_depends_on_the_verdict(folder: Path, good: bool) -> None:
+    lines = [line for _, line in onward.after_eval(folder / RUN, good=good)]
     assert [problem(line) for line in lines] == [None] * len(lines)
-    assert shlex.split(lines[0])[1] == ("serve" if verdict == "better" else "chat")
+    assert shlex.split(lines[0])[1] == ("serve" if good else "chat")
 
 
 def test_after_an_export_stands_what_takes_it(folder: Path, tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def show_fitting(console: Screen, plans: Sequence[tuple[int, Plan]]) -> None:
 
 def show_evaluation(console: Screen, evaluation: Evaluation, lines: Sequence[Sequence[str]], page: Path) -> None:
     """The verdict, the table, and the answers that changed most."""
-    colour = {"better": "green", "worse": "red"}.get(evaluation.verdict, "yellow")
+    colour = {"better": "yellow" if evaluation.reserved else "green", "worse": "red"}.get(evaluation.verdict, "yellow")
     console.print(evaluation.sentence, style=f"bold {colour}")
     for line in evaluation.advice:
         console.print(line)

@@ -25,7 +25,7 @@ def write(run: RunDir, evaluation: Evaluation) -> Path:
         **{name: getattr(evaluation, name) for name in ("rows", "verdict", "sentence", "advice", "general", "judge")},
         "data": Path(evaluation.data).name,
         "answers": [replace(answer, where=places.named(answer.where)) for answer in evaluation.answers],
-        "kind": evaluation.verdict.replace(",", "").split()[0],
+        "kind": "reserved" if evaluation.reserved and evaluation.verdict == "better" else evaluation.verdict,
         "table": table(evaluation),
     }
     page = environment.get_template("eval.html.jinja").render(
@@ -78,6 +78,11 @@ def table(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
         (said("speed"), said("tokens per second, answers side by side"), lambda side: f"{side.tokens_per_second:.0f}"),
     ]
     made = [(name, note, show(evaluation.base), show(evaluation.tuned)) for name, note, show in lines]
+    if len(evaluation.kept) > 1:
+        made[-1:-1] = [  # before the speed
+            (said("– in {language}", language=one.called), said("of {n}", n=one.asked), str(one.base), str(one.tuned))
+            for one in evaluation.kept
+        ]
     if evaluation.judge is not None:
         neither = said("neither: {n}", n=evaluation.judge["neither"])
         made.append(

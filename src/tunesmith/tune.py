@@ -427,7 +427,8 @@ class _Work:
         base, tuned = self._base(chat), _right(chat, base=False)
         lost = sum(b and not t for b, t in zip(base, tuned, strict=True))
         gained = sum(t and not b for b, t in zip(base, tuned, strict=True))
-        return {"general": sum(tuned), "lost": lost, "gained": gained, "forgot": verdict.has_forgotten(lost, gained)}
+        forgot = verdict.has_forgotten(general.kept(base, tuned))
+        return {"general": sum(tuned), "lost": lost, "gained": gained, "forgot": forgot}
 
     def _base(self, chat: chats.Chat) -> list[bool]:
         """Which questions the base answers rightly: asked once in a study, and kept."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tunesmith.general import Kept
 from tunesmith.language import marked, said
 
 Name = Literal["better", "learned, but forgot", "too few rows", "no difference", "worse"]
@@ -15,6 +16,10 @@ LEAST_ROWS = 10
 """Held-out rows without which nothing is called better."""
 _LOST = 1 / 5
 """A model that has lost more than this share of its general answers is worse, whatever it has learned."""
+_FEW_RIGHT = 9 / 10
+"""Held-out answers of which no larger share is known to be right are to be read."""
+_LISTENS_LESS = 2 / 3
+_COPIES = 1 / 5
 
 
 def rules() -> list[tuple[str, str]]:
@@ -48,11 +53,18 @@ _RULES: tuple[tuple[Name, str], ...] = (
     (
         "learned, but forgot",
         marked(
-            "the loss fell and the replies are likelier after their own question; but of a hundred general questions "
-            "it answers fewer rightly, by at least five, and a sign test gives that less than one chance in twenty"
+            "the loss fell, the replies are likelier after their own question, and what the model writes is closer to "
+            "the rows' own answers; but of the general questions, of all or of those in one language, it answers fewer "
+            "rightly, by at least five, and a sign test gives that less than one chance in twenty"
         ),
     ),
-    ("better", marked("the loss fell, the replies are likelier after their own question, and nothing was forgotten")),
+    (
+        "better",
+        marked(
+            "the loss fell, the replies are likelier after their own question, what the model writes is closer to the "
+            "rows' own answers, and nothing was forgotten"
+        ),
+    ),
     ("no difference", marked("none of these")),
 )
 _MEANINGS: tuple[tuple[str, str], ...] = (
@@ -60,12 +72,27 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
         marked("rose, fell, likelier"),
         marked("the interval in which the mean lies in 95 of 100 draws of rows is wholly on one side of zero"),
     ),
+    (
+        marked("closer to the rows' own answers"),
+        marked("likeness rose, or the share of short answers with the row's own words did"),
+    ),
     (marked("less than half as much"), marked("that interval is wholly below half of the base's mean")),
+    (
+        marked("a lower loss does not yet mean right answers"),
+        marked(
+            "the loss is lower, which says that the rows' answers have become likelier, and fewer than nine of ten "
+            "held-out answers are known to be right: those with the row's own words, where these are at most five"
+        ),
+    ),
+    (
+        marked("its answers depend less on the questions"),
+        marked("replies are likelier after their own question by less than two thirds as much as for the base"),
+    ),
     (
         marked("it copies"),
         marked(
-            "more than half of the long runs of words in its replies stand in training rows and not in the row's own "
-            "answer, and twice as many as the base has"
+            "more than a fifth of the long runs of words in its replies stand in training rows and not in the row's "
+            "own answer, and twice as many as the base has"
         ),
     ),
     (
@@ -116,26 +143,43 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """The held-out rows, and what changed on them."""
+
+    rows: int
+    answered: int
+    """Rows to which replies were written."""
+    short: int
+    """Of these, rows whose own answer is short."""
+    loss: tuple[float, float]
+    """Interval of the tuned model's loss minus the base's, in nats per token."""
+    likeness: tuple[float, float]
+    """Interval of the tuned model's likeness minus the base's."""
+    exact: tuple[float, float] | None
+    """The same of `exact`; None where no row's own answer is short."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What is said of a tuned model."""
 
     name: Name
     sentence: str
-    """With its reasons."""
+    """With its reasons, and with what is known of right answers."""
+    reserved: bool
+    """Whether the sentence says something that speaks against the model beside the name."""
 
 
-def conclude(base: Side, tuned: Side, change: tuple[float, float], rows: int, lost: int, gained: int) -> Verdict:
-    """The verdict by the rules above.
-
-    `change`: interval of the tuned model's loss minus the base's, in nats per token, over `rows` held-out rows. `lost`
-    and `gained`: general questions that only the base, or only the tuned model, answers rightly.
-    """
+def conclude(base: Side, tuned: Side, compared: Compared, general: Sequence[Kept]) -> Verdict:
+    """The verdict by the rules above; `general` is what became of the general questions, by language."""
     figures = said("loss {base:.2f} → {tuned:.2f} nats per token", base=base.loss, tuned=tuned.loss)
+    rose, fell = compared.loss[0] > 0, compared.loss[1] < 0
     listens, listened = tuned.listening_interval[0] > 0, base.listening_interval[0] > 0
-    forgot = has_forgotten(lost, gained)
-    kept = said("{n} general questions of 100 right, {before} before", n=tuned.general, before=base.general)
+    closer = compared.likeness[0] > 0 or (compared.exact is not None and compared.exact[0] > 0)
+    forgot = has_forgotten(general)
+    kept = _kept(general)
     name: Name
-    if change[0] > 0:
+    if rose:
         name = "worse"
         text = said("Worse than the base: the loss rose on your data ({figures})", figures=figures)
     elif listened and not listens:
@@ -143,26 +187,33 @@ def conclude(base: Side, tuned: Side, change: tuple[float, float], rows: int, lo
     elif listened and tuned.listening_interval[1] < base.listening / 2:
         name = "worse"
         text = said("Worse than the base: its answers depend on the questions less than half as much")
-    elif forgot and lost - gained > _LOST * base.general:
+    elif forgot and base.general - tuned.general > _LOST * base.general:
         name = "worse"
         text = said("Worse than the base: it forgot more than a fifth of what that knows ({kept})", kept=kept)
         forgot = False  # it is said
-    elif rows < LEAST_ROWS:
+    elif compared.rows < LEAST_ROWS:
         name = "too few rows"
         text = said(
             "{rows} held-out rows are too few to say more than {figures}: at least {least} are needed",
-            rows=rows,
+            rows=compared.rows,
             figures=figures,
             least=LEAST_ROWS,
         )
-    elif change[1] < 0 and listens and forgot:
+    elif fell and listens and closer and forgot:
         name = "learned, but forgot"
         text = said("It learned your data ({figures}), but forgot: {kept}", figures=figures, kept=kept)
         forgot = False
-    elif change[1] < 0 and listens:
+    elif fell and listens and closer:
         name = "better"
         text = said("Better on your data ({figures}), nothing forgotten ({kept})", figures=figures, kept=kept)
-    elif change[1] < 0:
+    elif fell and listens:
+        name = "no difference"
+        text = said(
+            "No better than the base: the rows' answers have become likelier ({figures}), but what it writes is no "
+            "closer to them",
+            figures=figures,
+        )
+    elif fell:
         name = "no difference"
         text = said(
             "No better than the base: it has the tone of your data ({figures}), but neither model's answers depend on "
@@ -171,15 +222,24 @@ def conclude(base: Side, tuned: Side, change: tuple[float, float], rows: int, lo
         )
     else:
         name = "no difference"
-        text = said("No difference that {rows} rows could show ({figures})", rows=rows, figures=figures)
+        text = said("No difference that {rows} rows could show ({figures})", rows=compared.rows, figures=figures)
     besides = [said("it forgot: {kept}", kept=kept)] if forgot else []
-    text += "".join(said("; {more}", more=more) for more in (*besides, *_harms(base, tuned)))
-    return Verdict(name, said("{sentence}.", sentence=text))
+    besides += _harms(base, tuned, deaf=name == "worse")
+    text += "".join(said("; {more}", more=more) for more in besides)
+    few = tuned.loss < base.loss and (tuned.exact or 0) * compared.short < _FEW_RIGHT * compared.answered
+    after = [_right(base, tuned, compared)]
+    if few:
+        after.append(said("A lower loss does not yet mean right answers: read them side by side"))
+    for sentence in after:
+        text = said("{text}. {sentence}", text=text, sentence=sentence)
+    return Verdict(name, said("{sentence}.", sentence=text), reserved=few or bool(besides))
 
 
-def has_forgotten(lost: int, gained: int) -> bool:
-    """Whether so many general questions lost, and so many gained, are more than chance."""
-    return lost - gained >= 5 and _chance(lost, gained) < 0.05
+def has_forgotten(general: Sequence[Kept]) -> bool:
+    """Whether more general questions are lost than by chance: of all, or of those in one language."""
+    every = sum(one.lost for one in general), sum(one.gained for one in general)
+    pairs = [every, *((one.lost, one.gained) for one in general)]
+    return any(lost - gained >= 5 and _chance(lost, gained) < 0.05 for lost, gained in pairs)
 
 
 def advice(verdict: Name, held_out: Sequence[tuple[float, float]], forgot: bool, listens: bool) -> Iterator[str]:
@@ -215,8 +275,57 @@ def advice(verdict: Name, held_out: Sequence[tuple[float, float]], forgot: bool,
         )
 
 
-def _harms(base: Side, tuned: Side) -> Iterator[str]:
-    if tuned.copied is not None and tuned.copied > max(0.5, 2 * (base.copied or 0)):
+def _kept(general: Sequence[Kept]) -> str:
+    """How many general questions are answered rightly, before and after; by language where there are several."""
+    text = said(
+        "general questions {base} → {tuned} of {asked} right",
+        base=sum(one.base for one in general),
+        tuned=sum(one.tuned for one in general),
+        asked=sum(one.asked for one in general),
+    )
+    if len(general) < 2:
+        return text
+    parts = (
+        said(
+            "{language} {base} → {tuned} of {asked}",
+            language=one.called,
+            base=one.base,
+            tuned=one.tuned,
+            asked=one.asked,
+        )
+        for one in general
+    )
+    return said("{total}: {parts}", total=text, parts=said(", ").join(parts))
+
+
+def _right(base: Side, tuned: Side, compared: Compared) -> str:
+    """What is known of right answers."""
+    like = said(
+        "likeness to the rows' own answers {base:.0%} → {tuned:.0%} (100% is the same text)",
+        base=base.likeness,
+        tuned=tuned.likeness,
+    )
+    if base.exact is None or tuned.exact is None:
+        return said("Right answers: {like}", like=like)
+    return said(
+        "Right answers: {n} of {all} short held-out answers say what their row says, {before} before; {like}",
+        n=round(tuned.exact * compared.short),
+        all=compared.short,
+        before=round(base.exact * compared.short),
+        like=like,
+    )
+
+
+def _harms(base: Side, tuned: Side, *, deaf: bool) -> Iterator[str]:
+    """What speaks against a model beside its verdict; how it listens only where it is not called worse already."""
+    if not deaf and base.listening_interval[0] > 0 and tuned.listening < _LISTENS_LESS * base.listening:
+        yield said(
+            "its answers depend less on the questions: likelier after their own by {tuned:.2f} nats per token, "
+            "{base:.2f} before",
+            tuned=tuned.listening,
+            base=base.listening,
+        )
+    if tuned.copied is not None and tuned.copied > max(_COPIES, 2 * (base.copied or 0)):
         yield said("it copies: {share:.0%} of its long runs of words stand in training rows", share=tuned.copied)
     if tuned.stopped < min(0.9, base.stopped):
         yield said(

@@ -80,8 +80,8 @@ def after_chat(name: str) -> list[Way]:
     ]
 
 
-def after_eval(run: Path, verdict: str) -> list[Way]:
-    if verdict == "better":
+def after_eval(run: Path, *, good: bool) -> list[Way]:
+    if good:
         return [_serve(run), _export(run)]
     return [(said("Ask it yourself"), commands.tunesmith("chat", run))]
 

@@ -166,10 +166,10 @@ def evaluate(
         harness.require()
     asked = None if judge is None else judging.judge_at(judge, judge_model, judge_key)
     with console.status(said("Opening the run …")) as status:
-        evaluation = evaluate(run, data, asked, names, tell=status.update)
+        evaluation = evaluate(run, data, asked, names, tell=status.update, announce=console.print)
     page = evaluation_page.write(opened, evaluation)
     display.show_evaluation(console, evaluation, evaluation_page.table(evaluation), page)
-    go_on(console, *onward.after_eval(run, evaluation.verdict))
+    go_on(console, *onward.after_eval(run, good=evaluation.verdict == "better" and not evaluation.reserved))
     if as_json:
         print_json(evaluation.as_dict())
 
