@@ -20,6 +20,7 @@ from tunesmith.checking import check
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.language import counted, said
 from tunesmith.screen import Screen, padded, phrase
+from unsaid import unsaid
 
 sys.path.append(str(ROOT / "scripts"))
 import write_catalogue
@@ -36,7 +37,20 @@ PAIRS = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SPELT_ALIKE = {
-    *("logits", "python", "ok", "; ", ", ", ", {time}", "{run}: {verdict}", "{sentence}.", "{what_for}: {command}"),
+    *(
+        "logits",
+        "python",
+        "ok",
+        "; ",
+        ", ",
+        ", no ",
+        "{where} ({rows})",
+        "a CUDA GPU",
+        ", {time}",
+        "{run}: {verdict}",
+        "{sentence}.",
+        "{what_for}: {command}",
+    ),
     *(
         "{name}: {reason}",
         " = {value}: {why}",
@@ -88,6 +102,20 @@ def test_what_is_said_is_written_out_where_it_is_said() -> None:
                 assert node.func.id not in write_catalogue.FUNCTIONS or not isinstance(node.args[0], ast.JoinedStr), (
                     f"{path}:{node.lineno}"
                 )
+
+
+def test_what_an_error_says_is_said_in_the_readers_language(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        "_TABLE = {1: 'out of a table'}\n_CONSTANT = 'a constant'\n\n\n"
+        "def hint(name):\n    return f'what {name} gives'\n\n\n"
+        "def refuse(path, why):\n    found, fix = f'{path} found', said('Said: {x}', x='a value of it')\n"
+        "    for key, text in _TABLE.items():\n        raise RunError(str(path), found, why, fix)\n"
+        "    raise RunError(f'{path}: {why}', hint(path) if path else _CONSTANT, text, '--set lora.r')\n\n\n"
+        "refuse('/tmp', 'given by who calls')\n"
+    )
+    planted = ["out of a table", "a constant", "what { gives", "{ found", "a value of it", "given by who calls"]
+    assert sorted(text for _, text in unsaid(tmp_path)) == sorted(planted)
+    assert unsaid(write_catalogue.PACKAGE) == []
 
 
 def test_a_translation_has_the_values_and_names_of_its_message() -> None:

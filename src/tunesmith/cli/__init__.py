@@ -90,6 +90,10 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if why := terminal.not_written():
-        show_error(RunError("standard output", why, "a place to write to", "Make room there, or print elsewhere."))
+        show_error(
+            RunError(
+                said("standard output"), why, said("a place to write to"), said("Make room there, or print elsewhere.")
+            )
+        )
         code = code or 2
     raise SystemExit(code)

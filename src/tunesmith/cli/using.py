@@ -41,7 +41,9 @@ def chat(
     """Talk with a run or a model."""
     console = start(verbose, answer_on_stdout=True)
     if as_json and prompt is None:
-        raise RecipeError("chat --json", "no --prompt", "one question to answer", "Add --prompt TEXT.")
+        raise RecipeError(
+            "chat --json", said("no --prompt"), said("one question to answer"), said("Add --prompt TEXT.")
+        )
     is_model = all_runs.named_or_model(run_or_model) is None
     with loading(console):
         from tunesmith.chat import load
