@@ -273,6 +273,37 @@ def test_a_command_says_everything_in_chinese(chinese: dict[str, Any], command: 
     assert command != "train" or all(name in ended.out for name in ("问题", "训练前", "训练后"))
 
 
+@pytest.mark.parametrize("command", ["", "train", "chat", "export", "serve", "runs"])
+def test_help_is_in_chinese_and_whole(command: str) -> None:
+    ended = tunesmith(*command.split(), "--help", TUNESMITH_LANG="zh", COLUMNS="80")
+    assert ended.code == 0, ended.err
+    assert "用法：" in ended.out and "选项" in ended.out and "显示这段帮助并退出。" in ended.out
+    assert not re.search("… *│", ended.out)  # a text that rich has cut
+    assert not re.search(r"\b(the|of|and|is|default|Usage|Options|Arguments)\b", ended.out)
+    assert command != "train" or "峰值学习率" in re.sub(r"[\s│]", "", ended.out)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train --rnak 2", "改法 是不是想写 --rank？"),
+        ("train --learning_rate 1e-4", "改法 请写 --set train.learning_rate=… 或 --lr。"),
+        ("train --out", "后面跟一个值"),
+        ("doctor --json=1", "不带值"),
+        ("chat", "缺少 RUN_OR_MODEL"),
+        ("watch a b", "多余的内容：b"),
+        ("tarin", "没有这个命令"),
+        ("export run --to nothing", "以下之一："),
+        ("serve run --port 99999", "至多为 65535"),
+    ],
+)
+def test_wrong_words_are_an_error_like_every_other(line: str, says: str) -> None:
+    ended = tunesmith(*line.split(), "--json", TUNESMITH_LANG="zh")
+    assert ended.code == 2 and ended.json["error"]["fix"]
+    shown = re.sub(r"\s+", " ", ended.err)
+    assert says in shown and all(label in shown for label in ("错误 ", " 实际 ", " 应为 ", " 改法 "))
+
+
 @pytest.mark.parametrize(
     ("page", "headings"),
     [("report.html", ("损失", "学习率", "明细", "评估")), ("eval.html", ("通用问题", "结论怎样得出"))],

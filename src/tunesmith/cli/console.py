@@ -164,5 +164,5 @@ def show_usage(error: Any) -> None:
         return
     language.settle(sys.stderr.encoding)
     if error.ctx is not None:
-        Screen(stderr=True).print(usage.line(error.ctx), style="grey62")
+        Screen(stderr=True).print(error.ctx.get_usage(), style="grey62")
     show_error(usage.understood(error))

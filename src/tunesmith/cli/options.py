@@ -61,9 +61,13 @@ def _short(name: str) -> Any:
         f"--{name}",
         metavar=name.upper(),
         callback=whole,
-        help=f"{setting.description} Short for --set {SHORT[name]}.",
         show_default=_as_written(setting.get_default(call_default_factory=True)),
     )
+
+
+def short_help(name: str) -> str:
+    what = said(_described(SHORT[name]).description or "")
+    return said("{what} Short for --set {setting}.", what=what, setting=SHORT[name])
 
 
 FilesArgument = Annotated[
@@ -192,13 +196,11 @@ def ours(option: str, known: Sequence[str]) -> str | None:
     return said("Write --set {setting}=…. {what}", setting=meant, what=what)
 
 
-def _settings_help() -> str:
-    lines = []
+def settings_help() -> str:
+    """Every setting with its default and what it means, in rich's markup."""
+    lines = [said("[bold]Settings[/] (recipe.yaml or --set)")]
     for name in recipes.setting_names():
         setting = _described(name)
-        default = setting.get_default(call_default_factory=True)
-        lines.append(f"[cyan]{name}[/] \\[{_as_written(default)}]  {setting.description}")
-    return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
-
-
-SETTINGS = _settings_help()
+        default = _as_written(setting.get_default(call_default_factory=True))
+        lines.append(f"[cyan]{name}[/] \\[{default}]  {said(setting.description or '')}")
+    return "\n\n".join(lines)

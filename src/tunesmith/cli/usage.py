@@ -16,11 +16,6 @@ from tunesmith.language import said
 from tunesmith.spelling import nearest
 
 
-def line(context: Any) -> str:
-    """How the command is called."""
-    return said("Usage: {usage}", usage=context.get_usage().partition(": ")[2])
-
-
 def understood(error: Any) -> RecipeError:
     """What typer found, of which the type and some values are known, and else a sentence in English."""
     context = error.ctx
