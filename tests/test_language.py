@@ -298,7 +298,8 @@ def test_help_is_in_chinese_and_whole(command: str) -> None:
     ],
 )
 def test_wrong_words_are_an_error_like_every_other(line: str, says: str) -> None:
-    ended = tunesmith(*line.split(), "--json", TUNESMITH_LANG="zh")
+    command, *words = line.split()
+    ended = tunesmith(command, "--json", *words, TUNESMITH_LANG="zh")
     assert ended.code == 2 and ended.json["error"]["fix"]
     shown = re.sub(r"\s+", " ", ended.err)
     assert says in shown and all(label in shown for label in ("错误 ", " 实际 ", " 应为 ", " 改法 "))
