@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import io
+import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -48,6 +49,27 @@ def calls(file: IO[bytes], functions: Collection[str], *_: Any, **__: Any) -> It
             given = [each.value if isinstance(each, ast.Constant) else None for each in node.args]
             texts = tuple(text if isinstance(text, str) else None for text in given)
             yield node.lineno, node.func.id, texts, []
+        yield from ((line, "marked", (text,), []) for line, text in _shown_in_help(node))
+
+
+def _shown_in_help(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """The text that a setting, an option or a command has there: of a function that has an option, its docstring."""
+    match node:
+        case ast.ClassDef(bases=[ast.Name(id="Section")]):
+            yield from (text for inner in ast.walk(node) for text in _given(inner, "Field", "description"))
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="typer"), attr=name)):
+            yield from _given(node, name, "help")
+        case ast.FunctionDef() if any(re.search(r"\w(Option|Argument)\b", ast.unparse(one)) for one in node.args.args):
+            if text := ast.get_docstring(node):
+                yield node.lineno, " ".join(text.split())
+
+
+def _given(node: ast.AST, to: str, name: str) -> Iterator[tuple[int, str]]:
+    """The text that a call of `to` is given by that name."""
+    if isinstance(node, ast.Call) and to in (getattr(node.func, "id", None), getattr(node.func, "attr", None)):
+        for given in node.keywords:
+            if given.arg == name and isinstance(given.value, ast.Constant):
+                yield given.value.lineno, str(given.value.value)
 
 
 def merged(written: str, found: Catalog, language: str) -> Catalog:

@@ -19,6 +19,7 @@ WIDTH = "100"
 # What typer and rich read when they are imported; so nothing of tunesmith is imported before this is set.
 SURROUNDINGS = {
     "COLUMNS": WIDTH,
+    "TUNESMITH_LANG": "en",
     "TERMINAL_WIDTH": WIDTH,
     "NO_COLOR": "1",
     "TERM": "dumb",

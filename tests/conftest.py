@@ -71,7 +71,6 @@ CHATML = (
 )
 
 
-
 def largest(numbers: Iterable[float]) -> float:
     """NaN if one is; Python's max passes over it."""
     return float(np.max([*numbers]))

@@ -20,6 +20,7 @@ from tunesmith.checking import check
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.language import counted, said
 from tunesmith.screen import Screen, padded, phrase
+from unsaid import unsaid
 
 sys.path.append(str(ROOT / "scripts"))
 import write_catalogue
@@ -36,7 +37,20 @@ PAIRS = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SPELT_ALIKE = {
-    *("logits", "python", "ok", "; ", ", ", ", {time}", "{run}: {verdict}", "{sentence}.", "{what_for}: {command}"),
+    *(
+        "logits",
+        "python",
+        "ok",
+        "; ",
+        ", ",
+        ", no ",
+        "{where} ({rows})",
+        "a CUDA GPU",
+        ", {time}",
+        "{run}: {verdict}",
+        "{sentence}.",
+        "{what_for}: {command}",
+    ),
     *(
         "{name}: {reason}",
         " = {value}: {why}",
@@ -90,6 +104,20 @@ def test_what_is_said_is_written_out_where_it_is_said() -> None:
                 assert node.func.id not in write_catalogue.FUNCTIONS or not isinstance(node.args[0], ast.JoinedStr), (
                     f"{path}:{node.lineno}"
                 )
+
+
+def test_what_an_error_says_is_said_in_the_readers_language(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        "_TABLE = {1: 'out of a table'}\n_CONSTANT = 'a constant'\n\n\n"
+        "def hint(name):\n    return f'what {name} gives'\n\n\n"
+        "def refuse(path, why):\n    found, fix = f'{path} found', said('Said: {x}', x='a value of it')\n"
+        "    for key, text in _TABLE.items():\n        raise RunError(str(path), found, why, fix)\n"
+        "    raise RunError(f'{path}: {why}', hint(path) if path else _CONSTANT, text, '--set lora.r')\n\n\n"
+        "refuse('/tmp', 'given by who calls')\n"
+    )
+    planted = ["out of a table", "a constant", "what { gives", "{ found", "a value of it", "given by who calls"]
+    assert sorted(text for _, text in unsaid(tmp_path)) == sorted(planted)
+    assert unsaid(write_catalogue.PACKAGE) == []
 
 
 def test_a_translation_has_the_values_and_names_of_its_message() -> None:
@@ -245,6 +273,38 @@ def test_a_command_says_everything_in_chinese(chinese: dict[str, Any], command: 
     assert len(HAN.findall(ended.out)) > 30
     assert leftover(ended.out) == set()
     assert command != "train" or all(name in ended.out for name in ("问题", "训练前", "训练后"))
+
+
+@pytest.mark.parametrize("command", ["", "train", "chat", "export", "serve", "runs"])
+def test_help_is_in_chinese_and_whole(command: str) -> None:
+    ended = tunesmith(*command.split(), "--help", TUNESMITH_LANG="zh", COLUMNS="80")
+    assert ended.code == 0, ended.err
+    assert "用法：" in ended.out and "选项" in ended.out and "显示这段帮助并退出。" in ended.out
+    assert not re.search("… *│", ended.out)  # a text that rich has cut
+    assert not re.search(r"\b(the|of|and|is|default|Usage|Options|Arguments)\b", ended.out)
+    assert command != "train" or "峰值学习率" in re.sub(r"[\s│]", "", ended.out)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train --rnak 2", "改法 是不是想写 --rank？"),
+        ("train --learning_rate 1e-4", "改法 请写 --set train.learning_rate=… 或 --lr。"),
+        ("train --out", "后面跟一个值"),
+        ("doctor --json=1", "不带值"),
+        ("chat", "缺少 RUN_OR_MODEL"),
+        ("watch a b", "多余的内容：b"),
+        ("tarin", "没有这个命令"),
+        ("export run --to nothing", "以下之一："),
+        ("serve run --port 99999", "至多为 65535"),
+    ],
+)
+def test_wrong_words_are_an_error_like_every_other(line: str, says: str) -> None:
+    command, *words = line.split()
+    ended = tunesmith(command, "--json", *words, TUNESMITH_LANG="zh")
+    assert ended.code == 2 and ended.json["error"]["fix"]
+    shown = re.sub(r"\s+", " ", ended.err)
+    assert says in shown and all(label in shown for label in ("错误 ", " 实际 ", " 应为 ", " 改法 "))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from tunesmith import hub, language, records, render, rows, rundir, system, template, types
 from tunesmith.errors import DataError, RunError, TemplateError
+from tunesmith.language import marked, said
 from tunesmith.records import Records
 from tunesmith.render import Renderer
 
@@ -38,7 +39,7 @@ _DAYS_KEPT = 30
 # of four bytes.
 _PROCESS_BYTES, _PER_PICKLED, _AT_WORK_BYTES, _PER_READ = 60 << 20, 18, 128 << 20, 5
 _SHARE_OF_MEMORY = 0.75
-_FIX = "Free some space there, or name another place with TUNESMITH_CACHE."
+_FIX = marked("Free some space there, or name another place with TUNESMITH_CACHE.")
 
 
 _TOO_MUCH_MEMORY = 3  # the exit code of a process whose template took it
@@ -100,12 +101,12 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
         pickle.dump(_Task(data, pickled, count, folder), task)
         task.flush()
         command = [sys.executable, "-P", "-m", "tunesmith.cache", task.name]
-        heard, said = os.pipe()
+        heard, told = os.pipe()
         try:
-            with os.fdopen(said, "wb"):
+            with os.fdopen(told, "wb"):
                 for number in range(count):
                     workers.append(
-                        subprocess.Popen([*command, str(number)], stdout=said, env=environment, start_new_session=True)
+                        subprocess.Popen([*command, str(number)], stdout=told, env=environment, start_new_session=True)
                     )
             with os.fdopen(heard) as lines:
                 done = 0
@@ -124,9 +125,9 @@ def _render_into(folder: Path, data: Records, renderer: Renderer, on_rows: Calla
     if any(codes):
         for _ in data.rows():  # raises what is wrong with the file as a whole, if that was it
             pass
-        found = f"a process that ended with {next(filter(None, codes))} while it rendered rows"
-        fix = f"Look at the messages above; is memory short, or the disk of {folder.parent} full?"
-        raise RunError(data.path, found, "every row rendered", fix)
+        found = said("a process that ended with {code} while it rendered rows", code=next(filter(None, codes)))
+        fix = said("Look at the messages above; is memory short, or the disk of {folder} full?", folder=folder.parent)
+        raise RunError(data.path, found, said("every row rendered"), fix)
 
 
 def _count(data: Records, pickled_bytes: int, free_bytes: int, n_cores: int) -> int:

@@ -168,10 +168,10 @@ class Chat:
         prompt_ids = self.renderer.prompt_ids(_conversation(messages, self.system))
         if len(prompt_ids) >= self.context:
             raise DataError(
-                "conversation",
-                f"{len(prompt_ids)} tokens",
-                f"fewer than {self.context}",
-                "Start a new conversation, or shorten it.",
+                said("conversation"),
+                said("{n} tokens", n=len(prompt_ids)),
+                said("fewer than {n}", n=self.context),
+                said("Start a new conversation, or shorten it."),
             )
         return prompt_ids
 
@@ -244,8 +244,8 @@ def load_together(runs_or_model: Sequence[str | os.PathLike[str]]) -> tuple[Chat
     paths = [runs.named_or_model(given) for given in runs_or_model]
     plain = [given for given, path in zip(runs_or_model, paths, strict=True) if path is None]
     if plain and len(paths) > 1:
-        found, fix = "no run", "Name runs of one base, or one model alone."
-        raise RunError(os.fspath(plain[0]), found, "a run's folder", fix)
+        found, fix = said("no run"), said("Name runs of one base, or one model alone.")
+        raise RunError(os.fspath(plain[0]), found, said("a run's folder"), fix)
     if plain:
         return _load_model(plain[0], None), [], []
     opened = [Opened.of(path) for path in paths if path is not None]
@@ -274,9 +274,9 @@ def _load_model(name: str | os.PathLike[str], revision: str | None) -> Chat:
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
             str(path),
-            "an adapter outside its run",
-            "a run's folder or a model",
-            "Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter.",
+            said("an adapter outside its run"),
+            said("a run's folder or a model"),
+            said("Name the folder that `tunesmith train` wrote, or use load_and_chat.py beside the adapter."),
         )
     found = models.prepared(hub.locate(os.fspath(name), revision))
     renderer = models.open_renderer(found, TemplateSettings())
@@ -315,18 +315,18 @@ class Opened:
         if rundir.sha256(located.folder / "config.json") != manifest["base"]["config_sha256"]:
             raise ProofError(
                 str(located.folder),
-                "another config.json than at training",
-                "the base that was trained on",
-                "Fetch that revision again, or train again.",
+                said("another config.json than at training"),
+                said("the base that was trained on"),
+                said("Fetch that revision again, or train again."),
             )
         before, weights = manifest["base"].get("weights"), rundir.weights_of(located.folder)
         if before is not None and before != weights:
             names = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
             raise ProofError(
                 str(located.folder),
-                f"other weights than at training ({', '.join(names)})",
-                "the base that was trained on",
-                "Put them back or fetch that revision again; or train again.",
+                said("other weights than at training ({names})", names=", ".join(names)),
+                said("the base that was trained on"),
+                said("Put them back or fetch that revision again; or train again."),
             )
         reader = run.adapter if run.adapter.is_dir() else located.folder
         template = recipe.template if reader is located.folder else TemplateSettings()
@@ -334,9 +334,9 @@ class Opened:
         if renderer.template.digest != manifest["template"]["sha256"]:
             raise ProofError(
                 str(reader),
-                "another chat template than at training",
-                "the one that was trained with",
-                "Restore chat_template.jinja, or train again.",
+                said("another chat template than at training"),
+                said("the one that was trained with"),
+                said("Restore chat_template.jinja, or train again."),
             )
         if run.adapter.is_dir():
             _check_adapter_digest(run.adapter)
@@ -358,9 +358,9 @@ class Opened:
         if mine != theirs:
             raise RunError(
                 f"{other.run.path}",
-                f"a run of {' '.join(theirs)}",
-                f"the base of {self.run.path}, {' '.join(mine)}",
-                "Serve runs of different bases by processes of their own, each with another --port.",
+                said("a run of {base}", base=" ".join(theirs)),
+                said("the base of {run}, {base}", run=self.run.path, base=" ".join(mine)),
+                said("Serve runs of different bases by processes of their own, each with another --port."),
             )
 
     @property
@@ -375,11 +375,12 @@ def _check_adapter_digest(adapter: Path) -> None:
         digests = reading.json_object(adapter / "files.json", 4 << 20)
         changed = [name for name in _OF_ADAPTER if rundir.sha256(adapter / name) != digests[name]["sha256"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        found, fix = f"no digests to hold it to ({error})", "Copy the run's folder again from where it came."
-        raise ProofError(str(adapter), found, "files.json as training wrote it", fix) from None
+        found = said("no digests to hold it to ({error})", error=error)
+        fix = said("Copy the run's folder again from where it came.")
+        raise ProofError(str(adapter), found, said("files.json as training wrote it"), fix) from None
     if changed:
-        found, fix = "another file than training wrote", "Copy the run's folder again from where it came."
-        raise ProofError(str(adapter / changed[0]), found, "the digest in files.json", fix)
+        found, fix = said("another file than training wrote"), said("Copy the run's folder again from where it came.")
+        raise ProofError(str(adapter / changed[0]), found, said("the digest in files.json"), fix)
 
 
 _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -434,16 +435,26 @@ def _conversation(messages: Sequence[Message | ChatMessage], system: str | None)
         )
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise DataError(
-                f"message {number}",
+                said("message {number}", number=number),
                 repr(message)[:80],
-                "{'role': system, user or assistant, 'content': text}",
-                "Mend the message.",
+                said("{{'role': system, user or assistant, 'content': text}}"),
+                said("Mend the message."),
             )
         if half := what_is_no_text(content):
-            raise DataError(f"message {number}", half, "whole characters", "Decode the text anew, as what it is.")
+            raise DataError(
+                said("message {number}", number=number),
+                half,
+                said("whole characters"),
+                said("Decode the text anew, as what it is."),
+            )
         talk.append(Message(role, content))
     if not talk or talk[-1].role != "user":
-        raise DataError("conversation", "no user turn at the end", "something to answer", "Add the question.")
+        raise DataError(
+            said("conversation"),
+            said("no user turn at the end"),
+            said("something to answer"),
+            said("Add the question."),
+        )
     if system is not None and talk[0].role != "system":
         talk.insert(0, Message("system", system))
     return talk

@@ -263,7 +263,7 @@ def _longest_allowed(recipe: Recipe, config: PreTrainedConfig) -> int:
         raise RecipeError(
             "data.max_length",
             str(asked),
-            f"at most {context}, which is all the model can read",
-            "Lower it, or leave it at auto.",
+            said("at most {n}, which is all the model can read", n=context),
+            said("Lower it, or leave it at auto."),
         )
     return asked

@@ -24,6 +24,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
 
+from tunesmith.language import said
+
 SECONDS = 8
 MORE_BYTES = 1 << 30
 _ANSWER_BYTES = 64 << 20
@@ -110,7 +112,7 @@ class _Copy:
             head = self._read(_LENGTH.size, waiting)
             (length,) = _LENGTH.unpack(head)
             if length > _ANSWER_BYTES:
-                raise Ended(f"more than {_ANSWER_BYTES >> 20} MiB of result")
+                raise Ended(said("more than {n} MiB of result", n=_ANSWER_BYTES >> 20))
             answer = json.loads(bytes(self._read(length, waiting)))
             if "failed" in answer:
                 yield WorkFailed(answer["failed"])
@@ -134,7 +136,7 @@ class _Copy:
                     raise Ended(self._why())
                 read += part
             elif not writable and left <= 0:
-                raise Ended(f"more than {self._seconds} seconds")
+                raise Ended(said("more than {n} seconds", n=self._seconds))
         return read
 
     def _why(self) -> str:
@@ -142,8 +144,10 @@ class _Copy:
         self._pid = 0
         code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGXCPU:
-            return f"more than {self._seconds} seconds"
-        return f"a crash (signal {-code})" if code < 0 else f"an end without an answer ({code})"
+            return said("more than {n} seconds", n=self._seconds)
+        return (
+            said("a crash (signal {n})", n=-code) if code < 0 else said("an end without an answer ({code})", code=code)
+        )
 
     def end(self) -> None:
         os.close(self._ask)
@@ -184,12 +188,12 @@ def tried(work: Callable[[Any], Any], request: Any, more_bytes: int) -> Any:
     try:
         return work(request)
     except MemoryError:
-        return Ended(f"more than {more_bytes >> 20:,} MiB")
+        return Ended(said("more than {n:,} MiB", n=more_bytes >> 20))
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:500]
         return WorkFailed(f"{type(error).__name__}: {first}".removesuffix(": "))
     except BaseException as error:  # what Rust calls a panic
-        return Ended(f"a crash ({type(error).__name__})")
+        return Ended(said("a crash ({error})", error=type(error).__name__))
 
 
 def _serve(work: Callable[[Any], Any], asked: int, answered: int, seconds: int, more_bytes: int) -> NoReturn:

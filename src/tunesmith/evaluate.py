@@ -109,7 +109,10 @@ def evaluate(
     trained, rows, where = _rows(run, recipe, manifest, data)
     if len(rows) < 2:
         raise RunError(
-            str(path), f"{len(rows)} held-out rows", "at least two", "Name a file of other rows: eval --data FILE."
+            str(path),
+            said("{n} held-out rows", n=len(rows)),
+            said("at least two"),
+            said("Name a file of other rows: eval --data FILE."),
         )
     known = None if trained is None else _runs_of(trained)
     tell(said("Loading the model …"))
@@ -151,7 +154,12 @@ def _rows(run: RunDir, recipe: Recipe, manifest: Mapping[str, Any], data: Path |
         return trained, held_out, recipe.data.path
     if run.held_out_rows.is_file():
         return None, read(run.held_out_rows, columns={}, allow_set_aside=True), str(run.held_out_rows)
-    raise RunError(recipe.data.path, "other rows than at training", "the file that was trained on", "Put it back.")
+    raise RunError(
+        recipe.data.path,
+        said("other rows than at training"),
+        said("the file that was trained on"),
+        said("Put it back."),
+    )
 
 
 def _measure(

@@ -17,7 +17,7 @@ from tunesmith import rundir
 from tunesmith.engine import batch, lora
 from tunesmith.engine.step import summed_loss
 from tunesmith.errors import ProofError
-from tunesmith.language import said
+from tunesmith.language import marked, said
 from tunesmith.rundir import RunDir
 from tunesmith.types import Rendered
 
@@ -38,12 +38,18 @@ def stop_not_finite(where: str, found: str, run: RunDir, model: PeftModel, docum
         run.path / NOT_FINITE, json.dumps({"where": where, "found": found, "first": first, "rows": rows}, indent=1)
     )
     lines = list(dict.fromkeys(str(document.origin) for document in documents))
+    rows_named = ", ".join(lines[:4])
+    if len(lines) > 4:
+        rows_named = said("{rows} and {n} more rows", rows=rows_named, n=len(lines) - 4)
     raise ProofError(
-        f"{where} ({', '.join(lines[:4])}{f' and {len(lines) - 4} more rows' if len(lines) > 4 else ''})",
+        said("{where} ({rows})", where=where, rows=rows_named),
         f"{found}; {first}",
-        "finite numbers",
-        "The step was not applied and no adapter was saved; checkpoints are as they were. Lower train.learning_rate, "
-        f"or look at the rows: their token ids are in {run.path / NOT_FINITE}.",
+        said("finite numbers"),
+        said(
+            "The step was not applied and no adapter was saved; checkpoints are as they were. Lower "
+            "train.learning_rate, or look at the rows: their token ids are in {file}.",
+            file=run.path / NOT_FINITE,
+        ),
     )
 
 
@@ -51,7 +57,7 @@ def first_not_finite(model: PeftModel, documents: Sequence[Rendered]) -> str:
     """Where plain transformers and peft first give a number that is not finite for these rows, in words."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            return f"{_plain_name(name)} holds a weight that is not finite"
+            return said("{name} holds a weight that is not finite", name=_plain_name(name))
     device = next(model.parameters()).device
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     was_training = model.training
@@ -64,12 +70,12 @@ def first_not_finite(model: PeftModel, documents: Sequence[Rendered]) -> str:
                     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # embeddings
                     summed_loss(model, batch.pad([document], device)).backward()
                 if seen:
-                    return f"{seen[0]} for {document.origin}"
+                    return said("{found} for {row}", found=seen[0], row=document.origin)
     finally:
         model.train(was_training)
         for parameter, gradient in kept:
             parameter.grad = gradient
-    return "plain transformers and peft give finite numbers for the same rows, so it came and went: try `resume`"
+    return said("plain transformers and peft give finite numbers for the same rows, so it came and went: try `resume`")
 
 
 @contextmanager
@@ -80,11 +86,11 @@ def _seen(model: PeftModel) -> Iterator[list[str]]:
     def watch(name: str, module: nn.Module) -> list[Any]:
         def forward(module: nn.Module, given: Any, result: Any) -> None:
             if not _finite(result):
-                seen.append(f"the first result that is not finite is that of {name}")
+                seen.append(said("the first result that is not finite is that of {name}", name=name))
 
         def backward(module: nn.Module, of_input: Any, of_result: Any) -> None:
             if not _finite(of_input):
-                seen.append(f"the first gradient that is not finite is that of the input of {name}")
+                seen.append(said("the first gradient that is not finite is that of the input of {name}", name=name))
 
         hooks: list[Any] = [module.register_forward_hook(forward)]
         if not any(True for _ in module.children()):
@@ -123,7 +129,7 @@ def require_gradients(model: PeftModel) -> None:
         if parameter.requires_grad
         and (parameter.grad is None or ("lora_B" in name and not bool(parameter.grad.any()) and not _may_rest(model)))
     ]
-    _require_none(idle, "without a gradient in step 1")
+    _require_none(idle, marked("{n} adapter matrices without a gradient in step 1"))
 
 
 def signatures(model: PeftModel) -> dict[str, tuple[float, float]]:
@@ -138,17 +144,22 @@ def signatures(model: PeftModel) -> dict[str, tuple[float, float]]:
 def require_moved(model: PeftModel, before: dict[str, tuple[float, float]]) -> None:
     """Raises ProofError for a lora_B that is as it was."""
     now = signatures(model)
-    _require_none([] if _may_rest(model) else [name for name in now if now[name] == before[name]], "still after step 2")
+    _require_none(
+        [] if _may_rest(model) else [name for name in now if now[name] == before[name]],
+        marked("{n} adapter matrices still after step 2"),
+    )
 
 
 def _require_none(names: Sequence[str], what: str) -> None:
     if names:
         raise ProofError(
             _plain_name(names[0]),
-            f"{len(names)} adapter matrices {what}",
-            "all of them learning",
-            "This is a fault of tunesmith or of the model's code; please report the model's name. "
-            "lora.targets leaves layers out.",
+            said(what, n=len(names)),
+            said("all of them learning"),
+            said(
+                "This is a fault of tunesmith or of the model's code; please report the model's name. "
+                "lora.targets leaves layers out."
+            ),
         )
 
 

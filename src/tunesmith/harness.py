@@ -11,14 +11,15 @@ from typing import Any
 from tunesmith import commands
 from tunesmith.chat import Chat
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 from tunesmith.recipe import read_yaml
 
 
 def require() -> None:
     """Raises RecipeError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        fix = f"Run: {commands.pip_install('lm_eval[hf]')}"
-        raise RecipeError("--tasks", "no lm-evaluation-harness", "the package lm_eval", fix)
+        fix = said("Run: {command}", command=commands.pip_install("lm_eval[hf]"))
+        raise RecipeError("--tasks", said("no lm-evaluation-harness"), said("the package lm_eval"), fix)
 
 
 def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -39,8 +40,8 @@ def measure(chat: Chat, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
         elif task in known.all_tasks:
             wanted.append(task)
         else:
-            expected = "a name that `lm_eval ls tasks` lists, or a YAML file"
-            raise RecipeError("--tasks", repr(task), expected, "Check the spelling.")
+            expected = said("a name that `lm_eval ls tasks` lists, or a YAML file")
+            raise RecipeError("--tasks", repr(task), expected, said("Check the spelling."))
     model = models.HFLM(pretrained=chat.model, tokenizer=chat.renderer.template.tokenizer)
     table: dict[str, dict[str, float]] = {}
     for side in ("base", "tuned"):

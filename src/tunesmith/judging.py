@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tunesmith import loopback
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.evaluate import Answer
+from tunesmith.language import said
 
 _AT_ONCE = 4
 _QUESTION = """\
@@ -64,8 +65,8 @@ def judge_at(url: str, model: str | None = None, key: str = "none") -> Callable[
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 return list(pool.map(lambda answer: compare(name, answer), answers))
         except (openai.OpenAIError, StopIteration) as error:
-            found = str(error).splitlines()[0] if str(error) else "no model"
-            fix = "Is it running, and does its address end in /v1?"
-            raise ModelError(url, found, "a server that speaks OpenAI's API", fix) from error
+            found = str(error).splitlines()[0] if str(error) else said("no model")
+            fix = said("Is it running, and does its address end in /v1?")
+            raise ModelError(url, found, said("a server that speaks OpenAI's API"), fix) from error
 
     return judge

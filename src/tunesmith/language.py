@@ -41,7 +41,9 @@ def require_known() -> None:
     if given and _named(given) is None:
         from tunesmith.errors import RecipeError  # which says things itself
 
-        raise RecipeError(VARIABLE, repr(given), "en or zh", "Set it to one of the two, or leave it to the locale.")
+        raise RecipeError(
+            VARIABLE, repr(given), said("en or zh"), said("Set it to one of the two, or leave it to the locale.")
+        )
 
 
 def settle(encoding: str) -> None:

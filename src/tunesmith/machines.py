@@ -102,7 +102,9 @@ def card(name: str, memory_bytes: int | None = None) -> Machine:
         if _bare(known.name) == _bare(name):
             return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
     names = ", ".join(known.name for known in CARDS)
-    raise RecipeError("--card", repr(name), f"one of {names}", "Or say its memory: --memory 24GiB.")
+    raise RecipeError(
+        "--card", repr(name), said("one of {names}", names=names), said("Or say its memory: --memory 24GiB.")
+    )
 
 
 def _bare(name: str) -> str:
@@ -125,7 +127,7 @@ def parse_bytes(text: str) -> int:
         number = text.strip().lower().removesuffix(unit).strip()
         if text.strip().lower().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number):
             return int(float(number) * factor)
-    raise RecipeError("--memory", repr(text), "a number with a unit", "Write for instance --memory 24GiB.")
+    raise RecipeError("--memory", repr(text), said("a number with a unit"), said("Write for instance --memory 24GiB."))
 
 
 @functools.cache

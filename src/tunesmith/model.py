@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith import hub, model_files, pretrained, reading, tokenizer_trial
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
+from tunesmith.language import said
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
 from tunesmith.render import Renderer
 from tunesmith.spelling import nearest
@@ -119,10 +120,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:
         if absent := [part for part in hub.missing_parts(folder, weights=False) if "token" in part]:
-            fix = "Copy the tokenizer's files beside config.json."
-            raise ModelError(str(folder), "no tokenizer", ", ".join(absent), fix) from None
-        found = f"a tokenizer that can not be read ({_first_line(error)})"
-        raise ModelError(str(folder), found, "a tokenizer that transformers reads", "Fetch the model again.") from error
+            fix = said("Copy the tokenizer's files beside config.json.")
+            raise ModelError(str(folder), said("no tokenizer"), ", ".join(absent), fix) from None
+        found = said("a tokenizer that can not be read ({error})", error=_first_line(error))
+        raise ModelError(
+            str(folder), found, said("a tokenizer that transformers reads"), said("Fetch the model again.")
+        ) from error
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -157,8 +160,8 @@ def save_tokenizer(renderer: Renderer, folder: Path, texts: Sequence[str]) -> No
         again = _read_tokenizer(folder)
         if behaviour(again) == expected and again.chat_template == template.text:
             return
-    found = "a saved tokenizer that gives other ids than the one trained with"
-    raise ProofError(str(folder), found, "the same ids", "Please report this with the model's name.")
+    found = said("a saved tokenizer that gives other ids than the one trained with")
+    raise ProofError(str(folder), found, said("the same ids"), said("Please report this with the model's name."))
 
 
 _HARD_TEXTS = (
@@ -187,10 +190,13 @@ def _chosen_template(
         return _unix_lines(own), "tokenizer"
     raise TemplateError(
         str(found.folder),
-        "a tokenizer without a chat template",
-        "one, so that training and chat agree",
-        "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or, of those that are shipped, "
-        + " or ".join(f"--set template.name={name}" for name in _shipped_names()),
+        said("a tokenizer without a chat template"),
+        said("one, so that training and chat agree"),
+        said(
+            "Is it the chat version of the model? Else pass --set template.path=FILE.jinja or, of those that are "
+            "shipped, {options}",
+            options=said(" or ").join(f"--set template.name={name}" for name in _shipped_names()),
+        ),
     )
 
 
@@ -198,14 +204,14 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = f"no readable template ({error})"
-        raise TemplateError(str(path), found, "a Jinja file in UTF-8", "Check template.path.") from None
+        found = said("no readable template ({error})", error=error)
+        raise TemplateError(str(path), found, said("a Jinja file in UTF-8"), said("Check template.path.")) from None
 
 
 def _shipped_template(name: str) -> str:
     if name not in _shipped_names():
-        expected = "auto or one of " + ", ".join(_shipped_names())
-        raise RecipeError("template.name", repr(name), expected, "Use template.path for a file of your own.")
+        expected = said("auto or one of {names}", names=", ".join(_shipped_names()))
+        raise RecipeError("template.name", repr(name), expected, said("Use template.path for a file of your own."))
     return (SHIPPED_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -292,12 +298,12 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     """
     folder = found.folder
     if absent := hub.missing_parts(folder, weights=True):
-        fix = "Fetch it again, or name the right folder."
-        raise ModelError(str(folder), "no " + ", ".join(absent), "a whole model", fix)
+        fix = said("Fetch it again, or name the right folder.")
+        raise ModelError(str(folder), said("no {names}", names=", ".join(absent)), said("a whole model"), fix)
     held, wanted = model_files.n_numbers(sorted(folder.glob("*.safetensors"))), pretrained.size(folder).n_numbers
     if wanted > _MOST_PACKED * held:
-        found_text = f"a config for {wanted:,} numbers, and weights of {held:,}"
-        raise ModelError(str(folder), found_text, "weights of the config's shape", "Fetch the model again.")
+        found_text = said("a config for {wanted:,} numbers, and weights of {held:,}", wanted=wanted, held=held)
+        raise ModelError(str(folder), found_text, said("weights of the config's shape"), said("Fetch the model again."))
     arguments: dict[str, Any] = {"dtype": _dtype(settings.dtype)}
     if settings.quantize == "nf4":
         arguments |= _nf4(arguments["dtype"])
@@ -306,15 +312,21 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        found_text = f"weights that can not be read ({_first_line(error)})"
-        raise ModelError(str(folder), found_text, "weights of the config's shape", "Fetch the model again.") from error
+        found_text = said("weights that can not be read ({error})", error=_first_line(error))
+        raise ModelError(
+            str(folder), found_text, said("weights of the config's shape"), said("Fetch the model again.")
+        ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             str(folder),
-            f"no weights for {len(missing)} parts ({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})",
-            "weights for every part",
-            "transformers would make them up at random; fetch the model again.",
+            said(
+                "no weights for {n} parts ({names})",
+                n=len(missing),
+                names=", ".join(missing[:3]) + " …" * (len(missing) > 3),
+            ),
+            said("weights for every part"),
+            said("transformers would make them up at random; fetch the model again."),
         )
     model.requires_grad_(False)
     if settings.quantize == "none":
@@ -390,9 +402,9 @@ def _convert_gguf(folder: Path, path: Path, out: Path, *, weights: bool) -> None
             loaded = pretrained.causal_lm(folder, dtype=torch.float32, **file) if weights else None
             config = pretrained.config(folder, **file) if loaded is None else loaded.config
     except Exception as error:
-        found = f"a GGUF file that can not be read ({_first_line(error)})"
-        expected = "an architecture and a quantization that transformers reads"
-        raise ModelError(str(path), found, expected, "Fetch it again, or use the model's safetensors.") from error
+        found = said("a GGUF file that can not be read ({error})", error=_first_line(error))
+        expected = said("an architecture and a quantization that transformers reads")
+        raise ModelError(str(path), found, expected, said("Fetch it again, or use the model's safetensors.")) from error
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     generation = GenerationConfig(**{name: i for name, i in special.items() if i is not None})
     # Numbers of a few bits stand for published ones, which are bf16 as a rule, and cheaper to multiply as such.
@@ -462,16 +474,16 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"tensors of {sum(sizes):,} bytes in a file of {size:,}")
         return state
 
-    found, fix = "", "Pickles that hold code are never run; fetch the model again, or a revision with safetensors."
+    fix = said("Pickles that hold code are never run; fetch the model again, or a revision with safetensors.")
     try:
         # What a pickle builds is known only when it is built.
         confined(lambda: len(read()), seconds=6 + size // (50 << 20), more_bytes=2 * size + (512 << 20))
         return {name: value.detach().clone().contiguous() for name, value in read().items()}
     except Ended as ended:
-        found = f"a pickle that takes {ended}"
+        found = said("a pickle that takes {what}", what=ended)
     except WorkFailed as error:
-        found = f"no plain weights ({error})"
-    raise ModelError(str(path), found, "tensors and nothing else", fix)
+        found = said("no plain weights ({error})", error=error)
+    raise ModelError(str(path), found, said("tensors and nothing else"), fix)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -484,7 +496,7 @@ def _nf4(compute: torch.dtype) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("model.quantize=nf4", "gpu")
     if device().type != "cuda":
-        raise RecipeError("model.quantize", "nf4 on a CPU", "a CUDA GPU", "Leave it at none.")
+        raise RecipeError("model.quantize", said("nf4 on a CPU"), said("a CUDA GPU"), said("Leave it at none."))
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -509,8 +521,13 @@ def targets(model: PreTrainedModel, settings: LoraSettings) -> list[Target]:
     for name in wanted:
         matched = [shape for path, shape in layers if path == name or path.endswith(f".{name}")]
         if not matched:
-            expected = f"one of {', '.join(present)}"
-            raise RecipeError("lora.targets", f"'{name}', which matches no layer", expected, _place_hint(name, present))
+            expected = said("one of {names}", names=", ".join(present))
+            raise RecipeError(
+                "lora.targets",
+                said("'{name}', which matches no layer", name=name),
+                expected,
+                _place_hint(name, present),
+            )
         numbers = sum(settings.r * (rows + columns) for rows, columns in matched)
         if settings.variant == "dora":
             numbers += sum(rows for rows, _ in matched)
@@ -550,11 +567,11 @@ def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        fix = "Name a run's folder or its adapter/ folder."
-        raise ModelError(str(folder), "no adapter_model.safetensors", "a peft adapter", fix)
+        fix = said("Name a run's folder or its adapter/ folder.")
+        raise ModelError(str(folder), said("no adapter_model.safetensors"), said("a peft adapter"), fix)
     model_files.shapes(path)
-    expected = f"one made for {base.config.model_type} of this shape"
-    fix = "Use the base that it was trained on."
+    expected = said("one made for {model} of this shape", model=base.config.model_type)
+    fix = said("Use the base that it was trained on.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -562,20 +579,22 @@ def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     except ModelError:
         raise
     except Exception as error:
-        found = f"an adapter that does not fit ({_first_line(error)})"
+        found = said("an adapter that does not fit ({error})", error=_first_line(error))
         raise ModelError(str(folder), found, expected, fix) from error
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     with safe_open(path, framework="pt") as file:
         surplus, absent = sorted(set(file.keys()) - state.keys()), sorted(state.keys() - set(file.keys()))
     if absent:  # of a second adapter peft does not tell
-        raise ModelError(str(folder), f"an adapter that does not fit (no {absent[0]})", expected, fix)
+        raise ModelError(str(folder), said("an adapter that does not fit (no {name})", name=absent[0]), expected, fix)
     if surplus:  # peft leaves them out without a word
-        found = f"an adapter with {len(surplus)} tensors for layers that are not there ({surplus[0]})"
+        found = said(
+            "an adapter with {n} tensors for layers that are not there ({name})", n=len(surplus), name=surplus[0]
+        )
         raise ModelError(str(folder), found, expected, fix)
     if not any(bool(tensor.any()) for key, tensor in state.items() if "lora_B" in key):
-        found = "an adapter whose lora_B is all zero"
-        fix = "It was saved before training; use another checkpoint."
-        raise ModelError(str(folder), found, "one that changes the base", fix)
+        found = said("an adapter whose lora_B is all zero")
+        fix = said("It was saved before training; use another checkpoint.")
+        raise ModelError(str(folder), found, said("one that changes the base"), fix)
     return model.eval()
 
 
@@ -608,8 +627,8 @@ def save_adapter(model: PeftModel, folder: Path, pissa_start: Path | None = None
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            fix = "Lower train.learning_rate; nothing was saved."
-            raise ProofError(name, "a number that is not finite", "finite adapter weights", fix)
+            fix = said("Lower train.learning_rate; nothing was saved.")
+            raise ProofError(name, said("a number that is not finite"), said("finite adapter weights"), fix)
     # Embeddings are never resized; left to itself, peft would ask the hub how large they were.
     extra: dict[str, Any] = {"save_embedding_layers": False}
     if pissa_start:
@@ -637,9 +656,9 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 def _place_hint(name: str, present: Sequence[str]) -> str:
     for place in _SAME_PLACE:
         if name in place and (same := [other for other in present if other in place]):
-            return f"This model has {' and '.join(same)} in that place; or use all-linear."
+            return said("This model has {names} in that place; or use all-linear.", names=said(" and ").join(same))
     near = nearest(name, present)
-    return f"Did you mean {near}?" if near else "all-linear takes them all."
+    return said("Did you mean {name}?", name=near) if near else said("all-linear takes them all.")
 
 
 def _whole(number: float) -> Any:  # peft says int and takes any number

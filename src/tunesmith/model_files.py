@@ -19,6 +19,7 @@ from typing import Any
 
 from tunesmith import reading
 from tunesmith.errors import ModelError
+from tunesmith.language import marked, said
 from tunesmith.reading import MIB, Unfit
 
 # Files of settings, with the most that they may hold. A tokenizer_config.json names every added token.
@@ -37,7 +38,7 @@ _OTHER_TEXT = 128 * MIB  # tokenizer.json: 33 MB for a vocabulary of 262,144
 _TEXTS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _MOST_FILES = 10_000
 
-_FETCH = "Look at where the folder comes from; fetch the model again."
+_FETCH = marked("Look at where the folder comes from; fetch the model again.")
 
 
 def check(folder: Path) -> None:
@@ -48,13 +49,20 @@ def check(folder: Path) -> None:
     """
     for number, path in enumerate(folder.iterdir()):
         if number == _MOST_FILES:
-            raise ModelError(str(folder), f"more than {_MOST_FILES:,} files", "the files of one model", _FETCH)
+            raise ModelError(
+                str(folder),
+                said("more than {n:,} files", n=_MOST_FILES),
+                said("the files of one model"),
+                said(_FETCH),
+            )
         if kind := reading.unusual(path):
-            raise ModelError(str(path), kind, "a file", "Delete it; nothing of a model is one.")
+            raise ModelError(str(path), kind, said("a file"), said("Delete it; nothing of a model is one."))
         if path.suffix in _TEXTS and path.is_file() and path.name not in _SETTINGS:
             limit = _INDEX if path.name.endswith(".index.json") else _OTHER_TEXT
             if (size := path.stat().st_size) > limit:
-                raise ModelError(str(path), f"{size / MIB:,.0f} MiB", f"at most {limit // MIB} MiB", _FETCH)
+                raise ModelError(
+                    str(path), f"{size / MIB:,.0f} MiB", said("at most {n} MiB", n=limit // MIB), said(_FETCH)
+                )
     read = {name: settings(folder / name) for name in _SETTINGS}
     for name, tree in read.items():
         for place, field, value in _fields(tree):
@@ -63,7 +71,9 @@ def check(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         named = read[name].get("tokenizer_class")
         if named is not None and not (isinstance(named, str) and _TOKENIZER.fullmatch(named)):
-            raise _field(folder / name, "tokenizer_class", named, "the name of a tokenizer's class in transformers")
+            raise _field(
+                folder / name, "tokenizer_class", named, said("the name of a tokenizer's class in transformers")
+            )
     for path in folder.glob("*.index.json"):
         _check_index(path)
 
@@ -75,13 +85,15 @@ def settings(path: Path) -> dict[str, Any]:
     try:
         return reading.json_object(path, _SETTINGS[path.name])
     except (Unfit, OSError) as error:
-        raise ModelError(str(path), str(error), "a whole JSON object of settings", "Fetch the model again.") from None
+        raise ModelError(
+            str(path), str(error), said("a whole JSON object of settings"), said("Fetch the model again.")
+        ) from None
 
 
 def _field(path: Path, field: str, value: Any, expected: str) -> ModelError:
     found = json.dumps(value, ensure_ascii=False, default=str)
     found = f"{found[:80]}{'…' if len(found) > 80 else ''}"
-    fix = "No code of others is ever run. Delete the field if the model is whole without it."
+    fix = said("No code of others is ever run. Delete the field if the model is whole without it.")
     return ModelError(f"{path}: {field}", found, expected, fix)
 
 
@@ -126,20 +138,20 @@ def _never(value: Any) -> bool:
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
-        (_one_of(_ATTENTION), f"one of {', '.join(_ATTENTION)}: other names are kernels of a hub"),
+        (_one_of(_ATTENTION), marked("one of {attention}: other names are kernels of a hub")),
     ),
     **dict.fromkeys(
         ("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
-        (_one_of(_EXPERTS), f"one of {', '.join(_EXPERTS)}: other names are kernels of a hub"),
+        (_one_of(_EXPERTS), marked("one of {experts}: other names are kernels of a hub")),
     ),
     **dict.fromkeys(
         ("use_kernels", "kernel_config", "fusion_config", "distributed_config", "custom_generate", "custom_pipelines"),
-        (_never, "no such field: it would load code from a hub"),
+        (_never, marked("no such field: it would load code from a hub")),
     ),
-    "transformers_weights": (_never, "no such field: the weights are the folder's *.safetensors"),
+    "transformers_weights": (_never, marked("no such field: the weights are the folder's *.safetensors")),
     "quant_method": (
         lambda value: not isinstance(value, str) or value.lower() not in _FETCHING,
-        "a way to quantise whose code is installed, not fetched from a hub",
+        marked("a way to quantise whose code is installed, not fetched from a hub"),
     ),
 }
 # Ways to generate that need code from a hub, another model or many times the memory.
@@ -148,20 +160,20 @@ _GENERATION = {
         ("custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "watermarking_config",
          "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "compile_config", "stop_strings",
          "sequence_bias", "bad_words_ids", "continuous_batching_config"),
-        (_never, "no such field: only sampling and greedy search are used"),
+        (_never, marked("no such field: only sampling and greedy search are used")),
     ),
     **dict.fromkeys(
         ("num_beams", "num_beam_groups", "num_return_sequences"),
-        (lambda value: value in (None, 1), "1: only sampling and greedy search are used"),
+        (lambda value: value in (None, 1), marked("1: only sampling and greedy search are used")),
     ),
     **dict.fromkeys(
         ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "epsilon_cutoff", "eta_cutoff",
          "length_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "guidance_scale", "top_h"),
-        (lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1e9), "a number"),
+        (lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1e9), marked("a number")),
     ),
     "cache_implementation": (
         lambda value: value is None or (isinstance(value, str) and re.fullmatch(r"\w{1,40}", value) is not None),
-        "the name of a cache of transformers",
+        marked("the name of a cache of transformers"),
     ),
 }  # fmt: skip
 
@@ -172,11 +184,13 @@ def _refused(file: str, place: str, field: str, value: Any) -> str | None:
         return None  # `check_adapter` allows what it knows
     if field == "auto_map" and place and file in _CONFIGS and value:
         # At the top it is left alone: transformers is told not to follow it. Below, it would ask.
-        return "no such field inside another: it would load code of the folder"
+        return said("no such field inside another: it would load code of the folder")
     allowed = _ALLOWED.get(field)
     if file == "generation_config.json" and not place:
         allowed = _GENERATION.get(field, allowed)
-    return allowed[1] if allowed and value is not None and not allowed[0](value) else None
+    if not allowed or value is None or allowed[0](value):
+        return None
+    return said(allowed[1], attention=", ".join(_ATTENTION), experts=", ".join(_EXPERTS))
 
 
 def _check_index(path: Path) -> None:
@@ -184,11 +198,13 @@ def _check_index(path: Path) -> None:
     try:
         weight_map = reading.json_object(path, _INDEX).get("weight_map")
     except (Unfit, OSError) as error:
-        raise ModelError(str(path), str(error), "a whole JSON index of weights", "Fetch the model again.") from None
+        raise ModelError(
+            str(path), str(error), said("a whole JSON index of weights"), said("Fetch the model again.")
+        ) from None
     names = set(weight_map.values()) if isinstance(weight_map, dict) and _hashable(weight_map.values()) else {None}
     for name in names:
         if name is None or "/" in name or not reading.is_beside(name):
-            raise _field(path, "weight_map", name, "names of files in this folder")
+            raise _field(path, "weight_map", name, said("names of files in this folder"))
 
 
 def _hashable(values: Any) -> bool:
@@ -233,30 +249,34 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 4096
 
 
-_PLAIN_NAMES = "plain names of layers, no patterns"
-_RANK = f"a rank from 1 to {_HIGHEST_RANK:,}"
+_PLAIN_NAMES = marked("plain names of layers, no patterns")
+_RANK = marked("a rank from 1 to {highest:,}")
 _ADAPTER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda value: value == "LORA", "LORA"),
     "r": (_is_rank, _RANK),
     "target_modules": (_plain, _PLAIN_NAMES),
-    "init_lora_weights": (lambda value: value in (True, False, "gaussian"), "true, false or gaussian"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "rank_pattern": (_by_layer(_is_rank), f"{_PLAIN_NAMES}, each with {_RANK}"),
-    "alpha_pattern": (_by_layer(_is_number), f"{_PLAIN_NAMES}, each with a number"),
-    "layers_to_transform": (_are_numbers_of_layers, "numbers of layers"),
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, "a number")),
+    "init_lora_weights": (lambda value: value in (True, False, "gaussian"), marked("true, false or gaussian")),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), marked("none, all or lora_only")),
+    "rank_pattern": (
+        _by_layer(_is_rank),
+        marked("plain names of layers, no patterns, each with a rank from 1 to {highest:,}"),
+    ),
+    "alpha_pattern": (_by_layer(_is_number), marked("plain names of layers, no patterns, each with a number")),
+    "layers_to_transform": (_are_numbers_of_layers, marked("numbers of layers")),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, marked("a number"))),
     **dict.fromkeys(
         ("modules_to_save", "exclude_modules", "layers_pattern", "target_parameters"), (_plain, _PLAIN_NAMES)
     ),
     **dict.fromkeys(
         ("use_dora", "use_rslora", "lora_bias", "inference_mode", "fan_in_fan_out", "ensure_weight_tying"),
-        (lambda value: isinstance(value, bool), "true or false"),
+        (lambda value: isinstance(value, bool), marked("true or false")),
     ),
     # Read by nobody here: the base is the one that is asked for, and the rest is of use only with fields refused below.
     **dict.fromkeys(
-        ("base_model_name_or_path", "revision", "task_type", "peft_version", "megatron_core"), (_is_text, "a text")
+        ("base_model_name_or_path", "revision", "task_type", "peft_version", "megatron_core"),
+        (_is_text, marked("a text")),
     ),
-    "qalora_group_size": (_is_number, "a number"),
+    "qalora_group_size": (_is_number, marked("a number")),
 }
 
 
@@ -269,20 +289,23 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     check(folder)
     read = settings(path)
     if "peft_type" not in read:
-        raise ModelError(str(path), "no peft_type", "the settings of a LoRA adapter", "Copy the adapter again.")
+        raise ModelError(
+            str(path), said("no peft_type"), said("the settings of a LoRA adapter"), said("Copy the adapter again.")
+        )
     for field, value in read.items():
-        good, expected = _ADAPTER.get(field, (_never, "nothing: a plain LoRA adapter has no use for it"))
+        good, expected = _ADAPTER.get(field, (_never, marked("nothing: a plain LoRA adapter has no use for it")))
         if value not in (None, [], {}) and not good(value):
-            fix = "Save the adapter as plain LoRA (merged into a base or converted), or ask who made it."
+            fix = said("Save the adapter as plain LoRA (merged into a base or converted), or ask who made it.")
             found = json.dumps(value, ensure_ascii=False)
-            raise ModelError(f"{path}: {field[:60]}", found[:80] + ("…" if len(found) > 80 else ""), expected, fix)
+            found = found[:80] + "…" * (len(found) > 80)
+            raise ModelError(f"{path}: {field[:60]}", found, said(expected, highest=_HIGHEST_RANK), fix)
     return read
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 _HEADER = 16 * MIB
-_DAMAGED = "The file is cut or damaged; fetch the model again."
+_DAMAGED = marked("The file is cut or damaged; fetch the model again.")
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -290,13 +313,13 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises ModelError for a file that is cut or damaged, or whose head is larger than any model's.
     """
-    fix = _DAMAGED
+    fix = said(_DAMAGED)
     try:
         with open(reading.descriptor(path), "rb") as file:
             start = file.read(8)
             if start == b"version ":
-                fix = "Run `git lfs pull` in the model's folder, or fetch the model again."
-                raise ModelError(str(path), "a Git LFS pointer", "a whole safetensors file", fix)
+                fix = said("Run `git lfs pull` in the model's folder, or fetch the model again.")
+                raise ModelError(str(path), said("a Git LFS pointer"), said("a whole safetensors file"), fix)
             (size,) = struct.unpack("<Q", start)
             found = path.stat().st_size
             if size > min(_HEADER, found):
@@ -305,14 +328,14 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
         expected = 8 + size + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
         if found != expected:
-            raise ModelError(str(path), f"{found:,} bytes", f"{expected:,}", fix)
+            raise ModelError(str(path), said("{n:,} bytes", n=found), f"{expected:,}", fix)
         read = {name: tuple(map(int, tensor["shape"])) for name, tensor in tensors.items()}
         if any(math.prod(shape) > 8 * found for shape in read.values()):
             raise ValueError("a tensor larger than the file")
         return read
     except (struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError, Unfit) as error:
-        found_text = f"no safetensors ({str(error)[:200] or type(error).__name__})"
-        raise ModelError(str(path), found_text, "a whole safetensors file", fix) from None
+        found_text = said("no safetensors ({error})", error=str(error)[:200] or type(error).__name__)
+        raise ModelError(str(path), found_text, said("a whole safetensors file"), fix) from None
 
 
 def n_numbers(paths: Sequence[Path]) -> int:
@@ -328,11 +351,16 @@ def check_bin(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise ModelError(str(path), f"a damaged archive ({error})", "weights as torch saves them", _DAMAGED) from None
+        raise ModelError(
+            str(path),
+            said("a damaged archive ({error})", error=error),
+            said("weights as torch saves them"),
+            said(_DAMAGED),
+        ) from None
     total = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or total > path.stat().st_size:
-        found = f"packed parts that claim {total:,} bytes in {path.stat().st_size:,}"
-        raise ModelError(str(path), found, "weights as torch saves them, unpacked", _FETCH)
+        found = said("packed parts that claim {total:,} bytes in {size:,}", total=total, size=path.stat().st_size)
+        raise ModelError(str(path), found, said("weights as torch saves them, unpacked"), said(_FETCH))
 
 
 @dataclass
@@ -410,5 +438,5 @@ def check_gguf(path: Path) -> int:
             n_numbers += math.prod(shape)
         return n_numbers
     except (struct.error, ValueError, LookupError, OSError) as error:
-        found = f"a GGUF file that can not be read ({str(error)[:200]})"
-        raise ModelError(str(path), found, "a whole GGUF file", "Fetch it again.") from None
+        found = said("a GGUF file that can not be read ({error})", error=str(error)[:200])
+        raise ModelError(str(path), found, said("a whole GGUF file"), said("Fetch it again.")) from None

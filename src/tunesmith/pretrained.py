@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from tunesmith import model_files
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import ModelError
+from tunesmith.language import said
 
 _HERE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _SECONDS = 4  # DeepSeek-V3 (671 billion numbers, 61 layers of 257 experts) is built in 0.3
@@ -88,8 +89,8 @@ def _tried(folder: str, digest: bytes, **file: Any) -> Size:
     with suppress(Exception):  # what is imported by the trial alone is imported again
         model_type = model_files.settings(Path(folder) / "config.json")["model_type"]
         MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-    expected = f"an architecture that transformers {transformers.__version__} builds itself"
-    fix = "Remote code is never run; a newer transformers may know the model."
+    expected = said("an architecture that transformers {version} builds itself", version=transformers.__version__)
+    fix = said("Remote code is never run; a newer transformers may know the model.")
 
     def build() -> list[int]:
         with _nobody_is_asked():
@@ -100,13 +101,19 @@ def _tried(folder: str, digest: bytes, **file: Any) -> Size:
     try:
         found = Size(*confined(build, seconds=_SECONDS, more_bytes=_MORE_BYTES))
     except WorkFailed as error:
-        raise ModelError(folder, f"a config that can not be read ({error})", expected, fix) from None
+        raise ModelError(folder, said("a config that can not be read ({error})", error=error), expected, fix) from None
     except Ended as ended:
-        found_text = f"a config whose model takes {ended} to lay out, without its weights"
-        raise ModelError(folder, found_text, "the config of a model that exists", "Fetch the model again.") from None
+        found_text = said("a config whose model takes {what} to lay out, without its weights", what=ended)
+        raise ModelError(
+            folder, found_text, said("the config of a model that exists"), said("Fetch the model again.")
+        ) from None
     if found.n_numbers > _MOST_NUMBERS or found.n_buffer_bytes > _MOST_BUFFER_BYTES or found.n_modules > _MOST_MODULES:
-        found_text = f"a config that asks for {found.n_numbers:,} numbers in {found.n_modules:,} parts"
-        raise ModelError(folder, found_text, "the config of a model that exists", "Fetch the model again.")
+        found_text = said(
+            "a config that asks for {n:,} numbers in {parts:,} parts",
+            n=found.n_numbers,
+            parts=found.n_modules,
+        )
+        raise ModelError(folder, found_text, said("the config of a model that exists"), said("Fetch the model again."))
     return found
 
 
@@ -139,8 +146,8 @@ def causal_lm(folder: Path, **how: Any) -> Any:
     """The folder's model; raises what transformers raises, and ModelError for files that must not be opened."""
     model_files.check(folder)
     if (path := folder / "adapter_config.json").is_file():  # transformers would put the adapter into the model
-        fix = "Move it to a folder of its own."
-        raise ModelError(str(path), "an adapter beside a model's weights", "the model alone", fix)
+        fix = said("Move it to a folder of its own.")
+        raise ModelError(str(path), said("an adapter beside a model's weights"), said("the model alone"), fix)
     if model_files.settings(folder / "config.json").get("quantization_config", {}).get("quant_method") == "mxfp4":
         # Left as they are, those weights are multiplied by a kernel that is fetched from a hub; nor can they be tuned.
         how.setdefault("quantization_config", Mxfp4Config(dequantize=True))
@@ -161,7 +168,9 @@ def generation(folder: Path, **changes: Any) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, local_files_only=True, **changes)
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(str(path), f"settings that can not be read ({text})", "a whole file", "Mend it.") from error
+        raise ModelError(
+            str(path), said("settings that can not be read ({text})", text=text), said("a whole file"), said("Mend it.")
+        ) from error
 
 
 def with_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
@@ -191,5 +200,7 @@ def _require_room(base: PreTrainedModel | PeftModel, folder: Path, read: dict[st
         wanted = wanted * len(layers if isinstance(layers, list) else [layers]) // max(1, n_layers)
     held = model_files.n_numbers([folder / "adapter_model.safetensors"])
     if wanted > 4 * held and wanted > 1 << 24:
-        found = f"settings for {wanted:,} numbers, and a file with {held:,}"
-        raise ModelError(str(folder), found, "settings and weights of one adapter", "Copy the adapter again.")
+        found = said("settings for {wanted:,} numbers, and a file with {held:,}", wanted=wanted, held=held)
+        raise ModelError(
+            str(folder), found, said("settings and weights of one adapter"), said("Copy the adapter again.")
+        )

@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from tunesmith.language import marked, said
+
 MIB = 1 << 20
 DEPTH = 64
 """Levels of brackets in a JSON file of settings; a config of a model that sees and hears has five."""
@@ -18,6 +20,23 @@ DEPTH = 64
 
 class Unfit(ValueError):
     """The file is not what it should be; the text says what it is: "a pipe", "200 MiB of text"."""
+
+
+_REASONS = {
+    errno.ENOENT: marked("No such file or directory"),
+    errno.EACCES: marked("Permission denied"),
+    errno.ENOTDIR: marked("Not a directory"),
+    errno.ENAMETOOLONG: marked("File name too long"),
+    errno.ENOSPC: marked("No space left on device"),
+    errno.EROFS: marked("Read-only file system"),
+}
+
+
+def reason(error: Exception) -> str:
+    """Why a file can not be read or written, as the system says it."""
+    if isinstance(error, OSError) and error.strerror:
+        return said(_REASONS[error.errno]) if error.errno in _REASONS else error.strerror
+    return str(error)
 
 
 def descriptor(path: Path, *, follow: bool = True) -> int:
@@ -39,7 +58,7 @@ def unusual(path: Path) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        return "a link that leads round in a circle" if error.errno == errno.ELOOP else None
+        return said("a link that leads round in a circle") if error.errno == errno.ELOOP else None
     return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else _kind(mode)
 
 
@@ -48,20 +67,20 @@ def kind(path: Path) -> str:
     try:
         return _kind(path.lstat().st_mode)
     except OSError:
-        return "nothing"
+        return said("nothing")
 
 
 def _kind(mode: int) -> str:
     for is_kind, words in (
-        (stat.S_ISREG, "a file"),
-        (stat.S_ISLNK, "a link"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, said("a file")),
+        (stat.S_ISLNK, said("a link")),
+        (stat.S_ISDIR, said("a folder")),
+        (stat.S_ISFIFO, said("a pipe")),
+        (stat.S_ISSOCK, said("a socket")),
     ):
         if is_kind(mode):
             return words
-    return "a device"
+    return said("a device")
 
 
 def copy(path: Path, to: Path) -> None:
@@ -76,7 +95,7 @@ def content(path: Path, at_most: int) -> bytes:
         data = file.read(min(at_most, os.fstat(file.fileno()).st_size) + 1)  # room is taken for all that is asked for
     if len(data) > at_most:
         size = os.stat(path).st_size
-        raise Unfit(f"{size / MIB:,.1f} MiB, where {at_most / MIB:,.1f} are enough")
+        raise Unfit(said("{size:,.1f} MiB, where {enough:,.1f} are enough", size=size / MIB, enough=at_most / MIB))
     return data
 
 
@@ -85,20 +104,20 @@ def json_object(path: Path, at_most: int) -> dict[str, Any]:
     try:
         value = json.loads(content(path, at_most).decode("utf-8"))
     except RecursionError:
-        raise Unfit("very deep nesting") from None
+        raise Unfit(said("very deep nesting")) from None
     except Unfit:
         raise
     except ValueError as error:  # UnicodeDecodeError too
-        raise Unfit(f"no JSON ({str(error)[:200]})") from None
+        raise Unfit(said("no JSON ({error})", error=str(error)[:200])) from None
     if not isinstance(value, dict):
-        raise Unfit(f"a JSON {type(value).__name__}")
+        raise Unfit(said("a JSON {kind}", kind=type(value).__name__))
     level: list[Any] = [value]
     for _ in range(DEPTH):
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
         level = [inner for inner in level if isinstance(inner, dict | list)]
         if not level:
             return value
-    raise Unfit(f"more than {DEPTH} levels of nesting")
+    raise Unfit(said("more than {n} levels of nesting", n=DEPTH))
 
 
 def sha256(path: Path) -> str:

@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 
 from tunesmith import reading
 from tunesmith.errors import RecipeError
-from tunesmith.language import said
+from tunesmith.language import marked, said
 from tunesmith.records import FIELDS
 from tunesmith.spelling import nearest
 
@@ -70,7 +71,7 @@ OTHER_NAMES = {
 
 def _every(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d* (steps?|minutes?|epochs?)", text):
-        raise ValueError("something like '100 steps', '10 minutes' or '1 epoch'")
+        raise ValueError(said("something like '100 steps', '10 minutes' or '1 epoch'"))
     return text
 
 
@@ -93,7 +94,8 @@ def _field_names(columns: dict[str, str]) -> dict[str, str]:
     for name in columns:
         if name not in FIELDS:
             near = nearest(name, FIELDS)
-            raise ValueError(f"one of {', '.join(FIELDS)} before the colon" + (f" ({near}?)" if near else ""))
+            expected = said("one of {names} before the colon", names=", ".join(FIELDS))
+            raise ValueError(expected + (f" ({near}?)" if near else ""))
     return columns
 
 
@@ -111,7 +113,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_value_for_a_number(cls, value: object, info: Any) -> object:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("something else than a truth value")  # Python would take true for 1
+            raise ValueError(said("something else than a truth value"))  # Python would take true for 1
         return value
 
 
@@ -330,7 +332,12 @@ def resolve(
     """
     if like is not None and like not in LIKE:
         names = ", ".join(LIKE)
-        raise RecipeError(f"--like {like}", "an unknown name", f"one of {names}", f"Use --like {next(iter(LIKE))}.")
+        raise RecipeError(
+            f"--like {like}",
+            said("an unknown name"),
+            said("one of {names}", names=names),
+            said("Use --like {name}.", name=next(iter(LIKE))),
+        )
     given = [
         *(_Given(name, value, "flag", f"--like {like}") for name, value in LIKE.get(like or "", {}).items()),
         *_from_file(path, as_written),
@@ -350,8 +357,8 @@ def resolve(
         else:  # data.columns.output=answer adds one entry
             entries = tree.setdefault(section, {}).get(field) or {}
             if not isinstance(entries, dict):
-                found = f"{base} given as {entries!r} too"
-                problems.append(_Problem(where, name, found, "one form", "Leave one of the two out."))
+                found = said("{name} given as {value!r} too", name=base, value=entries)
+                problems.append(_Problem(where, name, found, said("one form"), said("Leave one of the two out.")))
                 continue
             tree[section][field] = {**entries, name.removeprefix(base + "."): value}
         sources[base], places[base] = source, where
@@ -478,11 +485,11 @@ class _Loader(yaml.SafeLoader):
         self._n_nodes += 1
         self._depth += 1
         if self.check_event(yaml.AliasEvent):
-            problem = "an alias (*name); write the value itself"
+            problem = said("an alias (*name); write the value itself")
         elif self._n_nodes > _MOST_NODES:
-            problem = f"more than {_MOST_NODES:,} values"
+            problem = said("more than {n:,} values", n=_MOST_NODES)
         elif self._depth > _DEPTH:
-            problem = "very deep nesting"
+            problem = said("very deep nesting")
         else:
             node = super().compose_node(parent, index)
             self._depth -= 1
@@ -493,7 +500,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in _pairs(node):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, said("'{key}' twice", key=key.value), key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -508,7 +517,7 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     except (OSError, ValueError) as error:
         reason = said("not UTF-8")
         if not isinstance(error, UnicodeDecodeError):
-            reason = getattr(error, "strerror", None) or error
+            reason = reading.reason(error)
         found, fix = (
             said("no readable recipe ({why})", why=reason),
             said("Check the name, or leave it out and use --set."),
@@ -522,8 +531,8 @@ def _from_file(path: str | Path | None, as_written: bool) -> list[_Given]:
         return []
     tree, lines = read_yaml(path)
     if not isinstance(tree, dict):
-        found = f"{'a list' if isinstance(tree, list) else 'one value'} at the top"
-        raise RecipeError(str(path), found, "sections with settings", "Start with for instance 'lora:'.")
+        found = said("a list at the top") if isinstance(tree, list) else said("one value at the top")
+        raise RecipeError(str(path), found, said("sections with settings"), said("Start with for instance 'lora:'."))
     given: list[_Given] = []
     for section, fields in tree.items():
         where = f"{path}:{lines.get((section,), 1)}"
@@ -534,8 +543,8 @@ def _from_file(path: str | Path | None, as_written: bool) -> list[_Given]:
                 setting, line = f"{section}.{name}", lines.get((section, name), 1)
                 given.append(_Given(setting, value if _is_text(setting) else _number(value), "file", f"{path}:{line}"))
         elif fields is not None:
-            fix = f"Write '{section}:' and indent its settings."
-            raise RecipeError(f"{where}: {section}", repr(fields), "settings below it", fix)
+            fix = said("Write '{section}:' and indent its settings.", section=section)
+            raise RecipeError(f"{where}: {section}", repr(fields), said("settings below it"), fix)
     return given if as_written else [item._replace(value=_found(item, Path(path))) for item in given]
 
 
@@ -586,14 +595,14 @@ def _load(text: str, path: str | Path) -> tuple[Any, dict[tuple[Any, ...], int]]
         return loader.construct_document(root), lines
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = re.sub(r"^(but )?found ", "", error.problem or "text that is not YAML")
+        problem = re.sub(r"^(but )?found ", "", error.problem or said("text that is not YAML"))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = f"the character U+{ord(text[error.position]):04X}"
+        problem = said("the character U+{code:04X}", code=ord(text[error.position]))
     except RecursionError:
-        line, problem = 1, "very deep nesting"
+        line, problem = 1, said("very deep nesting")
     except ValueError as error:  # the 45th of a month, a number of 5000 digits
-        line, problem = 1, f"a value that can not be read ({error})"
+        line, problem = 1, said("a value that can not be read ({error})", error=error)
     raise RecipeError(f"{path}:{line}", problem, "YAML", said("Mend the line; two spaces indent a section."))
 
 
@@ -609,22 +618,32 @@ class _Problem(NamedTuple):
     fix: str
 
 
-_PLAIN_WORDS = {
-    r"^Value error, ": "",
-    r"^Input should be (a )?": r"\1",
-    r"a valid (integer|number), unable to parse.*": r"a \1",
-    r"a valid integer, got a number with a fractional part": "a whole number",
-    r"a valid (integer|number)": r"a \1",
-    r"a integer": "a whole number",
-    r"a valid string": "text (put it in quotes)",
-    r"a valid list": "a list",
-    r"a valid dictionary": "names with columns, like {output: answer}",
-    r"a valid boolean.*": "true or false",
-    r"greater than or equal to": "at least",
-    r"less than or equal to": "at most",
-    r"greater than": "more than",
-    r"^List should have at least 1 item.*": "at least one name",
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), marked("a whole number")),
+    **dict.fromkeys(("float_parsing", "float_type"), marked("a number")),
+    **dict.fromkeys(("bool_parsing", "bool_type"), marked("true or false")),
+    "finite_number": marked("a finite number"),
+    "string_type": marked("text (put it in quotes)"),
+    "string_too_short": marked("at least {min_length} character"),
+    "list_type": marked("a list"),
+    "dict_type": marked("names with columns, like {{output: answer}}"),
+    "too_short": marked("at least one name"),
+    "greater_than_equal": marked("at least {ge:.15g}"),
+    "less_than_equal": marked("at most {le:.15g}"),
+    "greater_than": marked("more than {gt:.15g}"),
+    "less_than": marked("less than {lt:.15g}"),
 }
+"""What is expected where pydantic finds an error of a kind, with the values that it gives."""
+
+
+def expected(item: ErrorDetails) -> str:
+    """What was expected where pydantic finds an error, in words."""
+    context = item.get("ctx", {})
+    if message := _EXPECTED.get(item["type"]):
+        return said(message, **context)
+    if item["type"] == "literal_error":
+        return said(" or ").join(context["expected"].rsplit(" or ", 1))
+    return str(context.get("error", item["msg"]))
 
 
 def _unknown(item: _Given) -> _Problem:
@@ -648,16 +667,14 @@ def _impossible(error: ValidationError, places: Mapping[str, str]) -> list[_Prob
     problems: dict[str, _Problem] = {}
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"][:2])
-        expected = item["msg"]
-        for pattern, plain in _PLAIN_WORDS.items():
-            expected = re.sub(pattern, plain, expected)
+        wanted = expected(item)
         if name in problems:  # one value that fits none of several types
-            expected = f"{problems[name].expected}, or {expected}"
+            wanted = said("{one}, or {other}", one=problems[name].expected, other=wanted)
         value = item["input"]
         found = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
         found = found if len(found) <= 80 else found[:80] + "…"
-        fix = f"{name}: {_settings()[name].description}"
-        problems[name] = _Problem(places.get(name, "recipe"), name, found, expected, fix)
+        fix = f"{name}: {said(_settings()[name].description or '')}"
+        problems[name] = _Problem(places.get(name, "recipe"), name, found, wanted, fix)
     return list(problems.values())
 
 

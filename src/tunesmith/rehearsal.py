@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tunesmith import reading
 from tunesmith.errors import DataError
+from tunesmith.language import said
 
 _FILE = Path(__file__).parent / "rehearsal.jsonl"
 _MOST_BYTES = 16 << 20
@@ -31,15 +32,19 @@ def _shipped() -> tuple[str, ...]:
 
 
 def _own(file: str) -> tuple[str, ...]:
-    fix = "Name a text file with a prompt a line (data.rehearse), or leave it out: then shipped prompts are taken."
+    fix = said(
+        "Name a text file with a prompt a line (data.rehearse), or leave it out: then shipped prompts are taken."
+    )
     try:
         text = reading.content(Path(file), _MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        raise DataError(file, f"no readable prompts ({reason})", "a file of prompts in UTF-8", fix) from None
+        reason = said("not UTF-8") if isinstance(error, UnicodeDecodeError) else reading.reason(error)
+        raise DataError(
+            file, said("no readable prompts ({reason})", reason=reason), said("a file of prompts in UTF-8"), fix
+        ) from None
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise DataError(file, "no prompt", "a prompt a line", fix)
+        raise DataError(file, said("no prompt"), said("a prompt a line"), fix)
     if Path(file).suffix.lower() not in (".jsonl", ".ndjson"):
         return tuple(line for _, line in lines)
     return tuple(_of_json(file, number, line) for number, line in lines)
@@ -53,6 +58,6 @@ def _of_json(file: str, number: int, line: str) -> str:
     if isinstance(value, dict):
         value = next((value[key] for key in _KEYS if key in value), None)
     if not isinstance(value, str) or not value.strip():
-        found, fix = "no prompt", 'Write {"prompt": "…"}, or the text alone in quotes.'
-        raise DataError(f"{file}:{number}", found, "a text, or an object with `prompt`", fix)
+        found, fix = said("no prompt"), said('Write {{"prompt": "…"}}, or the text alone in quotes.')
+        raise DataError(f"{file}:{number}", found, said("a text, or an object with `prompt`"), fix)
     return value

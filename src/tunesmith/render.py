@@ -111,7 +111,7 @@ class Renderer:
                 raise ids
         except _CanNotRender as problem:
             field, *rest = problem.parts
-            raise TemplateError(f"conversation: {field}", *rest) from None
+            raise TemplateError(said("conversation: {field}", field=field), *rest) from None
         return tuple(ids)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class Renderer:
             plain = None if self._plain is None or mark is None else self._plain
             kept = plain.encode(plain.broken(text, mark), mark) if plain is not None and mark is not None else None
             if kept is None or self._known(self._special_in(kept)):
-                raise TemplateError("prompt", *_not_plain())
+                raise TemplateError(said("prompt"), *_not_plain())
             ids = kept
         tokenizer = self.template.tokenizer
         begin = tokenizer("")["input_ids"]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from tunesmith import commands, reading
 from tunesmith.errors import RunError, TunesmithError
-from tunesmith.language import said
+from tunesmith.language import marked, said
 from tunesmith.terminal import what_is_no_text
 
 _DISK_ERRORS = (
@@ -181,24 +181,24 @@ def open_run(path: Path) -> RunDir:
         fix = said("The runs of a folder are listed by: {command}", command=listing)
         raise RunError(str(path), said("no manifest.json and recipe.yaml"), said("the folder of a run"), fix)
     if not all(os.access(file, os.R_OK) for file in (run.path, run.manifest, run.recipe)):
-        fix = "Ask its owner for an export, or use adapter/ alone: load_and_chat.py in it shows how."
-        raise RunError(str(path), "a run that only its owner can read", "a run of yours", fix)
+        fix = said("Ask its owner for an export, or use adapter/ alone: load_and_chat.py in it shows how.")
+        raise RunError(str(path), said("a run that only its owner can read"), said("a run of yours"), fix)
     return run
 
 
 def read_manifest(run: RunDir) -> dict[str, Any]:
     """What a run began with; raises RunError where the file does not say it."""
     again = commands.tunesmith("resume", run.path)
-    fix = f"Delete it; that of the newest checkpoint is taken then by: {again}"
+    fix = said("Delete it; that of the newest checkpoint is taken then by: {command}", command=again)
     try:
         manifest = reading.json_object(run.manifest, _MANIFEST_BYTES)
         parts = [manifest[name] for name in ("recipe", "sources", "plan", "data", "base", "template", "code")]
         if all(isinstance(part, dict) for part in parts) and Path(manifest["base"]["folder"]).is_absolute():
             return manifest
-        found = "no manifest of a run"
+        found = said("no manifest of a run")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"no manifest of a run ({error})"
-    raise RunError(str(run.manifest), found, "the file that the run began with", fix)
+        found = said("no manifest of a run ({error})", error=error)
+    raise RunError(str(run.manifest), found, said("the file that the run began with"), fix)
 
 
 _MANIFEST_BYTES = 64 << 20  # with the name of every file of weights
@@ -271,7 +271,7 @@ def is_locked(path: Path) -> bool | None:
         os.close(descriptor)
 
 
-_FREE_SOME = "What was complete is still there; free some space or choose another --out."
+_FREE_SOME = marked("What was complete is still there; free some space or choose another --out.")
 
 
 @contextmanager
@@ -329,14 +329,14 @@ _LIST_BYTES = 4 << 20
 
 @contextmanager
 def writing(where: Path, fix: str = _FREE_SOME) -> Iterator[None]:
-    """Turns the errors of a full or closed disk into RunError, so that a user reads what happened."""
+    """Turns the errors of a full or closed disk into RunError, so that a user reads what happened; `fix` is marked."""
     try:
         yield
     except Exception as error:
         reason = None if isinstance(error, TunesmithError) else _disk_problem(error)
         if reason is None:
             raise
-        raise RunError(str(where), reason, "a disk that can be written to", fix) from error
+        raise RunError(str(where), reason, said("a disk that can be written to"), said(fix)) from error
 
 
 def _disk_problem(error: Exception) -> str | None:
@@ -348,7 +348,7 @@ def _disk_problem(error: Exception) -> str | None:
     if number in _DISK_ERRORS:
         return os.strerror(number).lower()
     if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save does not say which error it was
-        return "a file that could not be written to its end (is the disk full?)"
+        return said("a file that could not be written to its end (is the disk full?)")
     return None
 
 

@@ -189,7 +189,7 @@ def named(given: str | os.PathLike[str]) -> Path:
         return found
     if Path(given).exists():
         return Path(given)
-    raise _nothing(given, "a run")
+    raise _nothing(given, said("a run"))
 
 
 def named_or_model(given: str | os.PathLike[str]) -> Path | None:
@@ -200,7 +200,7 @@ def named_or_model(given: str | os.PathLike[str]) -> Path | None:
     among_runs = folder == FOLDER or (folder != Path() and _names(folder))
     if found or (hub.may_have(name) and not among_runs) or Path(name).expanduser().exists():
         return found
-    raise _nothing(given, "a model (its alias, its folder or a hub's org/name) or a run", list(hub.aliases()))
+    raise _nothing(given, said("a model (its alias, its folder or a hub's org/name) or a run"), list(hub.aliases()))
 
 
 def _nothing(given: str | os.PathLike[str], expected: str, others: Sequence[str] = ()) -> RunError:
@@ -210,14 +210,26 @@ def _nothing(given: str | os.PathLike[str], expected: str, others: Sequence[str]
     folder, names = next(((folder, names) for folder in folders if (names := _names(folder))), (FOLDER, []))
     near = alike(Path(name).name, [*names, *others])
     meant = (commands.line(folder / one if one in names else one) for one in near)
-    fix = f"Did you mean {' or '.join(meant)}? " if near else ""
+    fix = said("Did you mean {name}?", name=said(" or ").join(meant)) + " " if near else ""
     if not names:
-        fix += f"There is no run in {FOLDER.absolute()}; one is made by: {commands.tunesmith('demo')}"
-        return RunError(name, "nothing of that name", expected, fix)
+        fix += said(
+            "There is no run in {folder}; one is made by: {command}",
+            folder=FOLDER.absolute(),
+            command=commands.tunesmith("demo"),
+        )
+        return RunError(name, said("nothing of that name"), expected, fix)
     told = ", ".join(map(commands.line, names[:_TOLD]))
-    told += f", and {len(names) - _TOLD:,} older ones" if len(names) > _TOLD else ""
-    fix += f"The runs are listed by: {commands.tunesmith('runs', *([] if folder == FOLDER else [folder]))}"
-    return RunError(name, "nothing of that name", f"{expected}; in {folder} there are {told}", fix)
+    told += said(", and {n:,} older ones", n=len(names) - _TOLD) if len(names) > _TOLD else ""
+    fix += said(
+        "The runs are listed by: {command}",
+        command=commands.tunesmith("runs", *([] if folder == FOLDER else [folder])),
+    )
+    return RunError(
+        name,
+        said("nothing of that name"),
+        said("{expected}; in {folder} there are {told}", expected=expected, folder=folder, told=told),
+        fix,
+    )
 
 
 def _is_run(path: Path) -> bool:

@@ -151,10 +151,10 @@ def refuse_windows() -> None:
     """Raises UnsupportedSystem on Windows."""
     if sys.platform == "win32":
         raise UnsupportedSystem(
-            "this system",
+            said("this system"),
             "Windows",
-            "Linux or macOS",
-            "Use WSL, which is Linux inside of Windows: run `wsl --install` once, then install tunesmith there.",
+            said("Linux or macOS"),
+            said("Use WSL, which is Linux inside of Windows: run `wsl --install` once, then install tunesmith there."),
         )
 
 

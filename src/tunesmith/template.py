@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _USER, _REPLIES = "Qzsystem", "Qzquestion", ("Qzyes", "Wzno")
-_OTHER_TEMPLATE = "Pass --set template.path=FILE with a template that does."
+_OTHER_TEMPLATE = marked("Pass --set template.path=FILE with a template that does.")
 
 
 RENDER_SECONDS, _RENDER_BYTES = 2, 512 << 20
@@ -119,7 +119,12 @@ _COPY = Confined(_rendered, seconds=RENDER_SECONDS, more_bytes=_RENDER_BYTES)
 
 def too_much(what: str) -> TemplateError:
     """The error of a template that takes more than any that is meant well."""
-    return TemplateError("chat template", f"{what} for one conversation", "a text at once", _OTHER_TEMPLATE)
+    return TemplateError(
+        said("chat template"),
+        said("{what} for one conversation", what=what),
+        said("a text at once"),
+        said(_OTHER_TEMPLATE),
+    )
 
 
 _SOURCES = {"tokenizer": marked("tokenizer"), "alias": marked("alias"), "file": marked("file")}
@@ -183,26 +188,38 @@ def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_
     be learned with this template: it does not parse, refuses a plain question, loses texts, or ends replies with no
     special token.
     """
-    where = f"chat template ({source})"
+    where = said("chat template ({source})", source=source)
     writer = Writer(tokenizer, text)
     user, replies = Message("user", _USER), [Message("assistant", reply) for reply in _REPLIES]
     try:
         prompt = writer.write([user], generation_prompt=True)
         turns = [writer.write([user, reply]) for reply in replies]
     except Refused as error:
-        raise TemplateError(where, f"an error ({error})", "a rendered question and answer", _OTHER_TEMPLATE) from error
+        raise TemplateError(
+            where,
+            said("an error ({error})", error=error),
+            said("a rendered question and answer"),
+            said(_OTHER_TEMPLATE),
+        ) from error
     except TemplateError as error:
         raise TemplateError(where, error.found, error.expected, error.fix) from error
     if _USER not in prompt or any(reply not in turn for reply, turn in zip(_REPLIES, turns, strict=True)):
         raise TemplateError(
-            where, "a rendering that loses the question or the answer", "both in the text", _OTHER_TEMPLATE
+            where,
+            said("a rendering that loses the question or the answer"),
+            said("both in the text"),
+            said(_OTHER_TEMPLATE),
         )
     if not all(turn.startswith(prompt) for turn in turns):
         raise TemplateError(
             where,
-            f"the generation prompt {prompt!r}, which does not begin the conversation {turns[0]!r}",
-            "the same text up to the reply",
-            "What is trained would not be what is asked. " + _OTHER_TEMPLATE,
+            said(
+                "the generation prompt {prompt!r}, which does not begin the conversation {turn!r}",
+                prompt=prompt,
+                turn=turns[0],
+            ),
+            said("the same text up to the reply"),
+            said("What is trained would not be what is asked. {fix}", fix=said(_OTHER_TEMPLATE)),
         )
     more = list(more_stop_ids)
     special = _special_ids(tokenizer) | set(more)
@@ -210,9 +227,9 @@ def probe(tokenizer: PreTrainedTokenizerBase, text: str, source: str, more_stop_
     if stop is None:
         raise TemplateError(
             where,
-            f"no special token after a reply ({turns[0]!r})",
-            "an end-of-turn token",
-            "The model could never learn to stop. " + _OTHER_TEMPLATE,
+            said("no special token after a reply ({turn!r})", turn=turns[0]),
+            said("an end-of-turn token"),
+            said("The model could never learn to stop. {fix}", fix=said(_OTHER_TEMPLATE)),
         )
     eos = tokenizer.eos_token_id
     own: list[int] = [eos] if isinstance(eos, int) else []

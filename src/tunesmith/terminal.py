@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+from tunesmith.language import said
+
 # One sign for one sign, so that styles and widths stay where they are.
 SIGNS = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
@@ -179,10 +181,11 @@ def what_is_no_text(text: str) -> str | None:
     try:
         data = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return f"half a character ({half!a})"
+        return said("half a character ({code})", code=ascii(half))
     for encoding, name in (("gb18030", "GB18030"), ("cp1252", "Windows-1252")):
         try:
-            return f"bytes that are not UTF-8 (they read as {name}: {data.decode(encoding)})"
+            read = data.decode(encoding)
+            return said("bytes that are not UTF-8 (they read as {encoding}: {text})", encoding=name, text=read)
         except UnicodeDecodeError:
             continue
-    return f"bytes that are not UTF-8 ({half.encode('utf-8', 'surrogateescape').hex(' ')})"
+    return said("bytes that are not UTF-8 ({bytes})", bytes=half.encode("utf-8", "surrogateescape").hex(" "))

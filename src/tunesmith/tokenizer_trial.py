@@ -16,6 +16,7 @@ from typing import Any
 from tunesmith import hub
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import ModelError
+from tunesmith.language import said
 
 _FILES = ("*.json", "*.model", "*.tiktoken", "vocab.txt", "vocab.bpe", "merges.txt")
 _GROWTH = 64
@@ -59,10 +60,10 @@ def require_bounded(folder: Path, build: Callable[[Path], Any]) -> None:
     except WorkFailed:
         return
     except Ended as ended:
-        found = f"a tokenizer that fails its trial ({ended})"
+        found = said("a tokenizer that fails its trial ({what})", what=ended)
     if found:
-        fix = "Fetch the model again from its authors; a tokenizer that is meant well does not do this."
-        raise ModelError(str(folder), found, "one that takes a moment", fix)
+        fix = said("Fetch the model again from its authors; a tokenizer that is meant well does not do this.")
+        raise ModelError(str(folder), found, said("one that takes a moment"), fix)
     with suppress(OSError):  # then it is tried again
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()

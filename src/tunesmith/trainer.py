@@ -191,7 +191,11 @@ class StepTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         number = self.state.global_step + 1
         if norm is not None and not math.isfinite(norm):
-            self._stop_not_finite(f"step {number}", f"a gradient of norm {float(norm)}", self._step.documents)
+            self._stop_not_finite(
+                said("step {step}", step=number),
+                said("a gradient of norm {norm}", norm=float(norm)),
+                self._step.documents,
+            )
         if number == 1:
             guards.require_gradients(self._tuned)
         return norm
@@ -202,7 +206,11 @@ class StepTrainer(Trainer):
         loss = self._engine.loss(self._held_out) / count
         step = self.state.global_step
         if not math.isfinite(loss):
-            self._stop_not_finite(f"the held-out rows after step {step}", f"a loss of {loss}", self._held_out)
+            self._stop_not_finite(
+                said("the held-out rows after step {step}", step=step),
+                said("a loss of {loss}", loss=loss),
+                self._held_out,
+            )
         self._run.append(
             self._run.held_out,
             {"step": step, "epoch": self.state.epoch or 0.0, "loss": loss, "supervised_tokens": count},
@@ -258,10 +266,10 @@ class StepTrainer(Trainer):
             if isinstance(error, OutOfMemory) or not memory.ran_out(error):
                 raise
             raise OutOfMemory(
-                f"step {self.state.global_step + 1}",
-                f"no memory ({str(error).splitlines()[0]})",
-                "enough for the optimizer and the smallest micro-batch",
-                "See `tunesmith plan`; a lower lora.r or a smaller model.dtype takes less.",
+                said("step {step}", step=self.state.global_step + 1),
+                said("no memory ({reason})", reason=str(error).splitlines()[0]),
+                said("enough for the optimizer and the smallest micro-batch"),
+                said("See `tunesmith plan`; a lower lora.r or a smaller model.dtype takes less."),
             ) from error
 
     def close(self) -> None:
@@ -323,8 +331,10 @@ def _readable(path: Path) -> Iterator[None]:
         if memory.ran_out(error):
             raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        fix = f"Delete {path.parent}: the checkpoint before it is used then."
-        raise ProofError(str(path), f"a damaged file ({text})", "the file that training wrote", fix) from error
+        fix = said("Delete {folder}: the checkpoint before it is used then.", folder=path.parent)
+        raise ProofError(
+            str(path), said("a damaged file ({error})", error=text), said("the file that training wrote"), fix
+        ) from error
 
 
 def _require_bounded(path: Path) -> None:
@@ -427,8 +437,8 @@ def earlier_lines(run: RunDir, step: int) -> list[StepMetrics]:
     if [line["step"] for line in lines] != list(range(1, step + 1)):
         raise ProofError(
             str(run.metrics),
-            f"{len(lines)} lines up to step {step}",
-            "one for each step",
-            "Train again with another --out; the checkpoints' adapters can be used as they are.",
+            said("{n} lines up to step {step}", n=len(lines), step=step),
+            said("one for each step"),
+            said("Train again with another --out; the checkpoints' adapters can be used as they are."),
         )
     return list(map(StepMetrics.of, lines))

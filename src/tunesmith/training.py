@@ -203,9 +203,9 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             if damaged and point is None:
                 raise ProofError(
                     str(damaged[-1]),
-                    f"{len(damaged)} checkpoints and none of them whole",
-                    "one to go on from",
-                    "Train again with another --out.",
+                    said("{n} checkpoints and none of them whole", n=len(damaged)),
+                    said("one to go on from"),
+                    said("Train again with another --out."),
                 )
             rundir.mend(origin, point)
         name = ranks.from_main(point and point.name)
@@ -430,20 +430,28 @@ def recipe_of(run: RunDir, epochs: int | None = None) -> tuple[Recipe, dict[str,
     began_with = manifest["recipe"]
     given = recipe.model_dump()
     changed = [
-        f"{name} was {began_with[section].get(field)!r} and is {given[section][field]!r}"
+        said(
+            "{name} was {before!r} and is {now!r}",
+            name=name,
+            before=began_with[section].get(field),
+            now=given[section][field],
+        )
         for name in recipes.setting_names()
         for section, _, field in [name.partition(".")]
         if given[section][field] != began_with[section].get(field)
     ]
     if changed:
         raise RunError(
-            str(run.recipe), "; ".join(changed), "the settings that the run began with", "Undo it, or train anew."
+            str(run.recipe),
+            "; ".join(changed),
+            said("the settings that the run began with"),
+            said("Undo it, or train anew."),
         )
     if epochs is not None:
         began = settled(planning.applied(recipe, _chosen_at_first(recipe, manifest)).train.epochs)
         if epochs < began:
-            found, expected = f"{epochs}", f"at least {began}, as the run began"
-            raise RecipeError(_EXTENDED, found, expected, "A run can be made longer, not shorter.")
+            found, expected = f"{epochs}", said("at least {n}, as the run began", n=began)
+            raise RecipeError(_EXTENDED, found, expected, said("A run can be made longer, not shorter."))
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})
     # Relative names were given where the run was started.
     if not Path(recipe.data.path).exists():
@@ -473,9 +481,14 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
     if changed:
         raise RunError(
             str(run.path),
-            f"another state of {' and of '.join(changed)} ({now['data']['path']}, {now['base']['folder']})",
-            "what the run began with",
-            "Put it back, or train anew with another --out.",
+            said(
+                "another state of {parts} ({data}, {base})",
+                parts=said(" and of ").join(changed),
+                data=now["data"]["path"],
+                base=now["base"]["folder"],
+            ),
+            said("what the run began with"),
+            said("Put it back, or train anew with another --out."),
         )
     code, code_before = now["code"], before["code"]
     if other := [
@@ -492,8 +505,10 @@ def _require_unchanged(run: RunDir, before: dict[str, Any], now: dict[str, Any],
 def _unchanged_rehearsal(run: RunDir) -> tuple[list[dict[str, Any]], int]:
     before = rundir.read_manifest(run)["rehearsal"]
     if not run.rehearsal.is_file() or rundir.sha256(run.rehearsal) != before["sha256"]:
-        found = "other answers than the base gave" if run.rehearsal.is_file() else "no file"
-        raise ProofError(str(run.rehearsal), found, "the file that training wrote", "Put it back, or train anew.")
+        found = said("other answers than the base gave") if run.rehearsal.is_file() else said("no file")
+        raise ProofError(
+            str(run.rehearsal), found, said("the file that training wrote"), said("Put it back, or train anew.")
+        )
     return rundir.read_lines(run.rehearsal), before["per_epoch"]
 
 
@@ -569,15 +584,15 @@ def _check_settings(recipe: Recipe) -> None:
         raise RecipeError(
             "train.scheduler",
             repr(recipe.train.scheduler),
-            "one of " + ", ".join(schedulers),
-            "cosine is a good choice.",
+            said("one of {names}", names=", ".join(schedulers)),
+            said("cosine is a good choice."),
         )
     if absent := [name for name in recipe.train.report_to if name not in get_available_reporting_integrations()]:
         raise RecipeError(
             "train.report_to",
             ", ".join(absent),
-            "a tracker that is installed",
-            f"Install it with: pip install {' '.join(absent)}",
+            said("a tracker that is installed"),
+            said("Install it with: {command}", command=f"pip install {' '.join(absent)}"),
         )
 
 
@@ -585,8 +600,13 @@ def _require_same_recipe(recipe: Recipe, checked: Checked | None) -> None:
     was, given = (checked.recipe if checked else recipe).model_dump(), recipe.model_dump()
     others = [name for name in recipes.setting_names() for s, _, f in [name.partition(".")] if was[s][f] != given[s][f]]
     if others:
-        fix = "Give check(recipe) of the recipe that is trained, or leave `checked` out."
-        raise RecipeError("checked", f"a check with another {', '.join(others)}", "a check of the same recipe", fix)
+        fix = said("Give check(recipe) of the recipe that is trained, or leave `checked` out.")
+        raise RecipeError(
+            "checked",
+            said("a check with another {names}", names=", ".join(others)),
+            said("a check of the same recipe"),
+            fix,
+        )
 
 
 def _askable(row: Row) -> bool:

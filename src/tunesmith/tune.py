@@ -189,14 +189,15 @@ def tune(
         ends = time.monotonic() + hours * 3600 - min(_END_SECONDS, hours * 3600 / 20)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        found, fix = f"{size} processes of one training", "Start each by itself, with --join (a Slurm array, for one)."
-        raise RecipeError("tune", found, "a process for each trial", fix)
+        found = said("{n} processes of one training", n=size)
+        fix = said("Start each by itself, with --join (a Slurm array, for one).")
+        raise RecipeError("tune", found, said("a process for each trial"), fix)
     path = Path(out) if out is not None else Path("tunes") / run_name(recipe)
     checked = checked or check(recipe)
     checked.require_ok()
     if not hold_out(checked)[1]:
-        found, fix = "no held-out row", "Raise eval.hold_out, or bring more rows."
-        raise RecipeError("eval.hold_out", found, "rows to compare trials on", fix)
+        found, fix = said("no held-out row"), said("Raise eval.hold_out, or bring more rows.")
+        raise RecipeError("eval.hold_out", found, said("rows to compare trials on"), fix)
     _require_place(path)
     sources = sources or recipes.sources_of(recipe)
     with Interrupts(), _Work(path, checked, sources, trials, ends, anyway, shown, told).joined(join) as work:
@@ -246,8 +247,8 @@ class _Work:
                     if not self._at_work(other.name):
                         shutil.rmtree(other, ignore_errors=True)
                     elif not join:
-                        expected, fix = "one, or several with --join", "Wait for it, or take part: --join"
-                        raise RunError(str(self._named), "another process at work in it", expected, fix)
+                        expected, fix = said("one, or several with --join"), said("Wait for it, or take part: --join")
+                        raise RunError(str(self._named), said("another process at work in it"), expected, fix)
                 self._begin_or_compare(given)
                 self._open_journal()
                 rundir.open_to_owner(worker)
@@ -303,14 +304,19 @@ class _Work:
         names = [name for name in recipes.setting_names() if name not in files]
         changed = [name for name in names if _value(before["recipe"], name) != _value(given["recipe"], name)]
         for what, section, key in (
-            ("the data", "data", "sha256"),
-            ("the chat template", "template", "sha256"),
-            ("the base's weights", "base", "weights"),
+            (said("the data"), "data", "sha256"),
+            (said("the chat template"), "template", "sha256"),
+            (said("the base's weights"), "base", "weights"),
         ):
             changed += [what] if before[section].get(key) != given[section][key] else []
         if changed:
-            fix = "Give it those again, or begin another study: --out DIR"
-            raise RunError(str(self._named), f"another state of {', '.join(changed)}", "what the study began with", fix)
+            fix = said("Give it those again, or begin another study: --out DIR")
+            raise RunError(
+                str(self._named),
+                said("another state of {names}", names=", ".join(changed)),
+                said("what the study began with"),
+                fix,
+            )
 
     def _open_journal(self) -> None:
         file = self._path / _JOURNAL
@@ -327,9 +333,9 @@ class _Work:
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock))
             self._study = optuna.create_study(storage=storage, study_name=_STUDY, load_if_exists=True)
         except (ValueError, KeyError) as error:
-            found = f"a damaged line ({str(error).splitlines()[0][:200]})"
-            fix = "Put a copy of it back, or begin another study: --out DIR"
-            raise RunError(str(self._named / _JOURNAL), found, "what `tunesmith tune` wrote", fix) from error
+            found = said("a damaged line ({error})", error=str(error).splitlines()[0][:200])
+            fix = said("Put a copy of it back, or begin another study: --out DIR")
+            raise RunError(str(self._named / _JOURNAL), found, said("what `tunesmith tune` wrote"), fix) from error
 
     # --- trial by trial -----------------------------------------------------------------------------------------------
 
@@ -598,7 +604,7 @@ def _seed(seed: int, number: int) -> int:
 def _require_place(path: Path) -> None:
     """Raises RunError where there is something else than a study."""
     ours = {_JOURNAL, _TURN, f"{_TURN}.lock", _WORKERS}  # others may be beginning it right now
-    with rundir.writing(path, "Choose another --out."):
+    with rundir.writing(path, marked("Choose another --out.")):
         if (path / _MANIFEST).is_file():
             _manifest(path)
         elif not (path.is_dir() and {file.name for file in path.iterdir()} <= ours):
@@ -611,10 +617,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         parts = [manifest[name] for name in ("recipe", "data", "template", "base")]
         if "searched" in manifest and all(isinstance(part, dict) for part in [*parts, *manifest["recipe"].values()]):
             return manifest
-        found = "a folder of something else"
+        found = said("a folder of something else")
     except (OSError, ValueError, KeyError) as error:
-        found = f"no manifest of a study ({error})"
-    raise RunError(str(path), found, "a new or empty folder, or that of a study", "Choose another --out.")
+        found = said("no manifest of a study ({error})", error=error)
+    raise RunError(str(path), found, said("a new or empty folder, or that of a study"), said("Choose another --out."))
 
 
 def _free_memory() -> None:

@@ -25,10 +25,11 @@ except TunesmithError as error:  # before anything is imported that Windows does
 
 from tunesmith import terminal
 from tunesmith.cli import following, machine, training, tuning, using
-from tunesmith.cli.options import SETTINGS
+from tunesmith.cli.helping import Command, Group
 
 app = typer.Typer(
     name="tunesmith",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,18 +54,13 @@ def _options(
     pass
 
 
-app.command()(training.demo)
-for command in (training.check, training.plan, training.train, tuning.tune):
-    app.command(epilog=SETTINGS)(command)
-app.command()(training.resume)
-app.command()(following.runs)
-app.command()(following.watch)
-app.command()(using.chat)
-app.command(name="eval")(using.evaluate)
-app.command()(using.export)
-app.command()(using.serve)
-for command in (machine.models, machine.fetch, machine.doctor):
-    app.command()(command)
+for command in (training.demo, training.check, training.plan, training.train, tuning.tune, training.resume):
+    app.command(cls=Command)(command)
+for command in (following.runs, following.watch, using.chat):
+    app.command(cls=Command)(command)
+app.command(name="eval", cls=Command)(using.evaluate)
+for command in (using.export, using.serve, machine.models, machine.fetch, machine.doctor):
+    app.command(cls=Command)(command)
 
 
 def main() -> None:
@@ -90,6 +86,10 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if why := terminal.not_written():
-        show_error(RunError("standard output", why, "a place to write to", "Make room there, or print elsewhere."))
+        show_error(
+            RunError(
+                said("standard output"), why, said("a place to write to"), said("Make room there, or print elsewhere.")
+            )
+        )
         code = code or 2
     raise SystemExit(code)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import commands, language, system, terminal
+from tunesmith import language, system, terminal
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.language import said
 
@@ -150,26 +150,12 @@ def show_error(error: TunesmithError) -> None:
 
 def show_usage(error: Any) -> None:
     """What is wrong with the words of a command, as typer found it."""
-    from tunesmith.cli.options import ours
-    from tunesmith.screen import Screen, styled
+    from tunesmith.cli import usage
+    from tunesmith.screen import Screen
 
-    found = error.format_message()
-    if not found:  # the help was printed in its place
+    if not error.format_message():  # the help was printed in its place
         return
-    screen = Screen(stderr=True)
+    language.settle(sys.stderr.encoding)
     if error.ctx is not None:
-        screen.print(error.ctx.get_usage(), style="grey62")
-    known = [] if error.ctx is None else [name for each in error.ctx.command.params for name in each.opts]
-    option = getattr(error, "option_name", None)
-    if option is not None and option not in known and (fix := ours(option, known)):
-        screen.print(styled((f"{said('Error')}  ", "bold red"), (error.message, "bold")))
-        screen.labelled(said("fix"), fix)
-        return
-    screen.print(styled((f"{said('Error')}  ", "bold red"), (found, "bold")))
-    if error.ctx is not None:
-        help_ = commands.tunesmith(*_words(error.ctx), "--help")
-        screen.labelled(said("fix"), said("What there is, is listed by: {command}", command=help_))
-
-
-def _words(context: Any) -> list[str]:
-    return [context.info_name] if context.parent is not None else []
+        Screen(stderr=True).print(error.ctx.get_usage(), style="grey62")
+    show_error(usage.understood(error))

@@ -100,7 +100,7 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
         sign = ("✓", "green") if finding.ok else ("✗", "red")
         console.print(styled(sign, (f" {padded(said(finding.name), 14)}", "bold"), f" {finding.found}"))
         if finding.fix:
-            console.print(f"  → {finding.fix}", style="yellow")
+            console.labelled("→", styled((finding.fix, "yellow")), width=1)
     ok = all(finding.ok for finding in findings)
     if ok:
         go_on(console, *onward.after_doctor())

@@ -38,6 +38,14 @@ def after_check(words: Sequence[str]) -> list[Way]:
     ]
 
 
+def after_faults(words: Sequence[str], *, some_are_good: bool) -> list[Way]:
+    mended = (said("Check again when they are mended"), commands.tunesmith("check", *words))
+    if not some_are_good:
+        return [mended]
+    without = commands.tunesmith("train", *words, "--set", "data.allow_set_aside=true")
+    return [mended, (said("Train without them"), without)]
+
+
 def after_plan(words: Sequence[str], *, fits: bool) -> list[Way]:
     if fits:
         return [(said("Train"), commands.tunesmith("train", *words))]

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import RecipeError
+from tunesmith.language import said
 from tunesmith.terminal import what_is_no_text
 
 _PATHS = ("model.name", "data.path", "template.path")
@@ -22,8 +23,10 @@ _PATHS = ("model.name", "data.path", "template.path")
 def whole(param: typer.CallbackParam, value: str | None) -> str | None:
     """The value of an option that is text. Raises RecipeError for bytes that are none, which no tokenizer takes."""
     if value is not None and (found := what_is_no_text(value)):
-        fix = "Set the terminal to UTF-8, or convert what it is given: iconv -f GB18030 -t UTF-8"
-        raise RecipeError(param.opts[0], found, "text in UTF-8", fix)
+        fix = said(
+            "Set the terminal to UTF-8, or convert what it is given: {command}", command="iconv -f GB18030 -t UTF-8"
+        )
+        raise RecipeError(param.opts[0], found, said("text in UTF-8"), fix)
     return value
 
 
@@ -58,9 +61,13 @@ def _short(name: str) -> Any:
         f"--{name}",
         metavar=name.upper(),
         callback=whole,
-        help=f"{setting.description} Short for --set {SHORT[name]}.",
         show_default=_as_written(setting.get_default(call_default_factory=True)),
     )
+
+
+def short_help(name: str) -> str:
+    what = said(_described(SHORT[name]).description or "")
+    return said("{what} Short for --set {setting}.", what=what, setting=SHORT[name])
 
 
 FilesArgument = Annotated[
@@ -141,23 +148,30 @@ def given(
     rows = [str(file) for file in files or () if file.suffix.lower() in _ROWS]
     settings = [file for file in files or () if str(file) not in rows]
     if len(settings) > 1:
-        found = " and ".join(map(str, settings))
-        raise RecipeError("the recipe", found, "one recipe (YAML), and rows", "Leave one of the two out.")
+        found = said(" and ").join(map(str, settings))
+        raise RecipeError(
+            said("the recipe"), found, said("one recipe (YAML), and rows"), said("Leave one of the two out.")
+        )
     options = [("--model", "model.name", model), ("--data", "data.path", data)]
     options += [(f"--{name}", SHORT[name], value) for name, value in short.items()]
     options = [(option, setting, value) for option, setting, value in options if value is not None]
-    said = [(f"--set {setting}", setting, value) for setting, value in map(recipes.parse_flag, sets or ())]
-    said += [(name, "data.path", name) for name in rows]
-    said += [
+    settings_given = [(f"--set {setting}", setting, value) for setting, value in map(recipes.parse_flag, sets or ())]
+    settings_given += [(name, "data.path", name) for name in rows]
+    settings_given += [
         (option, setting, value if setting in _PATHS else recipes.parse_flag(f"{setting}={value}")[1])
         for option, setting, value in options
     ]
     first: dict[str, str] = {}
-    for where, setting, _ in said:
+    for where, setting, _ in settings_given:
         before = first.setdefault(setting, where)
         if before != where:
-            raise RecipeError(where, f"{setting}, which {before} gives too", "it once", "Leave one of the two out.")
-    flags = {name: value for _, name, value in said}
+            raise RecipeError(
+                where,
+                said("{setting}, which {before} gives too", setting=setting, before=before),
+                said("it once"),
+                said("Leave one of the two out."),
+            )
+    flags = {name: value for _, name, value in settings_given}
     recipe, sources = recipes.resolve(settings[0] if settings else None, flags, like=like)
     words = [*map(str, files or ()), *(() if like is None else ("--like", like))]
     words += [word for option, _, value in options for word in (option, value)]
@@ -174,19 +188,19 @@ def ours(option: str, known: Sequence[str]) -> str | None:
     if meant is None or not {"--data", "--set"} <= set(known):
         return None
     if meant not in recipes.setting_names():
-        return f"Write {meant}." if meant in known else None
+        return said("Write {option}.", option=meant) if meant in known else None
     own = {"model.name": "--model", "data.path": "--data"} | {setting: f"--{name}" for name, setting in SHORT.items()}
-    also = f", or {own[meant]}" if own.get(meant) in known else ""
-    return f"Write --set {meant}=…{also}. {_described(meant).description}"
+    what = said(_described(meant).description or "")
+    if own.get(meant) in known:
+        return said("Write --set {setting}=…, or {option}. {what}", setting=meant, option=own[meant], what=what)
+    return said("Write --set {setting}=…. {what}", setting=meant, what=what)
 
 
-def _settings_help() -> str:
-    lines = []
+def settings_help() -> str:
+    """Every setting with its default and what it means, in rich's markup."""
+    lines = [said("[bold]Settings[/] (recipe.yaml or --set)")]
     for name in recipes.setting_names():
         setting = _described(name)
-        default = setting.get_default(call_default_factory=True)
-        lines.append(f"[cyan]{name}[/] \\[{_as_written(default)}]  {setting.description}")
-    return "[bold]Settings[/] (recipe.yaml or --set)\n\n" + "\n\n".join(lines)
-
-
-SETTINGS = _settings_help()
+        default = _as_written(setting.get_default(call_default_factory=True))
+        lines.append(f"[cyan]{name}[/] \\[{default}]  {said(setting.description or '')}")
+    return "\n\n".join(lines)

@@ -144,6 +144,7 @@ def check(
     if as_json:
         print_json(display.check_json(checked, show))
     if not checked.ok:
+        go_on(console, *onward.after_faults(asked.words, some_are_good=bool(checked.rows)))
         raise typer.Exit(2)
     if not checked.faults:
         console.print(
@@ -298,12 +299,14 @@ def _epochs(sets: list[str]) -> int | None:
     epochs = None
     for name, value in map(recipes.parse_flag, sets):
         if name != "train.epochs":
-            fix = "Leave it out, or train anew with it."
-            raise RecipeError(f"--set {name}", "a setting that the run began with", "train.epochs alone", fix)
+            fix = said("Leave it out, or train anew with it.")
+            raise RecipeError(
+                f"--set {name}", said("a setting that the run began with"), said("train.epochs alone"), fix
+            )
         settings, _ = recipes.resolve(None, {name: value})
         if (epochs := settings.train.epochs) == "auto":
-            fix = "Give the number of epochs to reach, counted from the run's beginning."
-            raise RecipeError(f"--set {name}", "auto", "a number", fix)
+            fix = said("Give the number of epochs to reach, counted from the run's beginning.")
+            raise RecipeError(f"--set {name}", "auto", said("a number"), fix)
     return epochs
 
 

@@ -25,19 +25,17 @@ from torch import Tensor, nn
 
 from tunesmith import system
 from tunesmith.errors import ProofError, RunError, TunesmithError
-from tunesmith.language import counted
+from tunesmith.language import counted, marked, said
 
 # What launchers set; Trainer must not find it, or it would wrap the model a second time.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-_ENDED = "the end of a process that failed"
-_KINDS = (
-    _ENDED,
-    "a decision of process 0",
-    "a word from each process",
-    "a pass through sharded weights",
-    "the sum of a gradient",
-    "the sum of a loss",
-)
+_ENDED = marked("the end of a process that failed")
+_DECISION = marked("a decision of process 0")
+_WORD = marked("a word from each process")
+_PASS = marked("a pass through sharded weights")
+_GRADIENT = marked("the sum of a gradient")
+_LOSS = marked("the sum of a loss")
+_KINDS = (_ENDED, _DECISION, _WORD, _PASS, _GRADIENT, _LOSS)
 _LONGEST_WAIT = datetime.timedelta(minutes=30)  # for one that is at work, or hangs; one that ended is noticed at once
 _LAST_WAIT = datetime.timedelta(seconds=30)  # of one that failed, to say why
 
@@ -61,23 +59,23 @@ class Ranks:
         for name in what:
             if differing := [rank for rank, other in enumerate(everywhere) if other[name] != everywhere[0][name]]:
                 raise ProofError(
-                    f"processes {', '.join(map(str, differing))}",
-                    f"another {name} than process 0",
-                    "the same in all processes",
-                    "Give every host the same files, settings and versions, and start again.",
+                    said("processes {numbers}", numbers=", ".join(map(str, differing))),
+                    said("another {name} than process 0", name=name),
+                    said("the same in all processes"),
+                    said("Give every host the same files, settings and versions, and start again."),
                 )
 
     def from_main(self, value: Any) -> Any:
         """What process 0 gives, in all of them; JSON."""
         if self.size == 1:
             return value
-        return json.loads(self._meet("a decision of process 0", json.dumps(value) if self.is_main else "")[0])
+        return json.loads(self._meet(_DECISION, json.dumps(value) if self.is_main else "")[0])
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, by its number, in all of them; JSON."""
         if self.size == 1:
             return [value]
-        return [json.loads(text) for text in self._meet("a word from each process", json.dumps(value))]
+        return [json.loads(text) for text in self._meet(_WORD, json.dumps(value))]
 
     def any(self, asked: bool) -> bool:
         """Whether one of the processes says yes."""
@@ -86,7 +84,7 @@ class Ranks:
     def begin_pass(self) -> None:
         """Comes back when all are about to collect the sharded weights equally often."""
         if self.size > 1:
-            self._meet("a pass through sharded weights")
+            self._meet(_PASS)
 
     def add_up(self, parameters: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
         """Makes every gradient the sum over all processes; returns the sums of the scalar `numbers`."""
@@ -95,7 +93,7 @@ class Ranks:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         kind = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float64
         flat = torch.cat([tensor.flatten().to(kind) for tensor in (*gradients, *numbers)])
-        self._meet("the sum of a gradient" if parameters else "the sum of a loss", n_numbers=len(flat))
+        self._meet(_GRADIENT if parameters else _LOSS, n_numbers=len(flat))
         with self._heard():
             dist.all_reduce(flat)
         sums = flat.split([tensor.numel() for tensor in (*gradients, *numbers)])
@@ -115,24 +113,36 @@ class Ranks:
     ) -> list[str]:
         """What each process says, when all have come here. Raises RunError where one has ended, ProofError where they
         are not at the same point."""
-        said = text.encode()
-        own = torch.tensor([_KINDS.index(kind), self.step, n_numbers, len(said)])
+        told = text.encode()
+        own = torch.tensor([_KINDS.index(kind), self.step, n_numbers, len(told)])
         tags = [tag.tolist() for tag in self._exchanged(own, wait)]
         padded = torch.zeros(max(tag[3] for tag in tags), dtype=torch.uint8)
-        padded[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else padded[:0]
+        padded[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8) if told else padded[:0]
         buffers = self._exchanged(padded, wait) if len(padded) else [padded] * self.size
         texts = [bytes(buffer[: tag[3]].tolist()).decode() for tag, buffer in zip(tags, buffers, strict=True)]
         for rank, tag in enumerate(tags):
             if tag[0] == _KINDS.index(_ENDED):
                 self._over = True
                 raise RunError(
-                    f"process {rank} of {self.size}", f"its end: {texts[rank]}", "all of them until the end", _GO_ON
+                    said("process {rank} of {size}", rank=rank, size=self.size),
+                    said("its end: {reason}", reason=texts[rank]),
+                    said("all of them until the end"),
+                    said(_GO_ON),
                 )
-        apart = [f"process {rank}: {_said(tag)}" for rank, tag in enumerate(tags) if tag[:3] != tags[0][:3]]
+        apart = [
+            said("process {rank}: {place}", rank=rank, place=_place(tag))
+            for rank, tag in enumerate(tags)
+            if tag[:3] != tags[0][:3]
+        ]
         if apart:
             self._over = True
-            fix = f"Nothing was added up. Please report it. {_GO_ON}"
-            raise ProofError("the processes of a training", "; ".join(apart), f"{_said(tags[0])}, as process 0", fix)
+            fix = said("Nothing was added up. Please report it. {go_on}", go_on=said(_GO_ON))
+            raise ProofError(
+                said("the processes of a training"),
+                "; ".join(apart),
+                said("{place}, as process 0", place=_place(tags[0])),
+                fix,
+            )
         return texts
 
     def _exchanged(self, own: Tensor, wait: datetime.timedelta) -> list[Tensor]:
@@ -151,19 +161,24 @@ class Ranks:
             raise _no_answer(error) from error
 
 
-_GO_ON = "Once its cause is gone, `resume` goes on from the last checkpoint; start it as the training was started."
+_GO_ON = marked(
+    "Once its cause is gone, `resume` goes on from the last checkpoint; start it as the training was started."
+)
 
 
-def _said(tag: Sequence[int]) -> str:
-    return f"{_KINDS[tag[0]]} in step {tag[1]}" + (f" ({tag[2]} numbers)" if tag[2] else "")
+def _place(tag: Sequence[int]) -> str:
+    what = said(_KINDS[tag[0]])
+    if tag[2]:
+        return said("{what} in step {step} ({n} numbers)", what=what, step=tag[1], n=tag[2])
+    return said("{what} in step {step}", what=what, step=tag[1])
 
 
 def _no_answer(error: Exception) -> RunError:
     return RunError(
-        f"process {os.environ.get('RANK', '?')}",
-        f"no answer from another process ({str(error).splitlines()[0]})",
-        "all of them until the end",
-        "The first one that ended says why.",
+        said("process {rank}", rank=os.environ.get("RANK", "?")),
+        said("no answer from another process ({reason})", reason=str(error).splitlines()[0]),
+        said("all of them until the end"),
+        said("The first one that ended says why."),
     )
 
 

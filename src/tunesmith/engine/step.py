@@ -193,9 +193,9 @@ class Engine:
             if len(part) < 2 or own < 2:
                 raise OutOfMemory(
                     str(part[0].origin),
-                    f"no memory for its {len(part[0].token_ids)} tokens ({reason})",
-                    "room for one row",
-                    "Set engine.recompute_layers=all, a smaller model.dtype, or data.max_length below it.",
+                    said("no memory for its {n} tokens ({reason})", n=len(part[0].token_ids), reason=reason),
+                    said("room for one row"),
+                    said("Set engine.recompute_layers=all, a smaller model.dtype, or data.max_length below it."),
                 )
             self._limit = min(self._budget, own) // 2
             self._note(said("Memory ran out; engine.tokens_per_micro_batch is {n} from here on.", n=self._limit))

@@ -71,8 +71,8 @@ def export(
     runs.require_finished(run)
     notes = _check_names(run.adapter)
     if not rundir.is_whole(run.adapter):
-        found, fix = "an adapter that is not as it was written", "Copy it again from where it came."
-        raise ProofError(str(run.adapter), found, "the digests in files.json", fix)
+        found, fix = said("an adapter that is not as it was written"), said("Copy it again from where it came.")
+        raise ProofError(str(run.adapter), found, said("the digests in files.json"), fix)
     final = out or run.path / ("exported" if to == "adapter" else to)
     rundir.check_target(final)
     tell(said("Opening the run and its base …"))
@@ -111,7 +111,7 @@ def export(
                 str(final),
                 "; ".join([f"{check.name}: {check.value:.3g}" for check in wrong] + notes),
                 "; ".join(f"{check.bound:.3g}" for check in wrong),
-                "Nothing was left. Please report this with the model's name.",
+                said("Nothing was left. Please report this with the model's name."),
             )
     return Export(final, to, tuple(checks), tuple(notes))
 
@@ -121,27 +121,46 @@ def _require_memory(merged: Merged) -> None:
     device, needed = models.device(), merged.n_bytes(None)
     free = machines.free_bytes(device)
     if free < needed:
-        fix = "Use a machine with more"
-        fix += ", or set CUDA_VISIBLE_DEVICES= for this command: it computes on the CPU then." * (device.type == "cuda")
-        expected = f"{needed / 2**30:.1f} GiB for the base's weights as they are, to compare what is written with"
-        raise RunError("memory", f"{free / 2**30:.1f} GiB free ({device.type})", expected, fix.rstrip(".") + ".")
+        fix = said("Use a machine with more.")
+        if device.type == "cuda":
+            fix = said(
+                "Use a machine with more, or set CUDA_VISIBLE_DEVICES= for this command: it computes on the CPU then."
+            )
+        expected = said(
+            "{gib:.1f} GiB for the base's weights as they are, to compare what is written with",
+            gib=needed / 2**30,
+        )
+        raise RunError(
+            said("memory"),
+            said("{gib:.1f} GiB free ({device})", gib=free / 2**30, device=device.type),
+            expected,
+            fix,
+        )
 
 
 def _check_dtype(to: Form, dtype: str | None) -> None:
     if dtype is None:
         return
     if to == "adapter":
-        raise RecipeError("--dtype", dtype, "none: an adapter is copied as it is", "Leave it out.")
+        raise RecipeError("--dtype", dtype, said("none: an adapter is copied as it is"), said("Leave it out."))
     if to == "merged" and dtype not in DTYPES:
-        raise RecipeError("--dtype", repr(dtype), f"one of {', '.join(DTYPES)}", "Leave it out for the base's own.")
+        raise RecipeError(
+            "--dtype",
+            repr(dtype),
+            said("one of {names}", names=", ".join(DTYPES)),
+            said("Leave it out for the base's own."),
+        )
     if to == "merged" or dtype in gguf_file.TYPES:
         return
     if dtype not in SMALLER_TYPES:
-        expected = f"one of {', '.join([*gguf_file.TYPES, *SMALLER_TYPES])}"
-        raise RecipeError("--dtype", repr(dtype), expected, "Leave it out for float16.")
+        expected = said("one of {names}", names=", ".join([*gguf_file.TYPES, *SMALLER_TYPES]))
+        raise RecipeError("--dtype", repr(dtype), expected, said("Leave it out for float16."))
     if shutil.which(QUANTIZE) is None:
-        fix = f"Install llama.cpp (its releases hold the program) or choose one of {', '.join(gguf_file.TYPES)}."
-        raise RecipeError("--dtype", repr(dtype), f"llama.cpp's own {QUANTIZE} on the PATH", fix)
+        fix = said(
+            "Install llama.cpp (its releases hold the program) or choose one of {names}.",
+            names=", ".join(gguf_file.TYPES),
+        )
+        raise RecipeError("--dtype", repr(dtype), said("llama.cpp's own {program} on the PATH", program=QUANTIZE), fix)
 
 
 def _adapter(run: RunDir, folder: Path) -> list[Compared]:
@@ -161,9 +180,9 @@ def _check_names(adapter: Path) -> list[str]:
     for path in sorted(adapter.iterdir()):
         if path.name not in own:
             others.append(path.name)
-        elif (found := reading.kind(path)) != "a file":
-            fix = "Copy it again from where it came, as files."
-            raise ProofError(str(path), found, "a file, as training wrote it", fix)
+        elif path.is_symlink() or not path.is_file():
+            fix = said("Copy it again from where it came, as files.")
+            raise ProofError(str(path), reading.kind(path), said("a file, as training wrote it"), fix)
     if not others:
         return []
     return [said("Not copied, for no part of an adapter is called so: {names}.", names=", ".join(others))]

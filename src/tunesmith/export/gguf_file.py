@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from tunesmith.errors import ModelError, ProofError
 from tunesmith.export.merging import Merged
-from tunesmith.language import said
+from tunesmith.language import marked, said
 from tunesmith.template import Template
 
 TYPES = {
@@ -37,8 +37,8 @@ TYPES = {
 """What the gguf library itself writes, by our names for it."""
 
 _WHERE = "export --to gguf"
-_MERGED = "Export it --to merged."
-_CONVERT = "Export it --to merged, and try llama.cpp's convert_hf_to_gguf.py on that folder."
+_MERGED = marked("Export it --to merged.")
+_CONVERT = marked("Export it --to merged, and try llama.cpp's convert_hf_to_gguf.py on that folder.")
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,15 @@ class Contents:
     def architecture(self) -> _Architecture:
         found = _ARCHITECTURES.get(self.config.model_type)
         if found is None:
-            expected = f"one of {', '.join(_ARCHITECTURES)}"
-            raise ModelError(_WHERE, f"the architecture {self.config.model_type}", expected, _CONVERT)
+            expected = said("one of {names}", names=", ".join(_ARCHITECTURES))
+            raise ModelError(
+                _WHERE, said("the architecture {name}", name=self.config.model_type), expected, said(_CONVERT)
+            )
         window = getattr(self.config, "sliding_window", None)
         if found.name != "phi3" and window and getattr(self.config, "use_sliding_window", True):
-            raise ModelError(_WHERE, f"a window of {window} tokens", "attention over all tokens", _MERGED)
+            raise ModelError(
+                _WHERE, said("a window of {n} tokens", n=window), said("attention over all tokens"), said(_MERGED)
+            )
         return found
 
     @cached_property
@@ -108,7 +112,12 @@ class Contents:
                 continue
             theirs = known.get_name(own, try_suffixes=(".weight", ".bias"))
             if theirs is None:
-                raise ModelError(_WHERE, f"the weight {own}", "one that llama.cpp has a name for", _CONVERT)
+                raise ModelError(
+                    _WHERE,
+                    said("the weight {name}", name=own),
+                    said("one that llama.cpp has a name for"),
+                    said(_CONVERT),
+                )
             found[own] = theirs
         return found
 
@@ -174,8 +183,13 @@ def write(path: Path, contents: Contents) -> None:
             writer.write_tensor_data(tensor)
         for name, weight in contents._weights():
             if not np.isfinite(weight).all() or (contents.dtype == "float16" and np.abs(weight).max() > 65504):
-                fix = "Choose another --dtype: float16 holds nothing above 65,504."
-                raise ProofError(name, f"a number that is not finite in {contents.dtype}", "finite weights", fix)
+                fix = said("Choose another --dtype: float16 holds nothing above 65,504.")
+                raise ProofError(
+                    name,
+                    said("a number that is not finite in {dtype}", dtype=contents.dtype),
+                    said("finite weights"),
+                    fix,
+                )
             writer.write_tensor_data(quantize(weight, contents._kind(weight.shape)))
     finally:
         writer.close()
@@ -248,7 +262,12 @@ def _rope_tensors(config: PreTrainedConfig) -> Iterator[tuple[str, np.ndarray]]:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "longrope"):
-        raise ModelError(_WHERE, f"the rotary embedding {kind}", "default, linear, llama3 or longrope", _MERGED)
+        raise ModelError(
+            _WHERE,
+            said("the rotary embedding {kind}", kind=kind),
+            said("default, linear, llama3 or longrope"),
+            said(_MERGED),
+        )
     if kind == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(rope[f"{which}_factor"], dtype=np.float32)
@@ -322,15 +341,17 @@ class Vocabulary:
         """Raises ModelError for a tokenizer that llama.cpp can not imitate."""
         tokenizer: Any = template.tokenizer
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ModelError(_WHERE, "a tokenizer without tokenizer.json", "one that has it", _MERGED)
+            raise ModelError(_WHERE, said("a tokenizer without tokenizer.json"), said("one that has it"), said(_MERGED))
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         model = spec["model"]
         if model["type"] != "BPE":
-            raise ModelError(_WHERE, f"a {model['type']} tokenizer", "byte pairs", _CONVERT)
+            raise ModelError(_WHERE, said("a {kind} tokenizer", kind=model["type"]), said("byte pairs"), said(_CONVERT))
         pieces = bool(model.get("byte_fallback"))
         merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
         if not merges:
-            raise ModelError(_WHERE, "a tokenizer that merges nothing", "byte pairs with merges", _MERGED)
+            raise ModelError(
+                _WHERE, said("a tokenizer that merges nothing"), said("byte pairs with merges"), said(_MERGED)
+            )
         tokens, types = _tokens(spec, n_tokens, pieces)
         if pieces and tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
@@ -411,8 +432,8 @@ def _tokens(spec: Mapping[str, Any], n_tokens: int, pieces: bool) -> tuple[list[
     vocab: dict[str, int] = spec["model"]["vocab"]
     highest = max([*vocab.values(), *(added["id"] for added in spec["added_tokens"])])
     if highest >= n_tokens:
-        found = f"a token {highest} and weights for {n_tokens}"
-        raise ModelError(_WHERE, found, "a row of the embedding for every token", _MERGED)
+        found = said("a token {highest} and weights for {n}", highest=highest, n=n_tokens)
+        raise ModelError(_WHERE, found, said("a row of the embedding for every token"), said(_MERGED))
     tokens = [f"[PAD{i}]" for i in range(n_tokens)]
     types = [gguf.TokenType.UNUSED] * n_tokens
     for text, i in vocab.items():
@@ -442,8 +463,8 @@ def _ends(template: Template, tokens: Sequence[str]) -> tuple[int, ...]:
         stops.insert(0, eos)
     first, rest = stops[:1], sorted(stops[1:], key=lambda i: tokens[i] in _KNOWN_ENDS)
     if unknown := [tokens[i] for i in rest[2:] if tokens[i] not in _KNOWN_ENDS]:
-        found = f"{len(stops)} stop tokens, {unknown[0]} among them"
-        raise ModelError(_WHERE, found, "three, or others that llama.cpp knows by their text", _MERGED)
+        found = said("{n} stop tokens, {token} among them", n=len(stops), token=unknown[0])
+        raise ModelError(_WHERE, found, said("three, or others that llama.cpp knows by their text"), said(_MERGED))
     return tuple(first + rest)
 
 
@@ -469,7 +490,12 @@ def _check_normalizer(spec: Mapping[str, Any], pieces: bool) -> None:
     for step in _parts(spec["normalizer"], "normalizers"):
         space = step["type"] != "Replace" or (step["pattern"].get("String"), step["content"]) == (" ", "▁")
         if step["type"] not in known or not space:
-            raise ModelError(_WHERE, f"a tokenizer that rewrites text ({step['type']})", "one that does not", _CONVERT)
+            raise ModelError(
+                _WHERE,
+                said("a tokenizer that rewrites text ({how})", how=step["type"]),
+                said("one that does not"),
+                said(_CONVERT),
+            )
 
 
 def _puts_space_first(spec: Mapping[str, Any]) -> bool:
@@ -497,8 +523,10 @@ def _cut(spec: Mapping[str, Any]) -> str:
             steps.append("bytes")
     found = _CUTS.get((tuple(steps), bool(spec["model"].get("ignore_merges"))))
     if found is None:
-        expected = f"the way of {', '.join(_CUTS.values())}"
-        raise ModelError(_WHERE, f"a tokenizer that cuts text by {' '.join(steps)[:200]!r}", expected, _CONVERT)
+        expected = said("the way of {names}", names=", ".join(_CUTS.values()))
+        raise ModelError(
+            _WHERE, said("a tokenizer that cuts text by {how!r}", how=" ".join(steps)[:200]), expected, said(_CONVERT)
+        )
     return found
 
 

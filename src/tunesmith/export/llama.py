@@ -105,9 +105,14 @@ def _quantize(whole: Path, path: Path, dtype: str) -> None:
     command = [QUANTIZE, str(whole), str(path), dtype.upper(), str(system.cores())]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if ended.returncode != 0 or not path.is_file():
-        last = (ended.stderr.strip().splitlines() or ["no word"])[-1]
-        fix = f"Try it by hand, or choose one of {', '.join(gguf_file.TYPES)}."
-        raise RunError(QUANTIZE, f"exit code {ended.returncode}: {last}", f"a {dtype} file", fix)
+        last = (ended.stderr.strip().splitlines() or [said("no word")])[-1]
+        fix = said("Try it by hand, or choose one of {names}.", names=", ".join(gguf_file.TYPES))
+        raise RunError(
+            QUANTIZE,
+            said("exit code {code}: {reason}", code=ended.returncode, reason=last),
+            said("a {dtype} file", dtype=dtype),
+            fix,
+        )
 
 
 def _asked(

@@ -17,6 +17,7 @@ from typing import Any
 
 from tunesmith import loopback, system
 from tunesmith.errors import ProofError
+from tunesmith.language import marked, said
 from tunesmith.types import ChatMessage
 
 PACKAGE = "xllamacpp"
@@ -63,7 +64,12 @@ class LlamaCpp:
         try:
             self._server: Any = package.Server(parameters)
         except (RuntimeError, ValueError) as error:
-            raise ProofError(str(path), f"an error of llama.cpp ({error})", "a file that it opens", _REPORT) from error
+            raise ProofError(
+                str(path),
+                said("an error of llama.cpp ({error})", error=error),
+                said("a file that it opens"),
+                said(_REPORT),
+            ) from error
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """The text's tokens, nothing added; spellings of special tokens become those."""
@@ -99,10 +105,13 @@ class LlamaCpp:
         try:
             answer = self._post("/completion", asked)
         except urllib.error.HTTPError as error:
-            found = (
-                f"the answer {error.code} to {len(token_ids)} tokens ({error.read()[:200].decode(errors='replace')})"
+            found = said(
+                "the answer {code} to {n} tokens ({text})",
+                code=error.code,
+                n=len(token_ids),
+                text=error.read()[:200].decode(errors="replace"),
             )
-            raise ProofError("llama.cpp", found, "a continuation", _REPORT) from error
+            raise ProofError("llama.cpp", found, said("a continuation"), said(_REPORT)) from error
         return Continuation(tuple(answer["tokens"]), answer["stop_type"] == "eos")
 
     def _post(self, path: str, value: Mapping[str, Any]) -> Any:
@@ -113,4 +122,4 @@ class LlamaCpp:
             return json.loads(answer.read())
 
 
-_REPORT = "Nothing was left. Please report this with the model's name."
+_REPORT = marked("Nothing was left. Please report this with the model's name.")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tunesmith import model_files, rundir
 from tunesmith.errors import ModelError, ProofError
+from tunesmith.language import said
 
 _PREFIX = "base_model.model."
 # safetensors' words for types
@@ -49,8 +50,9 @@ class Merged:
         with safe_open(self.adapter / "adapter_model.safetensors", framework="pt") as adapter:
             changed = {key.removeprefix(_PREFIX).rpartition(".lora_A.")[0] for key in _names(adapter)} - {""}
             if absent := sorted({f"{layer}.weight" for layer in changed} - self.shapes().keys()):
-                found, fix = f"an adapter for {absent[0]}", "Use the base that it was trained on."
-                raise ModelError(str(self.base), found, "a weight of that name", fix)
+                found = said("an adapter for {name}", name=absent[0])
+                fix = said("Use the base that it was trained on.")
+                raise ModelError(str(self.base), found, said("a weight of that name"), fix)
             for path in sorted(self.base.glob("*.safetensors")):
                 with safe_open(path, framework="pt") as base:
                     for name in _names(base):
@@ -126,8 +128,13 @@ def write(merged: Merged, folder: Path, dtype: torch.dtype | None) -> None:
                 assert own == name
                 weight = weight.to(kinds[name][1]).contiguous()
                 if weight.is_floating_point() and not bool(weight.isfinite().all()):
-                    fix = "Choose another --dtype: float16 holds nothing above 65,504."
-                    raise ProofError(name, f"a number that is not finite in {weight.dtype}", "finite weights", fix)
+                    fix = said("Choose another --dtype: float16 holds nothing above 65,504.")
+                    raise ProofError(
+                        name,
+                        said("a number that is not finite in {dtype}", dtype=weight.dtype),
+                        said("finite weights"),
+                        fix,
+                    )
                 file.write(cast("Any", weight.flatten().view(torch.uint8).numpy()))
     if len(shards) > 1:
         total = sum(math.prod(shape) * kind.itemsize for shape, kind in kinds.values())

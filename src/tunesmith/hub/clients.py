@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tunesmith.hub.network import tell_huggingface
+from tunesmith.language import said
 
 Progress = Callable[[str, int, int], None]
 """Called with what is arriving, bytes so far and bytes in all; sometimes from another thread."""
@@ -101,20 +102,23 @@ class HuggingFace:
         status = getattr(getattr(error, "response", None), "status_code", None)
         answer = f" ({status})" if status else ""
         if isinstance(error, errors.RevisionNotFoundError):
-            return Refused("absent", f"no revision {revision} at {self.name}{answer}")
+            return Refused("absent", said("no revision {revision} at {hub}", revision=revision, hub=self.name) + answer)
         if isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError, hence first
-            return Refused("gated", f"a model that {self.name} shows only to some{answer}")
+            return Refused("gated", said("a model that {hub} shows only to some", hub=self.name) + answer)
         absent = (errors.RepositoryNotFoundError, errors.DisabledRepoError, errors.HFValidationError)
         if isinstance(error, absent) or status == 404:
-            return Refused("absent", f"no such model at {self.name}{answer}")
+            return Refused("absent", said("no such model at {hub}", hub=self.name) + answer)
         if status in (401, 403):
-            return Refused("gated", f"a model that {self.name} shows only to some{answer}")
-        return Refused("unreachable", f"no usable answer from {self.name} ({_cause(error)})")
+            return Refused("gated", said("a model that {hub} shows only to some", hub=self.name) + answer)
+        return Refused("unreachable", said("no usable answer from {hub} ({error})", hub=self.name, error=_cause(error)))
 
     def way_in(self, repo: str) -> str:
         from huggingface_hub import constants
 
-        return f"Accept the terms at {constants.ENDPOINT}/{repo} and log in with `hf auth login` (or set HF_TOKEN)."
+        return said(
+            "Accept the terms at {page} and log in with `hf auth login` (or set HF_TOKEN).",
+            page=f"{constants.ENDPOINT}/{repo}",
+        )
 
 
 class ModelScope:
@@ -173,16 +177,16 @@ class ModelScope:
         status = getattr(error, "status_code", None)
         answer = f" ({status})" if status else ""
         if isinstance(error, errors.AuthenticationError | errors.PermissionDeniedError):
-            return Refused("gated", f"a model that {self.name} shows only to some{answer}")
+            return Refused("gated", said("a model that {hub} shows only to some", hub=self.name) + answer)
         if isinstance(error, errors.NotExistError | errors.InvalidParameter):
-            return Refused("absent", f"no such model at {self.name}{answer}")
-        return Refused("unreachable", f"no usable answer from {self.name} ({_cause(error)})")
+            return Refused("absent", said("no such model at {hub}", hub=self.name) + answer)
+        return Refused("unreachable", said("no usable answer from {hub} ({error})", hub=self.name, error=_cause(error)))
 
     def way_in(self, repo: str) -> str:
         from modelscope_hub import HubConfig
 
         page = f"{HubConfig().endpoint}/models/{repo}"
-        return f"Ask for it at {page} and log in with `ms login` (or set MODELSCOPE_API_TOKEN)."
+        return said("Ask for it at {page} and log in with `ms login` (or set MODELSCOPE_API_TOKEN).", page=page)
 
 
 def _is_commit(revision: object) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunesmith import reading
 from tunesmith.errors import ModelError
+from tunesmith.language import said
 
 
 def cache_dir() -> Path:
@@ -37,11 +39,11 @@ def require_room(folder: Path, n_bytes: int) -> None:
     there = next((path for path in (folder, *folder.parents) if path.exists()), Path.cwd())
     free = shutil.disk_usage(there).free
     if n_bytes > free:
-        raise _no_room(folder, f"{_gib(free)} free", _gib(n_bytes))
+        raise _no_room(folder, said("{memory} free", memory=_gib(free)), _gib(n_bytes))
 
 
 def _no_room(folder: Path, found: str, expected: str) -> ModelError:
-    fix = "Make room, or choose another disk: TUNESMITH_CACHE, HF_HOME or MODELSCOPE_CACHE."
+    fix = said("Make room, or choose another disk: TUNESMITH_CACHE, HF_HOME or MODELSCOPE_CACHE.")
     return ModelError(str(folder), found, expected, fix)
 
 
@@ -55,12 +57,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
             if not isinstance(cause, OSError):
                 continue
             if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise _no_room(folder, f"a full disk ({cause.strerror})", "room for the model") from error
+                raise _no_room(
+                    folder, said("a full disk ({reason})", reason=reading.reason(cause)), said("room for the model")
+                ) from error
             # Without a file name it is a socket that was refused.
             if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and cause.filename:
-                fix = "Change its permissions, or choose another: TUNESMITH_CACHE, HF_HOME or MODELSCOPE_CACHE."
-                where, found = str(cause.filename), str(cause.strerror)
-                raise ModelError(where, found, "a place that can be written", fix) from error
+                fix = said("Change its permissions, or choose another: TUNESMITH_CACHE, HF_HOME or MODELSCOPE_CACHE.")
+                where, found = str(cause.filename), reading.reason(cause)
+                raise ModelError(where, found, said("a place that can be written"), fix) from error
         raise
 
 

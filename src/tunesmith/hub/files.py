@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tunesmith.language import marked, said
+
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "vocab.bpe", "merges.txt")
 _ANY_OF_FOR_TOKENIZER = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.txt", "vocab.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
@@ -45,10 +47,11 @@ def missing(names: Iterable[str], weights: bool) -> list[str]:
         if "config.json" not in names:
             absent.append("config.json")
         if not any(fnmatch.filter(names, pattern) for pattern in _ANY_OF_FOR_TOKENIZER):
-            absent.append("tokenizer files (tokenizer.json or tokenizer.model)")
+            absent.append(said("tokenizer files (tokenizer.json or tokenizer.model)"))
     if weights and not heavy:
         ggufs = len(fnmatch.filter(names, "*.gguf"))
-        absent.append("weights (*.safetensors)" + (f" but {ggufs} GGUF files where one is needed" if ggufs else ""))
+        several = marked("weights (*.safetensors) but {n} GGUF files where one is needed")
+        absent.append(said(several, n=ggufs) if ggufs else said("weights (*.safetensors)"))
     if weights:
         for family, ending, total in sorted({(s[1], s[4], int(s[3])) for s in map(_SHARD.fullmatch, heavy) if s}):
             wanted = [f"{family}-{number:05}-of-{total:05}{ending}" for number in range(1, total + 1)]

