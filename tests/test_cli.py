@@ -37,6 +37,7 @@ def test_help_answers_without_importing_torch() -> None:
     ended = subprocess.run([sys.executable, "-c", code, "", *COMMANDS], capture_output=True, text=True, check=True)
     assert re.findall("HELP OF.*", ended.stdout) == [f"HELP OF {command} [] 0" for command in ("", *COMMANDS)]
     assert ended.stdout.count("Usage:") == 1 + len(COMMANDS)
+    assert "b''" not in ended.stdout  # what typer tries whether a stream is for bytes with
 
 
 def test_the_version_is_the_packages() -> None:

@@ -70,6 +70,11 @@ def said(message: str, /, **values: Any) -> str:
     return _translations(language()).gettext(message).format(**values)
 
 
+def translated(text: str, /) -> str:
+    """A text that has no values in the reader's language: braces in it are braces."""
+    return _translations(language()).gettext(text)
+
+
 def counted(one: str, several: str, n: int, /, **values: Any) -> str:
     """As `said`, in the form that the number asks for; the number is the value `n` as well."""
     return _translations(language()).ngettext(one, several, n).format(n=n, **values)

@@ -62,7 +62,7 @@ class Stream:
     that is how pipes end.
     """
 
-    def __init__(self, stream: TextIO, guard: Callable[[str], str] = str) -> None:
+    def __init__(self, stream: TextIO, guard: Callable[[str], str] = lambda text: text) -> None:
         self._stream, self._guard = stream, guard
         self.gone = False
         self.failed: OSError | None = None

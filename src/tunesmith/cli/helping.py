@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import language, terminal
 from tunesmith.cli.options import SHORT, settings_help, short_help
-from tunesmith.language import marked, said
+from tunesmith.language import marked, said, translated
 
 # What typer itself says there; it looks these up in gettext's own domain, when it loads rich.
 _BY_TYPER = (
@@ -54,7 +54,7 @@ def usage(line: str) -> str:
 
 
 def in_readers_language(text: str | None) -> str:
-    return _breakable(said(" ".join(text.split()))) if text else ""
+    return _breakable(translated(" ".join(text.split()))) if text else ""
 
 
 _MARK = "\x1f"

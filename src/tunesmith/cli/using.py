@@ -33,7 +33,13 @@ def chat(
         str, typer.Argument(help="A run's folder or its name in runs/, or a model.", show_default=False)
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Answer this once and end.", callback=whole, show_default=False)
+        str | None,
+        typer.Option(
+            help="Answer this once and end. With --json and without it: answer each line of standard input, which is a "
+            'question, {"prompt": "…"} or {"messages": […]}, and a conversation of its own.',
+            callback=whole,
+            show_default=False,
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System text.", callback=whole, show_default=False)] = None,
     base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
@@ -45,11 +51,7 @@ def chat(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Talk with a run or a model.
-
-    With --json and without --prompt, a question is read from each line of standard input: its text, or
-    {"prompt": "…"}, or {"messages": […]}. Each is a conversation of its own, and a line of JSON is its answer.
-    """
+    """Talk with a run or a model."""
     console = start(verbose, answer_on_stdout=True)
     asked = _asked(prompt) if as_json else []  # before a model is loaded
     is_model = all_runs.named_or_model(run_or_model) is None
