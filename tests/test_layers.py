@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"cli.following", "cli.machine", "cli.tuning", "cli.using"},
     {"cli.training"},
-    {"cli.console", "cli.onward"},
+    {"cli.console", "cli.helping", "cli.onward", "cli.usage"},
     {"cli.options"},
     {"display", "talk", "questions", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate", "tune", "tuning_page", "serving.server"},

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _MOST_CHARACTERS = 16 << 20
 _NAMES = ("prompt", "question", "instruction")
-_FORMS = 'a text, {"prompt": "…"} or {"messages": […]}'
 
 
 @dataclass(frozen=True)
@@ -124,4 +123,5 @@ def _user(text: Any, where: str) -> ChatMessage:
 
 
 def _none_in(where: str, found: str) -> DataError:
-    return DataError(where, found, _FORMS, said("Write it as one of these, in one line."))
+    forms = said("a text, {prompt} or {messages}", prompt='{"prompt": "…"}', messages='{"messages": […]}')
+    return DataError(where, found, forms, said("Write it as one of these, in one line."))
