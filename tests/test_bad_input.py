@@ -332,13 +332,14 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str | bytes | None, sa
         (("trian",), "trian"),
         (("check", "--show", "-1"), "--show"),
         (("check", "--show", "all"), "--show"),
-        (("chat",), "run_or_model"),
+        (("chat",), "RUN_OR_MODEL"),
         (("check", "--data"), "--data"),
     ],
 )
 def test_a_command_that_is_spelt_wrong_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     command, *rest = arguments
-    assert refused(tmp_path, command, "--json", *rest, says=(says,)).out == ""
+    error = refused(tmp_path, command, "--json", *rest, says=(says,)).json["error"]
+    assert says in error["where"] + error["found"]
 
 
 def test_an_answer_in_json_needs_a_question(tiny_model: Path, tmp_path: Path) -> None:

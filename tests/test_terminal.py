@@ -247,9 +247,8 @@ def test_what_is_no_terminal_gets_the_reply_as_it_is_written(hostile_run: Path) 
     ended = tunesmith("chat", hostile_run, "--prompt", "Hi", "--temperature", "0")
     assert ended.out == "\x1b]0;x\x07\x9b[/b]\n"
     ended = on_terminal("chat", hostile_run, "--prompt", "Hi", "--temperature", "0", "--json")
-    assert (
-        json.loads(ended.out[ended.out.index("{") :])["reply"] == "\x1b]0;x\x07\x9b[/b]"
-    )  # after what moved meanwhile
+    answer = ended.out[ended.out.index("{") :]  # after what moved meanwhile
+    assert json.loads(answer)["reply"] == "\x1b]0;x\x07\x9b[/b]", ended.out
     assert not OBEYED.search(OWN.sub("", ended.out))
 
 

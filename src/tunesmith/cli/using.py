@@ -109,14 +109,14 @@ def _answer_all(console: Screen, chat: Chat, asked: Sequence[Question], system: 
     for question, talk in zip(asked, talks, strict=True):
         with question.named():
             chat.prompt_ids(talk)
-    with console.status(said("Reading the question …")) as answering:
-        for first in range(0, len(asked), _AT_ONCE):
-            some = slice(first, first + _AT_ONCE)
-            for question, reply in zip(asked[some], chat.replies(talks[some], **how), strict=True):
-                print_json(question.answered(reply))
-            if terminal.nobody_reads():
-                return
-            answering.update(said("{n} of {all} questions answered …", n=first + len(talks[some]), all=len(asked)))
+    for first in range(0, len(asked), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        with console.status(said("{n} of {all} questions answered …", n=first, all=len(asked))):
+            replies = chat.replies(talks[some], **how)
+        for question, reply in zip(asked[some], replies, strict=True):
+            print_json(question.answered(reply))
+        if terminal.nobody_reads():
+            return
 
 
 def evaluate(
