@@ -70,6 +70,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+ASKED = 4
+"""Of the hundred general questions, in tests that do not look at the answers."""
 
 def largest(numbers: Iterable[float]) -> float:
     """NaN if one is; Python's max passes over it."""
@@ -349,6 +351,16 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(live, "N_PROMPTS", 4)
     monkeypatch.setattr(live, "REPLY_TOKENS", 8)
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation and a study ask ASKED of the hundred general questions."""
+    from tunesmith import evaluate, general
+
+    few = general.questions()[:ASKED]
+    for module in (evaluate, general):
+        monkeypatch.setattr(module, "questions", lambda: few)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

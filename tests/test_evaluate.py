@@ -387,6 +387,7 @@ def test_eval_writes_the_verdict_beside_the_run_and_into_its_report(finished: Pa
     assert (finished / "report.html").read_text().count("<h2>Evaluation</h2>") == 1
 
 
+@pytest.mark.usefixtures("few_questions")
 def test_the_loss_is_that_of_the_training_s_own_measurement(undisturbed: Run) -> None:
     """Two ways to the same number: the engine's, and transformers' own layers side by side."""
     found = evaluate(undisturbed.path)
@@ -411,6 +412,7 @@ def test_it_is_said_what_will_be_done_and_how_far_it_is(undisturbed: Run, monkey
     assert "base answers" in told[first] and all("about" in text for text in told[first:])
 
 
+@pytest.mark.usefixtures("few_questions")
 def test_rows_of_another_file_can_be_measured(undisturbed: Run, rows: Path) -> None:
     found = evaluate(undisturbed.path, rows)
     assert found.rows == 4 and {a.question for a in found.answers} == {
@@ -418,6 +420,7 @@ def test_rows_of_another_file_can_be_measured(undisturbed: Run, rows: Path) -> N
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("few_questions")
 def test_a_run_is_measured_from_another_folder_than_it_was_started_in(
     tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +440,7 @@ def test_without_held_out_rows_it_is_said_what_to_do(tiny_model: Path, rows: Pat
         evaluate(run.path)
 
 
+@pytest.mark.usefixtures("few_questions")
 @pytest.mark.parametrize("change", ["other", "gone"])
 def test_a_run_is_measured_on_the_rows_that_it_kept_where_the_data_is_no_longer_the_same(
     tiny_model: Path, talk: Path, tmp_path: Path, change: str

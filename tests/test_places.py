@@ -51,6 +51,7 @@ def told(paths: list[Path]) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("few_questions")
 def test_nothing_that_people_share_says_where_it_was_made(private: Path) -> None:
     evaluation_page.write(rundir.open_run(private), evaluate(private))
     shared = [private / "adapter", private / "report.html", private / "eval.html"]

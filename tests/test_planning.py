@@ -51,13 +51,18 @@ def middling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "middling", **sizes, num_key_value_heads=4)
 
 
+KEPT = [({}, True), ({}, False), ({"lora.dropout": 0.0, "lora.r": 32}, True), ({"engine.recompute_layers": 2}, True)]
+PUBLISHED = ("float32", "bfloat16", "bfloat16 in float32")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @pytest.mark.parametrize(
-    ("sets", "share"),
-    [({}, True), ({}, False), ({"lora.dropout": 0.0, "lora.r": 32}, True), ({"engine.recompute_layers": 2}, True)],
+    ("sets", "share", "published", "dtype"),
+    [  # every two of them meet
+        (*kept, published, DTYPES[(i + j) % 3]) for i, kept in enumerate(KEPT) for j, published in enumerate(PUBLISHED)
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("published", ["float32", "bfloat16", "bfloat16 in float32"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_a_step_keeps_is_what_the_plan_says(
     middling_model: Path, talk: Path, split: None, tmp_path: Path, share: bool, sets: dict[str, Any], published: str,
     dtype: str,

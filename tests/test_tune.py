@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from conftest import script, start, tunesmith
+from conftest import ASKED, Ended, finished, script, start
 from small_runs import flags_of, settings
 from tunesmith import chat, general, recipe, rundir, tune
 from tunesmith.errors import OutOfMemory, RecipeError, RunError
@@ -32,15 +32,19 @@ from warm import Forked
 
 SHORT = {"train.epochs": 1}
 RATE = Searched("train.learning_rate", 1e-6, 1e-2, log=True)
-ASKED = 4
-"""Of the hundred questions, in tests that do not look at the answers."""
+FEW = f"""
+from tunesmith import cli, general
+few = general.questions()[:{ASKED}]
+general.questions = lambda: few
+cli.main()
+"""
+"""The command line, which asks so many."""
 LONG = 900
 """Seconds that a busy machine may take for what takes some."""
 
 
-@pytest.fixture
-def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(general, "questions", lambda: questions()[:ASKED])
+def tunesmith(*arguments: str | Path, cwd: Path | None = None) -> Ended:
+    return finished(start(*arguments, cwd=cwd, program=FEW), LONG)
 
 
 def held_to_know_all(given: recipe.Recipe, folder: Path, count: int) -> None:
@@ -62,7 +66,9 @@ def as_printed(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def undisturbed_study(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Two trials that nobody stopped; do not write into it."""
-    return tune.tune(settings(tiny_model, talk), tmp_path_factory.mktemp("tunes") / "undisturbed", trials=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general, "questions", lambda: questions()[:ASKED])
+        return tune.tune(settings(tiny_model, talk), tmp_path_factory.mktemp("tunes") / "undisturbed", trials=2)
 
 
 # --- what is tried, and what is best ----------------------------------------------------------------------------------
@@ -278,12 +284,12 @@ def test_the_same_command_goes_on_and_begins_nothing_twice(
 ) -> None:
     out = tmp_path / "study"
     command = ["tune", *flags_of(tiny_model, talk), "--out", out]
-    first = tunesmith(*command, "--trials", "1", timeout=LONG)
+    first = tunesmith(*command, "--trials", "1")
     assert first.code == 0, first.err
-    again = tunesmith(*command, "--trials", "2", cwd=tmp_path, timeout=LONG)
+    again = tunesmith(*command, "--trials", "2", cwd=tmp_path)
     assert as_printed(again.json) == told(undisturbed_study), again.err
     before = {path: path.stat().st_mtime_ns for path in (out / "trials").rglob("*")}
-    once_more = tunesmith(*command, "--trials", "2", timeout=LONG)
+    once_more = tunesmith(*command, "--trials", "2")
     assert once_more.code == 0 and as_printed(once_more.json) == as_printed(again.json)
     assert before == {path: path.stat().st_mtime_ns for path in (out / "trials").rglob("*")}
     for ended in (first, again, once_more):
@@ -312,7 +318,7 @@ def test_a_study_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     out = tmp_path / "study"
     command = ["tune", *flags_of(tiny_model, talk), "--out", out, "--trials", "2"]
-    process = start(*command)
+    process = start(*command, program=FEW)
     running(out, 1, 4, process)
     process.send_signal(how)
     printed, said = process.communicate(timeout=LONG)
@@ -323,7 +329,7 @@ def test_a_study_that_was_stopped_ends_as_one_that_was_not(
             "done",
             "waiting",
         ]
-    ended = tunesmith(*command, timeout=LONG)
+    ended = tunesmith(*command)
     assert ended.code == 0, ended.err
     assert as_printed(ended.json) == told(undisturbed_study)
     for trial in undisturbed_study.trials:
@@ -409,18 +415,18 @@ def test_two_processes_take_part_in_one_study_and_each_trial_is_trained_once(
     command = ["tune", *flags_of(tiny_model, talk, **one_step), "--out", out, "--trials", "1000"]
     processes: list[Forked] = []
     with ended_in_the_end(processes):
-        processes.append(start(*command, "--join"))
+        processes.append(start(*command, "--join", program=FEW))
         running(out, 0, 1, processes[0])
-        alone = tunesmith(*command, timeout=LONG)
+        alone = tunesmith(*command)
         assert alone.code == 2 and "another process at work in it" in " ".join(alone.err.split())
-        processes.append(start(*command, "--join"))
+        processes.append(start(*command, "--join", program=FEW))
         wait_until(lambda: len(finishers(out)) == 2, *processes)
         processes[1].kill()
         processes[1].communicate()
         processes[0].send_signal(signal.SIGINT)
         assert processes[0].wait(LONG) == 130
     begun = len(list((out / "trials").iterdir()))
-    ended = tunesmith(*command[:-1], str(begun), timeout=LONG)
+    ended = tunesmith(*command[:-1], str(begun))
     assert ended.code == 0, ended.err
     assert [trial["number"] for trial in ended.json["trials"]] == [*range(begun)]
     assert {trial["state"] for trial in ended.json["trials"]} <= {"done", "pruned"}
