@@ -73,6 +73,7 @@ CHATML = (
 ASKED = 4
 """Of the hundred general questions, in tests that do not look at the answers."""
 
+
 def largest(numbers: Iterable[float]) -> float:
     """NaN if one is; Python's max passes over it."""
     return float(np.max([*numbers]))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import script, tunesmith
 from small_runs import settings
 from tunesmith import evaluate as evaluations
-from tunesmith import general, scores
+from tunesmith import extras, general, scores
 from tunesmith.chat import load
-from tunesmith.cli.console import require_extra
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
@@ -463,9 +463,9 @@ def test_a_run_is_measured_on_the_rows_that_it_kept_where_the_data_is_no_longer_
 
 
 def test_a_missing_package_is_named_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["tunesmith", "eval"])
-    with pytest.raises(MissingExtra, match=r"pip install 'tunesmith\[eval\]'"):
-        require_extra("eval", "a_package_that_nobody_has")
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # which is how an import that fails begins
+    with pytest.raises(MissingExtra, match=r"^tunesmith eval: .*pip install 'tunesmith\[eval\]'"):
+        extras.require("eval", "tunesmith eval")
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_what_is_no_terminal_gets_the_reply_as_it_is_written(hostile_run: Path) 
     ended = tunesmith("chat", hostile_run, "--prompt", "Hi", "--temperature", "0")
     assert ended.out == "\x1b]0;x\x07\x9b[/b]\n"
     ended = on_terminal("chat", hostile_run, "--prompt", "Hi", "--temperature", "0", "--json")
-    answer = ended.out[ended.out.index("{") :]  # after what moved meanwhile
+    answer = ended.out[ended.out.index("{") :].splitlines()[0]  # between what moves
     assert json.loads(answer)["reply"] == "\x1b]0;x\x07\x9b[/b]", ended.out
     assert not OBEYED.search(OWN.sub("", ended.out))
 
