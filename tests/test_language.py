@@ -36,6 +36,7 @@ PAIRS = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SPELT_ALIKE = {
+    "{path}: {account}; {verdict}",
     *("logits", "python", "ok", "; ", ", ", ", {time}", "{run}: {verdict}", "{sentence}.", "{what_for}: {command}"),
     *(
         "{name}: {reason}",

@@ -58,6 +58,8 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
         "rows": {
             "read": checked.n_read,
             "trainable": len(rows),
+            "trained": len(rows) - checked.n_held_out,
+            "held_out": checked.n_held_out,
             "set_aside": checked.n_set_aside,
             "repeats": len(checked.repeats),
         },
@@ -140,13 +142,7 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
     targets = [(f"{'  ' * (n > 0)}{t.name}", (f"×{t.layers}", "grey62")) for n, t in enumerate(checked.targets)]
     fact(said("adapts"), *(part for target in targets for part in target))
     fact("", said("{n:,} numbers to train", n=sum(t.parameters for t in checked.targets)))
-    account = said(
-        "{read:,} read = {trainable:,} trainable + {faulty:,} faulty",
-        read=checked.n_read,
-        trainable=len(checked.rows),
-        faulty=checked.n_set_aside,
-    )
-    fact(said("rows"), account)
+    fact(said("rows"), checked.account)
     if total:
         longest = int(checked.rows.longest.max())
         account = said(
