@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
-from tunesmith.language import said
+from tunesmith.language import counted, said
 from tunesmith.recipe import Recipe, settled
 from tunesmith.records.found import plain
 from tunesmith.report import write_report
@@ -167,7 +167,8 @@ def train(
         run = rundir.create(path, needed_bytes=work.bytes_on_disk())
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             sources = sources or recipes.sources_of(recipe)
-            rundir.write_text(run.recipe, recipes.write(recipe, sources))
+            beside = _beside_auto(checked, [asdict(choice) for choice in made.choices])
+            rundir.write_text(run.recipe, recipes.write(recipe, sources, beside))
             rundir.write_lines(run.ledger, ledger(checked, work.training, work.held_out))
             if work.held_out:  # so that the run can be measured when the data is elsewhere
                 talks = (row.conversation.messages for row in work.held_out)
@@ -236,7 +237,8 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             work = unchanged()
             if epochs is not None:
                 sources[_EXTENDED] = "flag"
-                rundir.write_text(run.recipe, recipes.write(recipe, sources))
+                beside = _beside_auto(work.checked, manifest["plan"]["choices"])
+                rundir.write_text(run.recipe, recipes.write(recipe, sources, beside))
                 rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
             rundir.require_space(run.path, work.bytes_on_disk())
             work.require_same_everywhere(point)
@@ -539,6 +541,17 @@ def _manifest(work: _Work) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": checked.recipe.train.seed,
         "recipe": checked.recipe.model_dump(),
+    }
+
+
+def _beside_auto(checked: Checked, choices: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What `auto` came to here, by setting, and why."""
+    return {
+        "data.max_length": said("{n}, all that the model can read", n=models.context_length(checked.config)),
+        "template.name": checked.renderer.template.described,
+        "engine.attention": "flex" if models.device().type == "cuda" else "gather",
+        "eval.hold_out": counted("{n:,} row", "{n:,} rows", checked.n_held_out),
+        **{each["setting"]: f"{each['value']}, {each['why']}" for each in choices},
     }
 
 
