@@ -11,7 +11,6 @@ import operator
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +71,7 @@ class Run:
     held_out_loss: tuple[float, float] | None
     """Before and after training; None where nothing is held out."""
     seconds: float
+    """Of work, over all times that it was gone on with: the base's answers, steps, measures, checkpoints."""
     peak_memory_bytes: int
     tokens: int
     supervised_tokens: int
@@ -290,7 +290,7 @@ class _Work:
             }
         )
 
-    def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., None]) -> Run:
+    def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., float]) -> Run:
         """Trains from the checkpoint (None: from the beginning) to the end, or until somebody asks to stop."""
         recipe, checked, watcher, interrupts = self.settled, self.checked, self.watcher, self.interrupts
         step = 0 if point is None else rundir.step_of(point)
@@ -320,12 +320,10 @@ class _Work:
         if point is not None:
             trainer.note(said("Went on after step {step}.", step=step))
             watcher.went_on(earlier)
-        began = time.monotonic()
         with interrupts.gently():
             if self.held_out and point is None:
                 trainer.measure()
             trainer.go_on_from(point, earlier)
-        seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
         if not trainer.interrupted:
             trainer.take_best()
             adapter_files.write(run, model, checked, recipe, pissa_start)
@@ -336,10 +334,10 @@ class _Work:
             Sample(_question(row), row.conversation.messages[-1].content, b.shown, a.shown)
             for row, b, a in zip(asked, before, after, strict=False)
         )
+        ended: dict[str, Any] = {"state": "interrupted", "exit_code": 130} if trainer.interrupted else {}
+        seconds = tell(work_ended=True, **ended)
         result = self._result(run, trainer.lines, seconds, samples, interrupted=trainer.interrupted)
-        if trainer.interrupted:
-            tell(state="interrupted", exit_code=130)
-        else:
+        if not trainer.interrupted:
             write_report(run, result, checked)
         return result
 
@@ -387,7 +385,7 @@ class _Work:
             how = said("This run is done. It stopped because of eval.patience={patience}.", patience=patience)
         self.watcher.noted(caller.told(how))
         lines = earlier_lines(run, step)
-        return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
+        return self._result(run, lines, runs.state_of(run.path).seconds, (), interrupted=False)
 
     def _result(
         self,
