@@ -384,19 +384,28 @@ _MEANINGS = {
 }
 
 
+_TIMES = {
+    "before": (marked("before"), marked("the base answers questions and general prompts")),
+    "steps": (marked("steps"), marked("of the training itself")),
+    "measures": (marked("measures"), marked("the loss on rows held out")),
+    "after": (marked("after"), marked("the tuned model answers the questions")),
+}
+
+
 def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
     """Memory by what takes it, time, and what was chosen and why; or one line of it."""
     needed, there = plan.peak_memory_bytes / 2**30, plan.machine.available_bytes / 2**30
     console.print(
         phrase(
-            "{plan}  {needed:.1f} of {there:.1f} GiB on {machine}, {fits}; {steps} in about {time}",
+            "{plan}  {needed:.1f} of {there:.1f} GiB on {machine}, {fits}; {steps} in about {time}, {all} with answers",
             plan=(said("plan"), "bold"),
             needed=needed,
             there=there,
             machine=plan.machine.called,
             fits=_fits(plan),
             steps=said("{n:,} steps", n=plan.steps),
-            time=_clock(plan.seconds),
+            time=_clock(plan.times.steps),
+            all=_clock(plan.seconds),
         )
     )
     if not in_full:
@@ -409,6 +418,21 @@ def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
         called, meaning = map(said, _MEANINGS[name])
         table.add_row(called, f"{count / 2**20:,.0f}", meaning, style="" if count else "grey62")
     console.print(table)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(said("time"))
+    table.add_column("", justify="right")
+    table.add_column("")
+    for name, seconds in asdict(plan.times).items():
+        called, meaning = map(said, _TIMES[name])
+        table.add_row(called, _clock(seconds), meaning)
+    console.print(table)
+    tokens = said(
+        "{total:,} tokens, of them learned {learned:,}; {shared:,} are shared by rows and computed once",
+        total=plan.tokens,
+        learned=plan.supervised_tokens,
+        shared=plan.shared_tokens,
+    )
+    console.print(tokens)
     for choice in plan.choices:
         console.print(styled((choice.setting, "cyan"), said(" = {value}: {why}", value=choice.value, why=choice.why)))
 

@@ -233,7 +233,7 @@ class _Work:
         self._space = [searched.around(self._own[searched.name]) for searched in SPACE]
         self._epochs: int = _value(settled, "train.epochs")
         self._steps_per_epoch = made.steps // self._epochs
-        self._seconds_per_step, self._seconds_besides = made.seconds / made.steps, 0.0  # until a trial was measured
+        self._seconds_per_step, self._seconds_besides = made.times.steps / made.steps, 0.0  # until one was measured
         self._name = secrets.token_hex(4)  # of this process, in this study
         self._alarm = _Alarm(ends)
 
