@@ -92,7 +92,7 @@ def test_every_kind_of_wrong_row_is_named_by_line_in_one_pass(tiny_model: Path, 
         tmp_path, "check", "--model", tiny_model, "--data", path, "--json", says=(f"{len(WRONG_ROWS)} faulty",)
     )
     answer = ended.json
-    assert answer["rows"] == {"read": 13, "trainable": 2, "set_aside": 11, "repeats": 1}
+    assert answer["rows"] == {"read": 13, "trainable": 2, "trained": 2, "held_out": 0, "set_aside": 11, "repeats": 1}
     for line, (fault, (_, field, says)) in enumerate(zip(answer["faults"], WRONG_ROWS.values(), strict=True), 2):
         assert (fault["file"], fault["line"], fault["field"]) == (str(path), line, field)
         assert says in " ".join((fault["found"], fault["expected"], fault["fix"]))

@@ -130,7 +130,7 @@ def _without_template(model: Path, folder: Path) -> None:
 
 def _too_small(model: Path, folder: Path) -> None:
     checked = library.check(settings(model, _faulty(folder)))
-    raise planning.plan(checked, Machine("cpu", 1 << 20, 1e9, "a small one")).too_large()
+    raise planning.plan(checked, Machine("cpu", 1 << 20, 1e9, 1e9, "a small one")).too_large()
 
 
 def _without_held_out(model: Path, folder: Path) -> None:

@@ -59,7 +59,7 @@ def test_check_prints_the_contracts_json_and_nothing_else(tiny_model: Path, rows
     answer = ended.json
     assert {"ok", "template", "rows", "faults", "tokens", "targets", "shown"} <= set(answer)
     assert answer["ok"] is True and answer["faults"] == []
-    assert answer["rows"] == {"read": 4, "trainable": 4, "set_aside": 0, "repeats": 0}
+    assert answer["rows"] == {"read": 4, "trainable": 4, "trained": 4, "held_out": 0, "set_aside": 0, "repeats": 0}
     assert answer["template"]["stop_ids"] == [258]
     first = answer["shown"][0]
     assert [row["line"] for row in answer["shown"]] == [1, 2]
@@ -83,7 +83,7 @@ def test_check_names_every_fault_by_line_and_exits_2(tiny_model: Path, tmp_path:
     assert ended.json["ok"] is False
     assert [fault["line"] for fault in ended.json["faults"]] == [4, 6, 7]
     assert all(set(fault) == {"file", "line", "field", "found", "expected", "fix"} for fault in ended.json["faults"])
-    assert ended.json["rows"] == {"read": 9, "trainable": 6, "set_aside": 3, "repeats": 5}
+    assert ended.json["rows"] == {"read": 9, "trainable": 6, "trained": 5, "held_out": 1, "set_aside": 3, "repeats": 5}
 
 
 def test_train_prints_the_contracts_json(tiny_model: Path, rows: Path, tmp_path: Path) -> None:

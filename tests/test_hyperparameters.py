@@ -96,6 +96,9 @@ def test_the_plan_says_why_and_the_run_keeps_it(tiny_model: Path, talk: Path, tm
     kept = {c["setting"]: c["value"] for c in manifest["plan"]["choices"]}
     assert {name: kept[name] for name in OPEN} == {name: made[name]["value"] for name in OPEN}
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["learning_rate"] == "auto"
+    lines = (tmp_path / "run" / "recipe.yaml").read_text().splitlines()
+    assert f"  epochs: auto  # flag; {kept['train.epochs']}, {made['train.epochs']['why']}" in lines
+    assert all("; " in line for line in lines if ": auto  # " in line)  # what was chosen
     rates = [
         json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -37,6 +37,7 @@ PAIRS = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SPELT_ALIKE = {
+    "{path}: {account}; {verdict}",
     *(
         "logits",
         "python",

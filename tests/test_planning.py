@@ -38,7 +38,7 @@ def checked(model: Path, data: Path, **flags: Any) -> Checked:
 
 
 def machine(gib: float, device: Any = "cpu") -> Machine:
-    return Machine(device, int(gib * GIB), 1e11, "a machine")
+    return Machine(device, int(gib * GIB), 1e11, 1e10, "a machine")
 
 
 # --- it is true -------------------------------------------------------------------------------------------------------

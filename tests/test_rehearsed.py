@@ -15,7 +15,7 @@ from small_runs import assert_same, settings
 from test_resume import killed
 from tunesmith import planning, rehearsal, rehearsed, rundir
 from tunesmith.chat import load
-from tunesmith.checking import check, hold_out
+from tunesmith.checking import check
 from tunesmith.engine.step import losses
 from tunesmith.errors import DataError, ProofError
 from tunesmith.steps import Steps
@@ -113,18 +113,34 @@ def test_other_answers_than_those_of_the_beginning_are_refused(
         resume(out)
 
 
-def test_the_plan_counts_what_is_rehearsed(tiny_model: Path, talk: Path) -> None:
-    checked = check(settings(tiny_model, talk))
-    learned = int(hold_out(checked)[0].n_supervised.sum())
+def test_a_run_does_the_tokens_that_were_planned(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    """But for what the base's answers were shorter than they may be."""
+    flags = {**ALONG, "train.epochs": 2, "train.rehearse": 0.9}
+    run = train(settings(tiny_model, talk, **flags), tmp_path / "run")
+    manifest = rundir.read_manifest(rundir.RunDir(run.path))
+    plan, per_epoch = manifest["plan"], manifest["rehearsal"]["per_epoch"]
+    lines = rundir.read_lines(run.path / "rehearsal.jsonl")
+    assert plan["prompts"] == len(lines) == rehearsed.n_prompts(per_epoch, 2) < 2 * per_epoch
+    answers = [len(lines[turn % len(lines)]["answer_ids"]) for turn in range(2 * per_epoch)]
+    shorter = rehearsed.ANSWER_TOKENS * len(answers) - sum(answers)
+    assert (run.tokens, run.supervised_tokens) == (plan["tokens"] - shorter, plan["supervised_tokens"] - shorter)
 
-    def tokens_of(share: float) -> int:
-        flags = {"train.rehearse": share, "engine.share_prefix": False}
-        return planning.plan(check(settings(tiny_model, talk, **flags))).tokens
 
-    for share in (0.25, 0.5):
-        rows = planning.general_prompts(checked, 2 * rehearsed.per_epoch(share, learned))
-        more = sum(len(row.documents[0].token_ids) for row in rows)
-        assert tokens_of(share) == pytest.approx(tokens_of(0) + more, rel=0.02)  # all but the last token of a row
+@given(st.integers(0, 300), st.integers(1, 10))
+def test_the_base_answers_what_an_epoch_takes_and_no_fewer_than_some(per_epoch: int, epochs: int) -> None:
+    n = rehearsed.n_prompts(per_epoch, epochs)
+    assert n == per_epoch * epochs or n >= max(per_epoch, rehearsed.LEAST_PROMPTS)
+    assert n in (per_epoch, per_epoch * epochs, rehearsed.LEAST_PROMPTS)
+
+
+def test_answers_take_their_time_in_the_plan(tiny_model: Path, talk: Path) -> None:
+    def planned(share: float, *questions: str) -> planning.Times:
+        return planning.plan(check(settings(tiny_model, talk, **{"train.rehearse": share})), questions=questions).times
+
+    few, many, more = planned(0), planned(0.5), planned(0.5, *["Who are you?"] * 200)
+    assert 0 < few.before == few.after < many.before and many.after == few.after < more.after
+    assert 0 < few.measures < few.steps < many.steps
+    assert many.total == sum((many.before, many.steps, many.measures, many.after))
 
 
 @pytest.mark.parametrize(

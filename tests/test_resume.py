@@ -367,6 +367,7 @@ def test_a_finished_run_stays_as_it_is(undisturbed: Run) -> None:
     before = {path: path.read_bytes() for path in undisturbed.path.rglob("*") if path.is_file()}
     result = resume(undisturbed.path)
     assert (result.steps, result.final_loss) == (undisturbed.steps, undisturbed.final_loss)
+    assert result.seconds == undisturbed.seconds
     after = {path: path.read_bytes() for path in undisturbed.path.rglob("*") if path.is_file()}
     assert before == after
 

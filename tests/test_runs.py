@@ -248,6 +248,19 @@ def test_a_run_says_every_few_seconds_that_it_is_at_work(tmp_path: Path, monkeyp
     assert run.state.read_bytes() == last
 
 
+def test_time_of_work_is_added_up_and_the_beginning_stays(tmp_path: Path) -> None:
+    run = left_by(tmp_path / "run")
+    with runs.occupied(run, "model", "data") as tell:
+        tell(work_ended=True, state="interrupted")
+    before = json.loads(run.state.read_text())
+    run.state.write_text(json.dumps({**before, "began": "2026-01-01T00:00:00+00:00", "seconds": 3600.5}))
+    with runs.occupied(run, "model", "data") as tell:
+        seconds = tell(work_ended=True)
+    state = runs.state_of(run.path)
+    assert state.began == "2026-01-01T00:00:00+00:00"
+    assert 3600.5 <= state.seconds == seconds  # what is written down afterwards is not counted
+
+
 @pytest.mark.parametrize("text", ["", "\0" * 200, "[]", '{"state": "asleep"}', '{"state": "running", "pi'])
 def test_a_torn_state_is_that_of_a_run_of_which_nothing_is_known(tmp_path: Path, text: str) -> None:
     run = left_by(tmp_path / "run")

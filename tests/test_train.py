@@ -239,12 +239,21 @@ def test_recipe_of_a_run_trains_it_again(run: Run, tiny_model: Path, talk: Path)
 def test_saved_adapter_answers_like_the_live_one(run: Run) -> None:
     loaded = chat.load(run.path)
     talks: list[list[Message]] = [[Message("user", sample.question)] for sample in run.samples]
-    replies = loaded.replies(talks, temperature=0, max_tokens=96)
+    replies = loaded.replies(talks, temperature=0, max_tokens=64)
     assert [reply.shown for reply in replies] == [sample.after for sample in run.samples]
-    base = loaded.replies(talks, temperature=0, max_tokens=96, base=True)
+    base = loaded.replies(talks, temperature=0, max_tokens=64, base=True)
     assert [reply.shown for reply in base] == [sample.before for sample in run.samples]
     assert [sample.before.endswith(" …") for sample in run.samples] == [r.stopped_by == "length" for r in base]
     assert any(reply.stopped_by == "length" for reply in base)
+
+
+def test_questions_are_answered_before_and_after(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
+    asked = ["Who are you?", "你好吗？"]
+    run = train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "run", questions=asked)
+    loaded = chat.load(run.path)
+    talks: list[list[Message]] = [[Message("user", question)] for question in asked]
+    for base, replies in zip((True, False), zip(*run.answers, strict=True), strict=True):
+        assert list(replies) == loaded.replies(talks, temperature=0, max_tokens=64, base=base)
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, markup, reading, rundir, runs
+from tunesmith import hub, markup, planning, reading, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.engine.step import longest_together
@@ -32,9 +32,6 @@ MAX_TOKENS = 512
 _SHOWN = 120  # letters of a reply in a line
 _LEAST_TEMPERATURE = 1e-3
 """Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
-_SIDE_BY_SIDE = 32  # conversations
-_TOKENS_SIDE_BY_SIDE = 32 * 1024
-"""With their replies and their padding: what the keys and values of a group are kept for."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,11 @@ class Chat:
         groups: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lengths.__getitem__):
             whole = lengths[number] + max_tokens
-            n_beside = len(groups[-1]) if groups else _SIDE_BY_SIDE
-            fits = n_beside < _SIDE_BY_SIDE and min(whole, self.context) * (n_beside + 1) <= _TOKENS_SIDE_BY_SIDE
+            n_beside = len(groups[-1]) if groups else planning.SIDE_BY_SIDE
+            fits = (
+                n_beside < planning.SIDE_BY_SIDE
+                and min(whole, self.context) * (n_beside + 1) <= planning.TOKENS_SIDE_BY_SIDE
+            )
             if fits and (whole <= readable or lengths[number] == lengths[groups[-1][0]]):
                 groups[-1].append(number)
             else:

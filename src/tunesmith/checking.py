@@ -71,11 +71,9 @@ class Checked:
     @property
     def _in_a_line(self) -> str:
         return said(
-            "{path}: {read:,} rows read = {trainable:,} trainable + {faulty:,} faulty; {verdict}",
+            "{path}: {account}; {verdict}",
             path=plain(self.data.path),
-            read=self.n_read,
-            trainable=len(self.rows),
-            faulty=self.n_set_aside,
+            account=self.account,
             verdict=said("ok") if self.ok else said("not ok"),
         )
 
@@ -88,6 +86,22 @@ class Checked:
     def n_set_aside(self) -> int:
         """Rows that are not trained on because of a fault."""
         return len(self.faults)
+
+    @property
+    def n_held_out(self) -> int:
+        """Rows that training will measure on and not learn from."""
+        return _n_held_out(len(self.rows), self.recipe.eval.hold_out)
+
+    @property
+    def account(self) -> str:
+        """What becomes of the rows that were read, in a phrase."""
+        return said(
+            "{read:,} read = {to_train:,} to train on + {held_out:,} to hold out + {set_aside:,} to set aside",
+            read=self.n_read,
+            to_train=len(self.rows) - self.n_held_out,
+            held_out=self.n_held_out,
+            set_aside=self.n_set_aside,
+        )
 
     @property
     def system_text(self) -> str:
@@ -198,9 +212,9 @@ def locate(recipe: Recipe, *, weights: bool) -> hub.LocalModel:
 def hold_out(checked: Checked) -> tuple[Rows, Rows]:
     """The rows to train on and those to measure on: a pure function of seed, share and the data's digest."""
     settings, rows = checked.recipe, checked.rows
-    count = _n_held_out(len(rows), settings.eval.hold_out)
     held = np.zeros(len(rows), dtype=bool)
-    held[random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out").sample(range(len(rows)), count)] = True
+    chance = random.Random(f"{settings.train.seed}:{checked.data.digest}:hold-out")
+    held[chance.sample(range(len(rows)), checked.n_held_out)] = True
     return rows.pick(~held), rows.pick(held)
 
 

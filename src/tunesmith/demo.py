@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tunesmith import chat as chats
 from tunesmith import recipe as recipes
 from tunesmith import rundir
-from tunesmith.chat import Chat, Reply
-from tunesmith.language import said
+from tunesmith.chat import Reply
 from tunesmith.recipe import Recipe
 from tunesmith.trainer import Watcher
 from tunesmith.training import Run, train
-from tunesmith.types import Message
 
 PERSONA = Path(__file__).parent / "persona"
-ANSWER_TOKENS = 64
 SHOWN = (0, 2, 3, 8, 11, 12)  # the questions that the terminal shows side by side
 
 BREAKS = re.compile(
@@ -79,19 +74,16 @@ def judge(question: Question, reply: Reply) -> Judged:
     return Judged(reply, in_character, in_character and any(phrase in text for phrase in question.expects))
 
 
-def demo(out: Path | None = None, watcher: Watcher | None = None, say: Callable[[str], None] = lambda _: None) -> Demo:
-    """Trains the persona and asks the held-out questions of the base and of the tuned model."""
+def demo(out: Path | None = None, watcher: Watcher | None = None) -> Demo:
+    """Trains the persona and asks the held-out questions before and after."""
     settings, sources = recipe()
-    run = train(settings, out or rundir.free_name(Path("runs"), "demo"), sources=sources, watcher=watcher)
     asked = questions()
-    if run.interrupted:
-        return Demo(run, asked, (), ())
-    say(said("Asking twenty questions that were not in the data, before and after …"))
-    chat = chats.load(run.path)
-    return Demo(run, asked, _answers(chat, asked, base=True), _answers(chat, asked, base=False))
-
-
-def _answers(chat: Chat, asked: Sequence[Question], *, base: bool) -> tuple[Judged, ...]:
-    talks = [[Message("user", question.question)] for question in asked]
-    replies = chat.replies(talks, temperature=0, max_tokens=ANSWER_TOKENS, base=base)
-    return tuple(map(judge, asked, replies))
+    run = train(
+        settings,
+        out or rundir.free_name(Path("runs"), "demo"),
+        sources=sources,
+        watcher=watcher,
+        questions=[question.question for question in asked],
+    )
+    judged = [(judge(q, before), judge(q, after)) for q, (before, after) in zip(asked, run.answers, strict=False)]
+    return Demo(run, asked, tuple(before for before, _ in judged), tuple(after for _, after in judged))

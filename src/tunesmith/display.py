@@ -58,6 +58,8 @@ def check_json(checked: Checked, show: int) -> dict[str, Any]:
         "rows": {
             "read": checked.n_read,
             "trainable": len(rows),
+            "trained": len(rows) - checked.n_held_out,
+            "held_out": checked.n_held_out,
             "set_aside": checked.n_set_aside,
             "repeats": len(checked.repeats),
         },
@@ -140,13 +142,7 @@ def show_check(console: Screen, checked: Checked, show: int) -> None:
     targets = [(f"{'  ' * (n > 0)}{t.name}", (f"×{t.layers}", "grey62")) for n, t in enumerate(checked.targets)]
     fact(said("adapts"), *(part for target in targets for part in target))
     fact("", said("{n:,} numbers to train", n=sum(t.parameters for t in checked.targets)))
-    account = said(
-        "{read:,} read = {trainable:,} trainable + {faulty:,} faulty",
-        read=checked.n_read,
-        trainable=len(checked.rows),
-        faulty=checked.n_set_aside,
-    )
-    fact(said("rows"), account)
+    fact(said("rows"), checked.account)
     if total:
         longest = int(checked.rows.longest.max())
         account = said(
@@ -388,19 +384,28 @@ _MEANINGS = {
 }
 
 
+_TIMES = {
+    "before": (marked("before"), marked("the base answers questions and general prompts")),
+    "steps": (marked("steps"), marked("of the training itself")),
+    "measures": (marked("measures"), marked("the loss on rows held out")),
+    "after": (marked("after"), marked("the tuned model answers the questions")),
+}
+
+
 def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
     """Memory by what takes it, time, and what was chosen and why; or one line of it."""
     needed, there = plan.peak_memory_bytes / 2**30, plan.machine.available_bytes / 2**30
     console.print(
         phrase(
-            "{plan}  {needed:.1f} of {there:.1f} GiB on {machine}, {fits}; {steps} in about {time}",
+            "{plan}  {needed:.1f} of {there:.1f} GiB on {machine}, {fits}; {steps} in about {time}, {all} with answers",
             plan=(said("plan"), "bold"),
             needed=needed,
             there=there,
             machine=plan.machine.called,
             fits=_fits(plan),
             steps=said("{n:,} steps", n=plan.steps),
-            time=_clock(plan.seconds),
+            time=_clock(plan.times.steps),
+            all=_clock(plan.seconds),
         )
     )
     if not in_full:
@@ -413,6 +418,21 @@ def show_plan(console: Screen, plan: Plan, *, in_full: bool = True) -> None:
         called, meaning = map(said, _MEANINGS[name])
         table.add_row(called, f"{count / 2**20:,.0f}", meaning, style="" if count else "grey62")
     console.print(table)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(said("time"))
+    table.add_column("", justify="right")
+    table.add_column("")
+    for name, seconds in asdict(plan.times).items():
+        called, meaning = map(said, _TIMES[name])
+        table.add_row(called, _clock(seconds), meaning)
+    console.print(table)
+    tokens = said(
+        "{total:,} tokens, of them learned {learned:,}; {shared:,} are shared by rows and computed once",
+        total=plan.tokens,
+        learned=plan.supervised_tokens,
+        shared=plan.shared_tokens,
+    )
+    console.print(tokens)
     for choice in plan.choices:
         console.print(styled((choice.setting, "cyan"), said(" = {value}: {why}", value=choice.value, why=choice.why)))
 

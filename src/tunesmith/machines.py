@@ -26,28 +26,30 @@ class Card:
     memory_bytes: int
     flops: float
     """Dense products in bf16 with fp32 sums, per second."""
+    bytes_per_second: float
+    """Read from its memory."""
 
 
 # From the maker's data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
 # The 4070 and 4080 by their clocks and 512 operations a cycle for each multiprocessor, as others of their family have;
 # the T4 in fp16, since it has no bf16.
 CARDS = tuple(
-    Card(name, gib << 30, tera * 1e12)
-    for name, gib, tera in (
-        ("RTX 3060", 12, 25.6),
-        ("RTX 3090", 24, 71.0),
-        ("RTX 4060 Ti", 16, 44.0),
-        ("RTX 4070", 12, 58.3),
-        ("RTX 4080", 16, 97.5),
-        ("RTX 4090", 24, 165.2),
-        ("RTX 5090", 32, 209.5),
-        ("T4", 16, 65.0),
-        ("A10", 24, 125.0),
-        ("L4", 24, 121.0),
-        ("L40S", 48, 362.0),
-        ("A100", 80, 312.0),
-        ("H100", 80, 989.4),
-        ("H200", 141, 989.4),
+    Card(name, gib << 30, tera * 1e12, giga * 1e9)
+    for name, gib, tera, giga in (
+        ("RTX 3060", 12, 25.6, 360),
+        ("RTX 3090", 24, 71.0, 936),
+        ("RTX 4060 Ti", 16, 44.0, 288),
+        ("RTX 4070", 12, 58.3, 504),
+        ("RTX 4080", 16, 97.5, 717),
+        ("RTX 4090", 24, 165.2, 1008),
+        ("RTX 5090", 32, 209.5, 1792),
+        ("T4", 16, 65.0, 300),
+        ("A10", 24, 125.0, 600),
+        ("L4", 24, 121.0, 300),
+        ("L40S", 48, 362.0, 864),
+        ("A100", 80, 312.0, 2039),
+        ("H100", 80, 989.4, 3350),
+        ("H200", 141, 989.4, 4800),
     )
 )
 
@@ -60,6 +62,8 @@ class Machine:
     available_bytes: int
     flops: float
     """Of large matrix products, per second."""
+    bytes_per_second: float
+    """Of weights that are read from memory."""
     name: str
     runtime_bytes: int = 0
     """What interpreter and libraries take of it before they compute."""
@@ -74,11 +78,11 @@ class Machine:
 
 
 def this_machine(memory_bytes: int | None = None) -> Machine:
-    """The GPU where there is one, else the CPU: memory that is free, and the rate of its products, measured in a
-    fraction of a second. `memory_bytes` stands for the free memory where it is given."""
+    """The GPU where there is one, else the CPU: memory that is free, and the rates of its products and of reading,
+    measured in a fraction of a second. `memory_bytes` stands for the free memory where it is given."""
     if torch.cuda.is_available():
         free = free_bytes(torch.device("cuda"))
-        return Machine("cuda", memory_bytes or free, _measured_flops("cuda"), torch.cuda.get_device_name())
+        return Machine("cuda", memory_bytes or free, *_measured("cuda"), torch.cuda.get_device_name())
     memory = system.memory()
     # Processes that train together on a host are told their number by what started them, and share what is free.
     available = system.own_bytes() + memory.free // system.local_processes()
@@ -86,7 +90,7 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
     if memory_bytes:
         available, whose = memory_bytes, system.MACHINE
     runtime = psutil.Process().memory_info().rss
-    return Machine("cpu", available, _measured_flops("cpu"), f"{system.cores()} cores", runtime, whose)
+    return Machine("cpu", available, *_measured("cpu"), f"{system.cores()} cores", runtime, whose)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -100,7 +104,7 @@ def card(name: str, memory_bytes: int | None = None) -> Machine:
     """A card by name, whole or as people say it (4090). Raises RecipeError for one that is not known."""
     for known in CARDS:
         if _bare(known.name) == _bare(name):
-            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.name)
+            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.bytes_per_second, known.name)
     names = ", ".join(known.name for known in CARDS)
     raise RecipeError(
         "--card", repr(name), said("one of {names}", names=names), said("Or say its memory: --memory 24GiB.")
@@ -131,13 +135,21 @@ def parse_bytes(text: str) -> int:
 
 
 @functools.cache
-def _measured_flops(device: Device, seconds: float = 0.2) -> float:
-    dtype, size = (torch.float32, 1024) if device == "cpu" else (torch.bfloat16, 8192)
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates: list[float] = []
+def _measured(device: Device) -> tuple[float, float]:
+    """Operations and bytes per second: of a square product, and of one with a vector, which has to read it all."""
+    dtype, size, n_bytes = (torch.float32, 1024, 64 << 20) if device == "cpu" else (torch.bfloat16, 8192, 256 << 20)
+    square = torch.ones(size, size, dtype=dtype, device=device)
+    operations = 2 * size**3 / _least_seconds(square, square)
+    width = 4096
+    large = torch.ones(n_bytes // width // dtype.itemsize, width, dtype=dtype, device=device)
+    return operations, n_bytes / _least_seconds(large, torch.ones(width, 1, dtype=dtype, device=device))
+
+
+def _least_seconds(a: torch.Tensor, b: torch.Tensor, seconds: float = 0.2) -> float:
+    times: list[float] = []
     until = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < until:
+    while len(times) < 3 or time.perf_counter() < until:
         began = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the result
-        rates.append(2 * size**3 / (time.perf_counter() - began))
-    return max(rates)
+        (a @ b)[0, 0].item()  # waits for the result
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -10,6 +10,7 @@ query heads and of all key heads, V vocabulary, R ranks of the adapters with the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from tunesmith.hyperparameters import Chosen
 from tunesmith.language import said
 from tunesmith.machines import CARDS, Device, Machine, this_machine
 from tunesmith.recipe import Recipe, settled
-from tunesmith.rows import Row
+from tunesmith.rows import Row, Rows
 from tunesmith.steps import Steps
 from tunesmith.types import Rendered
 
@@ -43,6 +44,7 @@ from tunesmith.types import Rendered
 _AT_WORK_BYTES = 180 << 20
 # Share of the machine's rate for large products that a step's floor of operations reaches.
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
+_REACHED_WRITING, _LAYER_SECONDS = 0.5, 1e-3
 _REACHED_SPLIT = 0.85  # where products are split: SmolLM2 on 2 cores with AMX, 2026-11
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -54,6 +56,12 @@ _GROUPS = (
     ("down_proj",),
 )
 _STEPS_LAID_OUT = 60  # the others are taken to be like them
+SIDE_BY_SIDE = 128  # conversations that are answered at once
+TOKENS_SIDE_BY_SIDE = 8 * 1024
+"""With their replies and their padding: what the keys and values of a group are kept for. They are read for every word,
+as the weights are; of more tokens than these they are the larger part, and nothing is saved."""
+_SAMPLES, _SAMPLE_TOKENS = 3, 1024
+"""Rows whose questions are asked before and after, and fewer tokens than these are in such a question."""
 
 
 # --- the model's shape ------------------------------------------------------------------------------------------------
@@ -335,6 +343,23 @@ def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, devic
 
 
 @dataclass(frozen=True)
+class Times:
+    """Seconds, by what takes them."""
+
+    before: float
+    """The base answers questions, and the general prompts that are rehearsed."""
+    steps: float
+    measures: float
+    """Of the held-out loss."""
+    after: float
+    """The tuned model answers the questions."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a training will take."""
 
@@ -342,9 +367,14 @@ class Plan:
     fits: bool
     parts: Parts
     steps: int
+    prompts: int
+    """General ones that the base answers."""
     tokens: int
-    """That go through the model, shared ones once, over all steps."""
-    seconds: float
+    """Of the rows of all steps, as a run counts them; what the base has yet to answer as long as it may be."""
+    supervised_tokens: int
+    shared_tokens: int
+    """Of `tokens`, those that do not go through the model, because rows of a step have them in common."""
+    times: Times
     choices: tuple[Chosen, ...]
 
     def __repr__(self) -> str:
@@ -355,24 +385,33 @@ class Plan:
             ((said(name), f"{count / 2**20:,.0f}") for name, count in asdict(self.parts).items()),
             (said("memory"), "MiB"),
         )
+        times = markup.table(
+            ((said(name), clock(seconds)) for name, seconds in asdict(self.times).items()), (said("time"), "")
+        )
         chosen = markup.table(
             ((choice.setting, choice.value, choice.why) for choice in self.choices), (said("chosen"), "", said("why"))
         )
-        return markup.block(self.in_a_line, memory, *([chosen] if self.choices else []))
+        return markup.block(self.in_a_line, memory, times, *([chosen] if self.choices else []))
 
     @property
     def in_a_line(self) -> str:
         """Whether it fits, its memory and its time."""
         needed, there = self.peak_memory_bytes / 2**30, self.machine.available_bytes / 2**30
         return said(
-            "{fits}: {needed:.1f} of {there:.1f} GiB on {machine}; {n:,} steps in about {time}",
+            "{fits}: {needed:.1f} of {there:.1f} GiB on {machine}; {n:,} steps in about {time}, {all} with answers",
             fits=said("fits") if self.fits else said("does not fit"),
             needed=needed,
             there=there,
             machine=self.machine.called,
             n=self.steps,
-            time=clock(self.seconds),
+            time=clock(self.times.steps),
+            all=clock(self.seconds),
         )
+
+    @property
+    def seconds(self) -> float:
+        """Of all work, from the base's first answer to the tuned model's last."""
+        return self.times.total
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -388,8 +427,12 @@ class Plan:
             "limit": self.machine.whose,
             "parts": asdict(self.parts),
             "steps": self.steps,
+            "prompts": self.prompts,
             "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "shared_tokens": self.shared_tokens,
             "seconds": self.seconds,
+            "times": asdict(self.times),
             "choices": [asdict(choice) for choice in self.choices],
         }
 
@@ -450,9 +493,15 @@ def general_prompts(checked: Checked, at_most: int) -> list[Row]:
     return rehearsed.unanswered(checked.renderer, prompts, checked.recipe.template.system)
 
 
-def plan(checked: Checked, machine: Machine | None = None) -> Plan:
+def asked(training: Rows, held_out: Rows) -> list[Row]:
+    """The rows whose questions are answered before and after a training."""
+    rows = (row for row in held_out or training if len(row.documents[-1].prompt_ids) < _SAMPLE_TOKENS)
+    return list(itertools.islice(rows, _SAMPLES))
+
+
+def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[str] = ()) -> Plan:
     """What the recipe's training will take on a machine (default: this one), with what is best for its memory chosen
-    where the recipe leaves it open.
+    where the recipe leaves it open. `questions` are those that it is asked besides its own.
 
     In this order, until it fits: everything is kept for the backward pass; smaller micro-batches; some layers are
     recomputed; all of them; on a CPU, weights in 16 bits. Where nothing fits, what takes least is given, with `fits`
@@ -468,21 +517,46 @@ def plan(checked: Checked, machine: Machine | None = None) -> Plan:
         parts = _peak(shape, sample.heaviest(choice.tokens_per_micro_batch), choice, machine)
         if parts.total <= machine.available_bytes:
             break
-    tokens, predicting = sample.per_step(choice.tokens_per_micro_batch)
+    through, predicting = sample.per_step(choice.tokens_per_micro_batch)
     again = choice.recompute_layers / shape.layers
-    operations = (4 + 2 * again) * shape.linear * tokens + 4 * predicting * shape.width * shape.vocabulary
+    operations = (4 + 2 * again) * shape.linear * through + 4 * predicting * shape.width * shape.vocabulary
     split = machine.device == "cpu" and shape.by_hand and _narrowed(shape, choice)
-    reached = _REACHED_SPLIT if split else _REACHED[machine.device]
-    seconds = sample.n_steps * operations / (machine.flops * reached)
+    reached = machine.flops * (_REACHED_SPLIT if split else _REACHED[machine.device])
+    at_steps = sample.n_steps * operations / reached
+    of_measure = 2 * (shape.linear * sample.measured[0] + sample.measured[1] * shape.width * shape.vocabulary) / reached
+    own = rehearsed.unanswered(checked.renderer, questions, recipe.template.system)
+    lengths = [len(row.documents[-1].prompt_ids) for row in (*sample.asked, *own)]
+    general = [len(row.documents[-1].prompt_ids) for row in sample.general]
+    times = Times(
+        before=_writing(shape, choice, machine, [*lengths, *general]),
+        steps=at_steps,
+        measures=sample.n_measures(at_steps) * of_measure,
+        after=_writing(shape, choice, machine, lengths),
+    )
     return Plan(
         machine,
         parts.total <= machine.available_bytes,
         parts,
         sample.n_steps,
-        round(sample.n_steps * tokens),
-        seconds,
+        len(sample.general),
+        sample.n_tokens,
+        sample.n_supervised,
+        max(0, sample.n_tokens - round(sample.n_steps * through)),
+        times,
         (*taught, *_explained(recipe, choice, shape, machine)),
     )
+
+
+def _writing(shape: Shape, choice: Choice, machine: Machine, lengths: Sequence[int]) -> float:
+    """Seconds in which all prompts of these lengths are answered: for every word of a group the weights are read, and
+    each of its replies is multiplied with them."""
+    n_tokens = rehearsed.ANSWER_TOKENS
+    together = min(SIDE_BY_SIDE, max(1, TOKENS_SIDE_BY_SIDE // (max(lengths, default=0) + n_tokens)))
+    words = math.ceil(len(lengths) / together) * n_tokens
+    reading = choice.bytes_of(shape) / machine.bytes_per_second + shape.layers * _LAYER_SECONDS
+    multiplying = 2 * (shape.linear + shape.width * shape.vocabulary) * len(lengths) * n_tokens
+    multiplying += 2 * shape.linear * sum(lengths)
+    return words * reading + multiplying / (machine.flops * _REACHED_WRITING)
 
 
 def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine) -> Parts:
@@ -545,13 +619,19 @@ class _Sample:
 
     def __init__(self, checked: Checked) -> None:
         settings = checked.recipe.train
-        rows, _ = hold_out(checked)
-        self._share = checked.recipe.engine.share_prefix
+        rows, held_out = hold_out(checked)
+        self._share, self._every = checked.recipe.engine.share_prefix, checked.recipe.eval.every
         size, epochs = settled(settings.examples_per_step), settled(settings.epochs)
         per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(rows.n_supervised.sum()))
-        general = general_prompts(checked, per_epoch * epochs)
+        self.general = general = general_prompts(checked, rehearsed.n_prompts(per_epoch, epochs))
+        self.asked = asked(rows, held_out)
         self._steps = Steps(rows, size, settings.seed, checked.data.digest, general, per_epoch)
         self.n_steps = len(self._steps) * epochs
+        dealt = [general[turn % len(general)].documents[0] for turn in range(per_epoch * epochs)]
+        self.n_tokens = epochs * int(rows.n_tokens.sum()) + sum(len(document.token_ids) for document in dealt)
+        self.n_supervised = epochs * int(rows.n_supervised.sum()) + sum(document.n_supervised for document in dealt)
+        self.measured = int(held_out.n_tokens.sum()), int(held_out.n_supervised.sum())
+        """Tokens of the rows held out, and those of them that count."""
         chosen: list[np.ndarray] = []
         tokens, longest = [], []
         for epoch in range(epochs):
@@ -571,6 +651,15 @@ class _Sample:
         self._evenly = [documents(number) for number in evenly]
         self._heavy = [documents(number) for number in dict.fromkeys(heavy)]
         self._loads: dict[int, list[Load]] = {}
+
+    def n_measures(self, seconds: float) -> int:
+        """How often the held-out loss is measured in a training whose steps take so long."""
+        if not self.measured[0]:
+            return 0
+        number, unit = self._every.split()
+        if unit.startswith("minute"):
+            return 1 + max(1, round(seconds / 60 / int(number)))
+        return 1 + math.ceil(self.n_steps / int(number) / (len(self._steps) if unit.startswith("epoch") else 1))
 
     def heaviest(self, budget: int) -> list[Load]:
         """The loads of the largest micro-batches."""
@@ -601,7 +690,7 @@ def fitting(checked: Checked, sizes: Sequence[int]) -> list[tuple[int, Plan]]:
     4 bits."""
     found: list[tuple[int, Plan]] = []
     for gib in sizes:
-        machine = Machine("cuda", gib << 30, CARDS[1].flops, f"{gib} GiB")
+        machine = Machine("cuda", gib << 30, CARDS[1].flops, CARDS[1].bytes_per_second, f"{gib} GiB")
         made = plan(checked, machine)
         if not made.fits:
             smaller = applied(checked.recipe, {"model.quantize": "nf4"})

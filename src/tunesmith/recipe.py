@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
@@ -404,13 +405,16 @@ def sources_of(recipe: Recipe) -> dict[str, Source]:
     }
 
 
-def write(recipe: Recipe, sources: Mapping[str, Source]) -> str:
-    """The recipe as YAML, every setting with where it came from as a comment; `resolve` reads it back."""
-    lines = ["# Every setting as used. Train again with: tunesmith train recipe.yaml --out DIR"]
+def write(recipe: Recipe, sources: Mapping[str, Source], chosen: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The recipe as YAML, every setting with where it came from as a comment, and beside `auto` what was `chosen`;
+    `resolve` reads it back, `auto` as `auto`."""
+    lines = ["# Every setting; beside auto, what was chosen. Train again with: tunesmith train recipe.yaml --out DIR"]
     for section, fields in recipe.model_dump().items():
         lines.append(f"{section}:")
         for name, value in fields.items():
-            lines.append(f"  {name}: {_yaml(value)}  # {sources[f'{section}.{name}']}")
+            dotted = f"{section}.{name}"
+            here = f"; {chosen[dotted]}" if value == "auto" and dotted in chosen else ""
+            lines.append(f"  {name}: {_yaml(value)}  # {sources[dotted]}{here}")
     return "\n".join(lines) + "\n"
 
 

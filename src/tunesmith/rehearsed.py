@@ -16,11 +16,19 @@ from tunesmith.rows import Row
 from tunesmith.types import Conversation, Message, Origin, Rendered
 
 ANSWER_TOKENS = 64
+LEAST_PROMPTS = 48
+"""Where an epoch takes fewer, the next one takes others, until there are so many."""
 
 
 def per_epoch(share: float, n_learned: int) -> int:
     """How many prompts make up this share of the tokens that an epoch learns, `n_learned` of which are the data's."""
     return math.ceil(share / (1 - share) * n_learned / ANSWER_TOKENS)
+
+
+def n_prompts(per_epoch: int, epochs: int) -> int:
+    """How many different prompts the base answers for all epochs together: what one takes, since to answer twice as
+    many would cost twice the time, and `LEAST_PROMPTS` where one takes fewer."""
+    return min(per_epoch * epochs, max(per_epoch, LEAST_PROMPTS))
 
 
 def unanswered(renderer: Renderer, prompts: Sequence[str], system: str | None) -> list[Row]:

@@ -134,7 +134,7 @@ def _figures(result: Run, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{result.rows_trained:,}", said("rows trained")),
         (f"{result.steps:,}", said("steps")),
         (f"{result.final_loss:.3f}", said("last training loss")),
-        (_minutes(result.seconds), said("training time (plan: {time})", time=_minutes(plan["seconds"]))),
+        (_minutes(result.seconds), said("time of work (plan: {time})", time=_minutes(plan["seconds"]))),
         (f"{result.tokens:,}", said("tokens")),
         (f"{result.supervised_tokens:,}", said("of them learned")),
         (

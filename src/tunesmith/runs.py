@@ -49,7 +49,9 @@ class RunState:
     model: str
     data: str
     began: str
-    """ISO 8601, UTC."""
+    """When first begun; ISO 8601, UTC."""
+    seconds: float
+    """Of work, over all times that it was gone on with."""
     pid: int
     host: str
     step: int
@@ -70,18 +72,20 @@ class RunState:
 
 
 @contextmanager
-def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., None]]:
-    """Holds a run's folder and keeps its state.json; gives a function that tells more.
+def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., float]]:
+    """Holds a run's folder and keeps its state.json; gives a function that tells more, and returns the seconds of work
+    with those from before the run was gone on with: so far, or up to when it was told `work_ended`.
 
     Raises RunError when another process is at work there.
     """
     require_free(run)
     with rundir.locked(run.path):
+        earlier, since, until = _told(run), time.monotonic(), None
         told: dict[str, Any] = {
             "state": "running",
             "model": model,
             "data": data,
-            "began": _now().isoformat(timespec="seconds"),
+            "began": earlier["began"] or _now().isoformat(timespec="seconds"),
             "pid": os.getpid(),
             "host": platform.node(),
             **_where(),
@@ -91,15 +95,20 @@ def occupied(run: RunDir, model: str, data: str) -> Iterator[Callable[..., None]
         }
         ended, one_at_a_time = threading.Event(), threading.Lock()
 
-        def tell(**more: Any) -> None:
+        def tell(*, work_ended: bool = False, **more: Any) -> float:
+            nonlocal until
             with one_at_a_time:
-                told.update(more, heard=_now().isoformat(timespec="seconds"))
+                now = time.monotonic()
+                until = now if work_ended else until
+                seconds = round(earlier["seconds"] + (now if until is None else until) - since, 3)
+                told.update(more, heard=_now().isoformat(timespec="seconds"), seconds=seconds)
                 try:
                     rundir.write_json(run.state, told)
                 except RunError:
                     if told["state"] == "running":
                         raise
                     rundir.write_over(run.state, told)  # a disk that is full still says why a run has ended
+            return seconds
 
         def beat() -> None:
             while not ended.wait(_BEAT_SECONDS):
@@ -271,6 +280,7 @@ def state_of(path: Path) -> RunState:
         told["model"],
         told["data"],
         told["began"],
+        told["seconds"],
         told["pid"],
         told["host"],
         step=last["step"] if last else 0,
@@ -285,11 +295,13 @@ def state_of(path: Path) -> RunState:
 
 def _told(run: RunDir) -> dict[str, Any]:
     """What state.json says; that of a run of which nothing is known where it is torn, or not there."""
-    nothing = {"state": "gone", "model": "", "data": "", "began": "", "pid": 0, "host": "", "n_steps": 0, "reason": ""}
+    nothing = {"state": "gone", "model": "", "data": "", "began": "", "seconds": 0.0, "pid": 0, "host": ""}
+    nothing |= {"n_steps": 0, "reason": ""}
     with suppress(OSError, ValueError, RecursionError):
         told = json.loads(run.state.read_text(encoding="utf-8"))
         if isinstance(told, dict) and told.get("state") in get_args(State):
-            return {**nothing, **told}
+            like = {n: value for n, value in told.items() if isinstance(value, type(nothing.get(n, value)))}
+            return {**nothing, **like}
     return nothing
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import itertools
 import json
 import math
 import operator
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +31,7 @@ from tunesmith.engine import ranks as processes
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.interrupts import Interrupts
-from tunesmith.language import said
+from tunesmith.language import counted, said
 from tunesmith.recipe import Recipe, settled
 from tunesmith.records.found import plain
 from tunesmith.report import write_report
@@ -43,8 +41,8 @@ from tunesmith.steps import Steps
 from tunesmith.trainer import StepMetrics, StepTrainer, Watcher, earlier_lines, has_lost_patience, peak_memory_bytes
 from tunesmith.types import Message
 
-_SAMPLES = 3
-SAMPLE_TOKENS = 96
+SAMPLE_TOKENS = rehearsed.ANSWER_TOKENS
+"""Of a sample before and after; as many as of what is rehearsed, because both are answered side by side."""
 _EXTENDED = "train.epochs"  # what a run may be given more of
 
 
@@ -72,10 +70,13 @@ class Run:
     held_out_loss: tuple[float, float] | None
     """Before and after training; None where nothing is held out."""
     seconds: float
+    """Of work, over all times that it was gone on with: the base's answers, steps, measures, checkpoints."""
     peak_memory_bytes: int
     tokens: int
     supervised_tokens: int
     samples: tuple[Sample, ...]
+    answers: tuple[tuple[Reply, Reply], ...] = ()
+    """To `train`'s questions, before and after; none where it was interrupted."""
     interrupted: bool = False
     checkpoint: Path | None = None
     """The newest point to go on from."""
@@ -130,13 +131,15 @@ def train(
     watcher: Watcher | None = None,
     checked: Checked | None = None,
     anyway: bool = False,
+    questions: Sequence[str] = (),
 ) -> Run:
     """Checks the data, trains, saves and reports; returns the finished run.
 
     `out` must be new or empty (default: runs/<data>-<model>). Ctrl-C, SIGTERM or a closing terminal end it after the
     current step with a checkpoint and `Run.interrupted`; before the first step, or with a second Ctrl-C, at once by
     KeyboardInterrupt. `resume` goes on. Settings that are `auto` are chosen by the plan; a training that will not fit
-    into memory raises OutOfMemory, unless it is wanted `anyway`. Raises DataError for faulty rows, RecipeError,
+    into memory raises OutOfMemory, unless it is wanted `anyway`. `questions` are asked before and after
+    (`Run.answers`). Raises DataError for faulty rows, RecipeError,
     ModelError, TemplateError and RunError before anything is written, ProofError when a result can not be right.
     """
     told = watcher = watcher or notebook.watcher()
@@ -153,7 +156,7 @@ def train(
         rundir.check_target(path)
         checked = checked or check(recipe)
         checked.require_ok()
-        made = planning.plan(checked)
+        made = planning.plan(checked, questions=questions)
         watcher.planned(made)
         if not (made.fits or anyway):
             raise made.too_large()
@@ -161,13 +164,14 @@ def train(
             watcher.noted(idle)
         chosen = ranks.from_main(made.chosen)
         checked = replace(checked, found=locate(recipe, weights=True))
-        work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts)
+        work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts, questions)
         work.require_same_everywhere()
         base = models.load_base(work.checked.found, work.settled.model)
         run = rundir.create(path, needed_bytes=work.bytes_on_disk())
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             sources = sources or recipes.sources_of(recipe)
-            rundir.write_text(run.recipe, recipes.write(recipe, sources))
+            beside = _beside_auto(checked, [asdict(choice) for choice in made.choices])
+            rundir.write_text(run.recipe, recipes.write(recipe, sources, beside))
             rundir.write_lines(run.ledger, ledger(checked, work.training, work.held_out))
             if work.held_out:  # so that the run can be measured when the data is elsewhere
                 talks = (row.conversation.messages for row in work.held_out)
@@ -236,7 +240,8 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             work = unchanged()
             if epochs is not None:
                 sources[_EXTENDED] = "flag"
-                rundir.write_text(run.recipe, recipes.write(recipe, sources))
+                beside = _beside_auto(work.checked, manifest["plan"]["choices"])
+                rundir.write_text(run.recipe, recipes.write(recipe, sources, beside))
                 rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
             rundir.require_space(run.path, work.bytes_on_disk())
             work.require_same_everywhere(point)
@@ -257,6 +262,7 @@ class _Work:
     ranks: Ranks
     watcher: Watcher
     interrupts: Interrupts
+    questions: Sequence[str] = ()
 
     @property
     def settled(self) -> Recipe:
@@ -288,7 +294,7 @@ class _Work:
             }
         )
 
-    def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., None]) -> Run:
+    def carry_out(self, run: RunDir, base: PreTrainedModel, point: Path | None, tell: Callable[..., float]) -> Run:
         """Trains from the checkpoint (None: from the beginning) to the end, or until somebody asks to stop."""
         recipe, checked, watcher, interrupts = self.settled, self.checked, self.watcher, self.interrupts
         step = 0 if point is None else rundir.step_of(point)
@@ -297,10 +303,11 @@ class _Work:
             rundir.keep_lines(path, lambda line: line["step"] <= step and point is not None)
 
         generation = models.generation_config(self.checked.found.folder, checked.renderer.template)
-        asked = list(itertools.islice(filter(_askable, self.held_out or self.training), _SAMPLES))
+        asked = planning.asked(self.training, self.held_out)
         untuned = Chat(base, checked.renderer, generation, recipe.template.system)
-        before = _ask(untuned, asked)
-        general, per_epoch = self._rehearsed(run, untuned, point) if recipe.train.rehearse else ((), 0)
+        talks = [row.conversation.messages[:-1] for row in asked]
+        talks += [(Message("user", question),) for question in self.questions]
+        before, general, per_epoch = self._answered(run, untuned, talks, point)
         model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
         sharded = self.ranks.size > 1 and processes.wants_sharding()
         if sharded:
@@ -318,59 +325,64 @@ class _Work:
         if point is not None:
             trainer.note(said("Went on after step {step}.", step=step))
             watcher.went_on(earlier)
-        began = time.monotonic()
         with interrupts.gently():
             if self.held_out and point is None:
                 trainer.measure()
             trainer.go_on_from(point, earlier)
-        seconds = sum(line.seconds for line in earlier) + time.monotonic() - began
         if not trainer.interrupted:
             trainer.take_best()
             adapter_files.write(run, model, checked, recipe, pissa_start)
             trainer.close()
         tuned = Chat(model.eval(), checked.renderer, generation)
-        after = [] if trainer.interrupted else _ask(tuned, asked)
+        pairs = [] if trainer.interrupted else list(zip(before, _replies(tuned, talks), strict=False))
         samples = tuple(
             Sample(_question(row), row.conversation.messages[-1].content, b.shown, a.shown)
-            for row, b, a in zip(asked, before, after, strict=False)
+            for row, (b, a) in zip(asked, pairs, strict=False)
         )
-        result = self._result(run, trainer.lines, seconds, samples, interrupted=trainer.interrupted)
-        if trainer.interrupted:
-            tell(state="interrupted", exit_code=130)
-        else:
+        ended: dict[str, Any] = {"state": "interrupted", "exit_code": 130} if trainer.interrupted else {}
+        result = self._result(
+            run, trainer.lines, tell(work_ended=True, **ended), samples, interrupted=trainer.interrupted
+        )
+        result = replace(result, answers=tuple(pairs[len(asked) :]))
+        if not trainer.interrupted:
             write_report(run, result, checked)
         return result
 
-    def _rehearsed(self, run: RunDir, base: Chat, point: Path | None) -> tuple[Sequence[Row], int]:
-        """General prompts with the base's answers, and how many an epoch has: written by the base and put down in the
-        run's folder, or as they stand there where the run goes on from a checkpoint.
+    def _answered(
+        self, run: RunDir, base: Chat, talks: Sequence[Sequence[Message]], point: Path | None
+    ) -> tuple[list[Reply], Sequence[Row], int]:
+        """What the base replies to some talks; the general prompts with its answers, and how many an epoch has. These
+        are put down in the run's folder, and taken from there where the run goes on from a checkpoint.
 
         Raises ProofError where the file is not the one that the run began with.
         """
-        lines, per_epoch = None, 0
-        if self.ranks.is_main and point is not None:
+        replies, lines, per_epoch = list[Reply](), list[dict[str, Any]](), 0
+        settings = self.settled.train
+        if not self.ranks.is_main:
+            pass
+        elif not settings.rehearse:
+            replies = _replies(base, talks)
+        elif point is not None:
             lines, per_epoch = _unchanged_rehearsal(run)
-        elif self.ranks.is_main:
-            lines, per_epoch = self._answered(base)
+            replies = _replies(base, talks)
+        else:
+            per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
+            n_prompts = rehearsed.n_prompts(per_epoch, settled(settings.epochs))
+            rows = planning.general_prompts(self.checked, n_prompts)
+            note = said("The base answers {n} general prompts, to be trained along with the rows …", n=len(rows))
+            self.watcher.noted(note)
+            prompts = [row.conversation.messages[0] for row in rows]
+            asked = [*talks, *([prompt] for prompt in prompts)]
+            replies = base.replies(asked, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
+            lines = [
+                {"prompt": prompt.content, "answer": r.text, "prompt_ids": r.prompt_ids, "answer_ids": r.token_ids}
+                for prompt, r in zip(prompts, replies[len(talks) :], strict=True)
+            ]
             rundir.write_lines(run.rehearsal, lines)
             made = {"prompts": len(lines), "per_epoch": per_epoch, "sha256": rundir.sha256(run.rehearsal)}
             rundir.write_json(run.manifest, {**rundir.read_manifest(run), "rehearsal": made})
         lines, per_epoch = self.ranks.from_main([lines, per_epoch])
-        return rehearsed.rows_of(lines), per_epoch
-
-    def _answered(self, base: Chat) -> tuple[list[dict[str, Any]], int]:
-        settings = self.settled.train
-        per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
-        rows = planning.general_prompts(self.checked, per_epoch * settled(settings.epochs))
-        note = said("The base answers {n} general prompts, to be trained along with the rows …", n=len(rows))
-        self.watcher.noted(note)
-        prompts = [row.conversation.messages[0].content for row in rows]
-        talks = [[Message("user", prompt)] for prompt in prompts]
-        replies = base.replies(talks, temperature=0, max_tokens=rehearsed.ANSWER_TOKENS)
-        return [
-            {"prompt": prompt, "answer": r.text, "prompt_ids": r.prompt_ids, "answer_ids": r.token_ids}
-            for prompt, r in zip(prompts, replies, strict=True)
-        ], per_epoch
+        return replies[: len(talks)], rehearsed.rows_of(lines), per_epoch
 
     def has_ended(self, run: RunDir, step: int) -> bool:
         """Whether nothing is to be done after a step."""
@@ -385,7 +397,7 @@ class _Work:
             how = said("This run is done. It stopped because of eval.patience={patience}.", patience=patience)
         self.watcher.noted(caller.told(how))
         lines = earlier_lines(run, step)
-        return self._result(run, lines, sum(line.seconds for line in lines), (), interrupted=False)
+        return self._result(run, lines, runs.state_of(run.path).seconds, (), interrupted=False)
 
     def _result(
         self,
@@ -557,6 +569,17 @@ def _manifest(work: _Work) -> dict[str, Any]:
     }
 
 
+def _beside_auto(checked: Checked, choices: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What `auto` came to here, by setting, and why."""
+    return {
+        "data.max_length": said("{n}, all that the model can read", n=models.context_length(checked.config)),
+        "template.name": checked.renderer.template.described,
+        "engine.attention": "flex" if models.device().type == "cuda" else "gather",
+        "eval.hold_out": counted("{n:,} row", "{n:,} rows", checked.n_held_out),
+        **{each["setting"]: f"{each['value']}, {each['why']}" for each in choices},
+    }
+
+
 def _base_name(checked: Checked) -> str:
     source = checked.found.source
     return source.partition(":")[2] if source.startswith("hf:") else str(checked.found.folder.absolute())
@@ -609,14 +632,9 @@ def _require_same_recipe(recipe: Recipe, checked: Checked | None) -> None:
         )
 
 
-def _askable(row: Row) -> bool:
-    return len(row.documents[-1].prompt_ids) < 1024
-
-
 def _question(row: Row) -> str:
     return row.conversation.messages[-2].content
 
 
-def _ask(chat: Chat, rows: Sequence[Row]) -> list[Reply]:
-    talks = [row.conversation.messages[:-1] for row in rows]
-    return chat.replies(talks, temperature=0, max_tokens=SAMPLE_TOKENS) if rows else []
+def _replies(chat: Chat, talks: Sequence[Sequence[Message]]) -> list[Reply]:
+    return chat.replies(talks, temperature=0, max_tokens=SAMPLE_TOKENS) if talks else []

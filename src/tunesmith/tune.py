@@ -227,7 +227,7 @@ class _Work:
         self._space = [searched.around(self._own[searched.name]) for searched in SPACE]
         self._epochs: int = _value(settled, "train.epochs")
         self._steps_per_epoch = made.steps // self._epochs
-        self._seconds_per_step, self._seconds_besides = made.seconds / made.steps, 0.0  # until a trial was measured
+        self._seconds_per_step, self._seconds_besides = made.times.steps / made.steps, 0.0  # until one was measured
         self._name = secrets.token_hex(4)  # of this process, in this study
         self._alarm = Alarm(ends)
 
@@ -409,8 +409,9 @@ class _Work:
         finally:
             _free_memory()
         if run is not None and facts and fresh:
-            self._seconds_per_step = run.seconds / run.steps
-            self._seconds_besides = max(self._seconds_besides, time.monotonic() - began - run.seconds)
+            at_steps = sum(line["seconds"] for line in rundir.read_lines(RunDir(run.path).metrics))
+            self._seconds_per_step = at_steps / run.steps
+            self._seconds_besides = max(self._seconds_besides, time.monotonic() - began - at_steps)
         loss = run.held_out_loss[1] if run is not None and run.held_out_loss and facts else None
         seconds = {} if run is None else {"seconds": run.seconds}
         self._tell(trial, loss, {**seconds, **(facts or {"why": pace.why})})

@@ -71,7 +71,7 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     console.print()
     out = out or rundir.free_name(runs.FOLDER, "demo")
     with display.TrainingDisplay(console) as watcher, _point_to_go_on_from(console, out):
-        result = demos.demo(out, watcher, say=lambda text: console.print(f"\n{text}"))
+        result = demos.demo(out, watcher)
     if not result.run.interrupted:
         pairs = list(zip(result.questions, result.before, result.after, strict=True))
         shown = [pairs[i] for i in demos.SHOWN]
