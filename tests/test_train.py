@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import largest
 from plain import train_plainly
-from tunesmith import chat, recipe, rundir, training
+from tunesmith import chat, recipe, rehearsed, rundir, training
 from tunesmith.checking import check, hold_out
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
@@ -45,7 +45,7 @@ def run(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A finished run with held-out rows and checkpoints, and replies as long as they are."""
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SAMPLE_TOKENS", 96)
+        patch.setattr(training, "SAMPLE_TOKENS", rehearsed.ANSWER_TOKENS)
         return train(settings(tiny_model, talk, **FLAGS), out)
 
 
