@@ -102,7 +102,7 @@ def test_another_watcher_takes_the_displays_place(outputs: dict[str, list[Any]])
 
 def test_values_are_one_line_and_html(outputs: dict[str, list[Any]]) -> None:
     patterns = {
-        "check": r"<Checked \S+/talk\.jsonl: 40 read = 32 to train on \+ 8 to hold out \+ 0 to set aside; ok>",
+        "check": r"<Checked \S+/talk\.jsonl: 40 read = 36 to train on \+ 4 to hold out \+ 0 to set aside; ok>",
         "plan": r"<Plan fits: \d+\.\d of \d+\.\d GiB on .+; 18 steps in about \d+:\d\d, \d+:\d\d with answers>",
         "run": r"<Run run: 18 steps, last loss \d\.\d{3}, held-out loss \d\.\d{3} → \d\.\d{3}>",
         "reply": r"<Reply '.*'; \d tokens, stopped by (stop|length)>",

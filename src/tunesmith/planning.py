@@ -44,8 +44,9 @@ from tunesmith.types import Rendered
 _AT_WORK_BYTES = 180 << 20
 # Share of the machine's rate for large products that a step's floor of operations reaches.
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
-_REACHED_WRITING, _LAYER_SECONDS = 0.5, 1e-3
 _REACHED_SPLIT = 0.85  # where products are split: SmolLM2 on 2 cores with AMX, 2026-11
+_REACHED_WRITING = 0.5  # the same where words are written; SmolLM2 on 2 AVX2 cores, 2026-11, as what follows
+_LAYER_SECONDS = {"base": 1e-3, "tuned": 2e-3}  # of calls, whose number does not depend on that of replies
 # A scale in 8 bits for every 64 numbers, and one in 32 for every 256 scales (arXiv 2305.14314, section 3).
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # Layers with the same input.
@@ -528,10 +529,10 @@ def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[s
     lengths = [len(row.documents[-1].prompt_ids) for row in (*sample.asked, *own)]
     general = [len(row.documents[-1].prompt_ids) for row in sample.general]
     times = Times(
-        before=_writing(shape, choice, machine, [*lengths, *general]),
+        before=_writing(shape, choice, machine, [*lengths, *general], _LAYER_SECONDS["base"]),
         steps=at_steps,
         measures=sample.n_measures(at_steps) * of_measure,
-        after=_writing(shape, choice, machine, lengths),
+        after=_writing(shape, choice, machine, lengths, _LAYER_SECONDS["tuned"]),
     )
     return Plan(
         machine,
@@ -547,13 +548,13 @@ def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[s
     )
 
 
-def _writing(shape: Shape, choice: Choice, machine: Machine, lengths: Sequence[int]) -> float:
+def _writing(shape: Shape, choice: Choice, machine: Machine, lengths: Sequence[int], of_layer: float) -> float:
     """Seconds in which all prompts of these lengths are answered: for every word of a group the weights are read, and
     each of its replies is multiplied with them."""
     n_tokens = rehearsed.ANSWER_TOKENS
     together = min(SIDE_BY_SIDE, max(1, TOKENS_SIDE_BY_SIDE // (max(lengths, default=0) + n_tokens)))
     words = math.ceil(len(lengths) / together) * n_tokens
-    reading = choice.bytes_of(shape) / machine.bytes_per_second + shape.layers * _LAYER_SECONDS
+    reading = choice.bytes_of(shape) / machine.bytes_per_second + shape.layers * of_layer
     multiplying = 2 * (shape.linear + shape.width * shape.vocabulary) * len(lengths) * n_tokens
     multiplying += 2 * shape.linear * sum(lengths)
     return words * reading + multiplying / (machine.flops * _REACHED_WRITING)
