@@ -16,6 +16,7 @@ LAYERS = [
     {"cli.following", "cli.machine", "cli.tuning", "cli.using"},
     {"cli.training"},
     {"cli.console", "cli.onward"},
+    {"cli.helping", "cli.usage"},
     {"cli.options"},
     {"display", "talk", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate", "tune", "tuning_page", "serving.server"},
