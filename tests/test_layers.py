@@ -15,7 +15,8 @@ LAYERS = [
     {"cli"},
     {"cli.following", "cli.machine", "cli.tuning", "cli.using"},
     {"cli.training"},
-    {"cli.console", "cli.helping", "cli.onward", "cli.usage"},
+    {"cli.console", "cli.onward"},
+    {"cli.helping", "cli.usage"},
     {"cli.options"},
     {"display", "talk", "questions", "doctor", "evaluation_page", "judging"},
     {"demo", "evaluate", "tune", "tuning_page", "serving.server"},
@@ -78,7 +79,7 @@ LAYERS = [
         "extras",
     },
 ]
-COMMAND_LINE = LAYERS[:5]
+COMMAND_LINE = LAYERS[:6]
 WITHOUT_TORCH = {module for layer in (*COMMAND_LINE, *LAYERS[-5:]) for module in layer} | {"__init__"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 

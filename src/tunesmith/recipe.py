@@ -337,7 +337,7 @@ def resolve(
             f"--like {like}",
             said("an unknown name"),
             said("one of {names}", names=names),
-            said("Use --like {name}.", name=next(iter(LIKE))),
+            said("Use {option}.", option=f"--like {next(iter(LIKE))}"),
         )
     given = [
         *(_Given(name, value, "flag", f"--like {like}") for name, value in LIKE.get(like or "", {}).items()),
