@@ -199,8 +199,8 @@ def test_a_file_for_others_can_be_in_another_language(monkeypatch: pytest.Monkey
 def test_english_is_the_message_itself() -> None:
     assert said("{n:,} numbers to train", n=1234) == "1,234 numbers to train"
     assert [counted("{n:,} faulty row", "{n:,} faulty rows", n) for n in (1, 2)] == ["1 faulty row", "2 faulty rows"]
-    assert phrase("{done}: {steps} steps in {time}, last loss {loss:.3f}", done=("Done", "green"), steps=3, time="0:01",
-                  loss=1.23456).plain == "Done: 3 steps in 0:01, last loss 1.235"  # fmt: skip
+    assert phrase("{done} in {time}: {steps} steps, last loss {loss:.3f}", done=("Done", "green"), steps=3, time="0:01",
+                  loss=1.23456).plain == "Done in 0:01: 3 steps, last loss 1.235"  # fmt: skip
 
 
 def test_labels_and_columns_stay_below_each_other(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

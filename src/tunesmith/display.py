@@ -497,7 +497,7 @@ def show_run(console: Screen, run: Run) -> None:
         return
     before_after = run.held_out_loss
     done = phrase(
-        "{done}: {steps} steps in {time}, last loss {loss:.3f}",
+        "{done} in {time}: {steps} steps, last loss {loss:.3f}",
         done=(said("Done"), "green"),
         steps=run.steps,
         time=_clock(run.seconds),
