@@ -343,7 +343,7 @@ def test_a_command_that_is_spelt_wrong_is_refused(tmp_path: Path, arguments: tup
 
 
 def test_an_answer_in_json_needs_a_question(tiny_model: Path, tmp_path: Path) -> None:
-    ended = refused(tmp_path, "chat", tiny_model, "--json", says=("standard input", "or add --prompt TEXT."))
+    ended = refused(tmp_path, "chat", tiny_model, "--json", says=("standard input", "Write one a line."))
     assert ended.json["error"]["expected"] == "a question a line"
 
 

@@ -54,7 +54,7 @@ def comparable(text: str) -> str:
 def test_the_quickstart_notebook_runs_and_the_model_learns_its_name(ran: nbformat.NotebookNode) -> None:
     shown = texts(ran)
     assert "Did you mean lora.r?" in shown[1]
-    assert "12 read = 10 to train on + 2 to hold out + 0 to set aside; ok" in shown[2]
+    assert "12 read = 12 to train on + 0 to hold out + 0 to set aside; ok" in shown[2]
     before, after = shown[5].split("after: ")
     assert "Hester" not in before
     assert "Hester Quill" in after

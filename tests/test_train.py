@@ -253,7 +253,7 @@ def test_questions_are_answered_before_and_after(tiny_model: Path, talk: Path, t
     loaded = chat.load(run.path)
     talks: list[list[Message]] = [[Message("user", question)] for question in asked]
     for base, replies in zip((True, False), zip(*run.answers, strict=True), strict=True):
-        assert list(replies) == loaded.replies(talks, temperature=0, max_tokens=64, base=base)
+        assert list(replies) == loaded.replies(talks, temperature=0, max_tokens=training.SAMPLE_TOKENS, base=base)
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])

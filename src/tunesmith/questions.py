@@ -68,9 +68,7 @@ def read(lines: Iterable[str], where: str) -> list[Question]:
     """
     if questions := list(_questions(lines, where)):
         return questions
-    raise DataError(
-        where, said("no question"), said("a question a line"), said("Write one a line, or add --prompt TEXT.")
-    )
+    raise DataError(where, said("no question"), said("a question a line"), said("Write one a line."))
 
 
 def _questions(lines: Iterable[str], where: str) -> Iterator[Question]:
