@@ -60,7 +60,7 @@ _STEPS_LAID_OUT = 60  # the others are taken to be like them
 SIDE_BY_SIDE = 128  # conversations that are answered at once
 TOKENS_SIDE_BY_SIDE = 8 * 1024
 """With their replies and their padding: what the keys and values of a group are kept for. They are read for every word,
-as the weights are; of more tokens than these they are the larger part, and nothing is saved."""
+as the weights are; with more tokens than these they are the larger part of it, and of memory."""
 _SAMPLES, _SAMPLE_TOKENS = 3, 1024
 """Rows whose questions are asked before and after, and fewer tokens than these are in such a question."""
 

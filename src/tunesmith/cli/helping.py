@@ -69,7 +69,8 @@ def _breakable(text: str) -> str:
 
 @contextmanager
 def _without_marks() -> Iterator[None]:
-    with redirect_stdout(terminal.Stream(sys.stdout, lambda text: text.replace(_MARK, ""))):  # type: ignore[arg-type]
+    without_marks: Any = terminal.Stream(sys.stdout, lambda text: text.replace(_MARK, ""))  # as much of one as is asked
+    with redirect_stdout(without_marks):
         yield
 
 

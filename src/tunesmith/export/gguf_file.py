@@ -23,8 +23,8 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from tunesmith.errors import ModelError, ProofError
-from tunesmith.export.merging import Merged
+from tunesmith.errors import ModelError
+from tunesmith.export.merging import Merged, not_finite
 from tunesmith.language import marked, said
 from tunesmith.template import Template
 
@@ -183,13 +183,7 @@ def write(path: Path, contents: Contents) -> None:
             writer.write_tensor_data(tensor)
         for name, weight in contents._weights():
             if not np.isfinite(weight).all() or (contents.dtype == "float16" and np.abs(weight).max() > 65504):
-                fix = said("Choose another --dtype: float16 holds nothing above 65,504.")
-                raise ProofError(
-                    name,
-                    said("a number that is not finite in {dtype}", dtype=contents.dtype),
-                    said("finite weights"),
-                    fix,
-                )
+                raise not_finite(name, contents.dtype)
             writer.write_tensor_data(quantize(weight, contents._kind(weight.shape)))
     finally:
         writer.close()

@@ -128,13 +128,7 @@ def write(merged: Merged, folder: Path, dtype: torch.dtype | None) -> None:
                 assert own == name
                 weight = weight.to(kinds[name][1]).contiguous()
                 if weight.is_floating_point() and not bool(weight.isfinite().all()):
-                    fix = said("Choose another --dtype: float16 holds nothing above 65,504.")
-                    raise ProofError(
-                        name,
-                        said("a number that is not finite in {dtype}", dtype=weight.dtype),
-                        said("finite weights"),
-                        fix,
-                    )
+                    raise not_finite(name, str(weight.dtype))
                 file.write(cast("Any", weight.flatten().view(torch.uint8).numpy()))
     if len(shards) > 1:
         total = sum(math.prod(shape) * kind.itemsize for shape, kind in kinds.values())
@@ -155,3 +149,13 @@ def _write_head(file: BinaryIO, kinds: Mapping[str, tuple[tuple[int, ...], torch
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
+
+
+def not_finite(name: str, dtype: str) -> ProofError:
+    """The error of a weight that its type can not hold."""
+    return ProofError(
+        name,
+        said("a number that is not finite in {dtype}", dtype=dtype),
+        said("finite weights"),
+        said("Choose another --dtype: float16 holds nothing above 65,504."),
+    )
