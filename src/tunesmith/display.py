@@ -295,6 +295,8 @@ class TrainingDisplay(Watcher):
         self._losses: list[float] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._held_out: list[float] = []
+        self._newest: tuple[float, str] | None = None
+        """The loss of the last step, and its speed and memory."""
         self._line = phrase("Before the first step: the engine is checked, and the loss measured on rows held out …")
         self._progress = Progress(
             TextColumn(said("training"), style="bold", markup=False),
@@ -342,14 +344,8 @@ class TrainingDisplay(Watcher):
         per_step = seconds / len(self._recent)
         left = per_step * (n_steps - metrics.step)
         speed = sum(t for t, _ in self._recent) / max(seconds, 1e-9)
-        held_out = (f"  {said('held-out')} ", (f"{self._held_out[-1]:.3f}", "bold")) if self._held_out else ()
-        self._line = styled(
-            f"{said('loss')} ",
-            (f"{metrics.loss:.3f} ", "bold"),
-            (sparkline(self._losses), "cyan"),
-            *held_out,
-            f"  {speed:,.0f} {said('tokens/s')}  {metrics.peak_memory_bytes / 2**30:.1f} GiB",
-        )
+        self._newest = metrics.loss, f"  {speed:,.0f} {said('tokens/s')}  {metrics.peak_memory_bytes / 2**30:.1f} GiB"
+        self._lay_out()
         self._rest = "" if metrics.step < n_steps else said("The adapter, its answers and the report are written …")
         remaining = said("{time} left", time=_clock(left))
         self._progress.update(self._task, completed=metrics.step, left=remaining if left >= 1 else "")
@@ -361,6 +357,17 @@ class TrainingDisplay(Watcher):
 
     def measured(self, step: int, held_out_loss: float) -> None:
         self._held_out.append(held_out_loss)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The line below the bar, of the newest figures."""
+        if self._newest is None:
+            return
+        loss, costs = self._newest
+        held_out = (f"  {said('held-out')} ", (f"{self._held_out[-1]:.3f}", "bold")) if self._held_out else ()
+        self._line = styled(
+            f"{said('loss')} ", (f"{loss:.3f} ", "bold"), (sparkline(self._losses), "cyan"), *held_out, costs
+        )
 
     def noted(self, text: str) -> None:
         if not self._live.is_started:  # what is done now, too

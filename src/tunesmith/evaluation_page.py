@@ -51,17 +51,17 @@ def table(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     """Name, what it means, the base's figure and the tuned model's."""
     lines = [
         (
-            said("loss"),
-            said("nats per supervised token, with the interval of 95 of 100 draws of rows"),
+            said("loss, nats per token"),
+            said("of the tokens that are learned, with the interval of 95 of 100 draws of rows"),
             _loss,
         ),
         (said("perplexity"), "", lambda side: f"{side.perplexity:.2f}"),
         (
-            said("listening"),
+            said("listening, nats per token"),
             said("by how much an answer is likelier after its own question than after another one"),
             _listening,
         ),
-        (said("likeness to the row's own answer"), "chrF", lambda side: f"{side.likeness:.2f}"),
+        (said("likeness to the row's own answer"), "chrF", lambda side: _share(side.likeness)),
         (said("same words"), said("where the row's own answer is short"), lambda side: _share(side.exact)),
         (said("ended by itself"), "", lambda side: _share(side.stopped)),
         (
@@ -72,15 +72,24 @@ def table(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
         (said("copied"), said("runs of eight words that stand in training rows"), lambda side: _share(side.copied)),
         (
             said("general questions"),
-            said("of 100 that have nothing to do with the data"),
-            lambda side: str(side.general),
+            said("right of 100 that have nothing to do with the data"),
+            lambda side: _right(side.general, sum(one.asked for one in evaluation.kept)),
         ),
-        (said("speed"), said("tokens per second, answers side by side"), lambda side: f"{side.tokens_per_second:.0f}"),
+        (
+            said("speed"),
+            said("answers side by side"),
+            lambda side: said("{n:.0f} tokens/s", n=side.tokens_per_second),
+        ),
     ]
     made = [(name, note, show(evaluation.base), show(evaluation.tuned)) for name, note, show in lines]
     if len(evaluation.kept) > 1:
         made[-1:-1] = [  # before the speed
-            (said("– in {language}", language=one.called), said("of {n}", n=one.asked), str(one.base), str(one.tuned))
+            (
+                said("– in {language}", language=one.called),
+                "",
+                _right(one.base, one.asked),
+                _right(one.tuned, one.asked),
+            )
             for one in evaluation.kept
         ]
     if evaluation.judge is not None:
@@ -91,6 +100,10 @@ def table(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     for task, figures in (evaluation.tasks or {}).items():
         made.append((task, "lm-evaluation-harness", f"{figures['base']:.3f}", f"{figures['tuned']:.3f}"))
     return made
+
+
+def _right(right: int, asked: int) -> str:
+    return said("{right} of {asked}", right=right, asked=asked)
 
 
 def _loss(side: Side) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,9 +46,11 @@ def runs(
         console.print(said("No runs in {folder}.", folder=folder))
         go_on(console, *onward.after_all(found))
         return
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for name in (said("run"), said("state"), said("step"), said("loss"), said("model"), said("data"), said("began")):
-        table.add_column(name, no_wrap=not table.columns)
+        table.add_column(name, overflow="fold")
+    for column in (table.columns[0], table.columns[-1]):
+        column.no_wrap = True
     for run in found:
         table.add_row(
             run.path.name,
@@ -56,10 +59,18 @@ def runs(
             "" if run.loss is None else f"{run.loss:.3f}",
             Path(run.model).name,
             Path(run.data).name,
-            run.began.replace("T", " ")[:16],
+            _briefly(run.began),
         )
     console.print(table)
     go_on(console, *onward.after_all(found))
+
+
+def _briefly(time: str) -> str:
+    """By this machine's clock, without the year where it is this one."""
+    if not time:
+        return ""
+    at = datetime.fromisoformat(time).astimezone()
+    return at.strftime("%m-%d %H:%M" if at.year == datetime.now().year else "%Y-%m-%d %H:%M")
 
 
 def _state(state: all_runs.State) -> Text:
