@@ -27,6 +27,8 @@ from pathlib import Path
 from tunesmith.demo import PERSONA
 
 HERE = Path(__file__).parent
+LIMIT = 600
+"""Seconds after which a command is ended."""
 _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -72,9 +74,13 @@ def measured(arguments: Sequence[str], cwd: Path, *, stop_at: str | None = None,
         if stop_at and stop_at in shown:
             process.send_signal(signal.SIGINT)
             stop_at = None
-        if typed and "› " in shown:
+        if "\x1b[6n" in piece:  # a terminal says where its cursor is
+            os.write(master, b"\x1b[1;1R")
+        if typed and "›" in shown:
             os.write(master, typed.encode())
             typed = ""
+        if now - began > LIMIT:
+            process.kill()
     code = process.wait()
     os.close(master)
     ended = time.monotonic()
@@ -100,6 +106,8 @@ def main() -> None:
     where = asked.out / f"silence-{datetime.date.today()}.json"
     where.write_text(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False) + "\n")
     print(where)
+    if set(found) - {each for each in found if each.exit_code in (0, 130)}:
+        sys.exit("Not every command came to its end.")
 
 
 def _all(folder: Path, model: str, n_rows: int, only: Sequence[str]) -> Iterator[Silence]:

@@ -20,7 +20,7 @@ from tunesmith.shown import Token, tokens
 if TYPE_CHECKING:
     from tunesmith.training import Run
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 56, 12, 12, 28
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 72, 12, 12, 28
 
 
 def write_report(run: RunDir, result: Run, checked: Checked) -> None:
