@@ -24,12 +24,14 @@ from conftest import CHATML, needs_shared, save_tiny_model
 from small_runs import settings as run_settings
 from trained_families import Trained
 from tunesmith import export as exports
+from tunesmith import hub
 from tunesmith import model as tunesmith_models
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
 from tunesmith.export import export, gguf_file, llama_cpp
 from tunesmith.export.gguf_file import Contents, Vocabulary
 from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
+from tunesmith.recipe import TemplateSettings
 from tunesmith.template import probe
 from tunesmith.training import train
 
@@ -194,6 +196,23 @@ def test_weights_are_kept_in_the_type_that_is_asked_for(run: Path, tmp_path: Pat
     assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
     assert found(written)["same weights by name and shape"] == 1
     assert (found(written)["largest difference of a weight"] == 0) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_template_beside_a_file_goes_before_the_one_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    contents = contents_of(save_model(tmp_path / "base"))
+    (folder := tmp_path / "file").mkdir()
+    gguf_file.write(folder / "model.gguf", contents)
+    for beside in (None, contents.template.text.replace("<|im_end|>", "<|im_end|><|endoftext|>")):
+        if beside is not None:
+            (folder / "chat_template.jinja").write_text(beside)
+        found = hub.locate(str(folder), weights=weights)
+        ready = tunesmith_models.prepared(found, weights=weights)
+        read = tunesmith_models.open_renderer(ready, TemplateSettings()).template
+        assert read.text == (beside or contents.template.text)
 
 
 @needs_llama_cpp

@@ -424,6 +424,8 @@ def _convert_gguf(folder: Path, path: Path, out: Path, *, weights: bool) -> None
         fresh.generation_config = generation
         fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if (template := folder / "chat_template.jinja").is_file():  # said beside the file, it goes before what is in it
+        shutil.copyfile(template, out / template.name)
 
 
 def _is_quantised(path: Path) -> bool:
