@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import largest, shows
 from test_trie import batches, seen
-from tunesmith.engine import attention, gather, products
+from tunesmith.engine import attention, flex, gather, products
 from tunesmith.engine.attention import Backend, Style
 from tunesmith.engine.gather import Gather
 from tunesmith.engine.trie import Tree, lay_out
@@ -313,6 +313,45 @@ def test_gather_computes_few_scores_that_nobody_needs() -> None:
 
 
 # --- flex -------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def long_trees(draw: st.DrawFn) -> Tree:
+    """Of up to some nine blocks of the mask."""
+    lengths, before = [], 0
+    for _ in range(draw(st.integers(1, 6))):
+        shared = draw(st.integers(0, before))
+        before = shared + draw(st.integers(1, 300))
+        lengths.append((shared, before))
+    return grow(draw(st.integers(0, 9)), *lengths)
+
+
+@given(long_trees(), st.sampled_from([None, 1, 64, 200]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_block_of_the_mask_is_passed_over_where_nobody_sees_and_whole_where_all_do(
+    tree: Tree, window: int | None
+) -> None:
+    n, size = len(tree.end), flex.BLOCK
+    n_blocks = -(-n // size)
+    each = torch.zeros(n_blocks * size, n_blocks * size, dtype=torch.bool)
+    each[:n, :n] = attention.Dense(tree, CPU).visible(window)
+    pairs = each.view(n_blocks, size, n_blocks, size).transpose(1, 2).flatten(2)
+    asked, whole = flex.blocks(tree, window)
+    assert not (asked & whole).any()
+    assert not (pairs.any(2) & ~(asked | whole)).any() and not (whole & ~pairs.all(2)).any()
+    if window is None:
+        assert torch.equal(asked | whole, pairs.any(2)) and torch.equal(whole, pairs.all(2))
+
+
+def test_the_mask_in_blocks_is_what_torch_finds_by_looking_at_each_pair() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    for tree in (SMALL, LONG):
+        mine = flex.Flex(tree, CPU)._in_blocks(None)  # what it gives to the kernel is seen nowhere else on a CPU
+        theirs = create_block_mask(mine.mask_mod, None, None, len(tree.end), len(tree.end), device="cpu")
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert torch.equal(mine.to_dense(), theirs.to_dense())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

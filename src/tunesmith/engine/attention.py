@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.engine.flex import Flex
 from tunesmith.engine.gather import Gather, Given
 from tunesmith.engine.memory import Take
 from tunesmith.engine.trie import Tree
@@ -113,65 +114,6 @@ def plain(query_nHLD: Tensor, key_nKLD: Tensor, value_nKLD: Tensor, visible: Ten
         sinks = style.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1].to(value.dtype) @ value
     return torch.softmax(scores, -1).to(value.dtype) @ value
-
-
-# --- flex -------------------------------------------------------------------------------------------------------------
-
-
-class Flex:
-    """FlexAttention with a block mask; one compilation serves all lengths."""
-
-    def __init__(self, tree: Tree, device: torch.device) -> None:
-        self._end = torch.tensor(tree.end, device=device)
-        self._position = torch.tensor(tree.position, device=device)
-        self._masks: dict[int | None, Any] = {}
-
-    def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_THD, key_TKD, value_TKD))
-        softcap = style.softcap or 0.0
-
-        def capped(score: Tensor, *_: Tensor) -> Tensor:
-            return softcap * torch.tanh(score / softcap)
-
-        from torch.nn.attention.flex_attention import AuxRequest
-
-        out, aux = _compiled_flex()(
-            query, key, value,
-            score_mod=capped if softcap else None,
-            block_mask=self._mask(style.window),
-            scale=style.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )  # fmt: skip
-        if style.sinks is not None:  # softmax over one more score s scales everything by sigmoid(lse - s)
-            out = out * torch.sigmoid(aux.lse - style.sinks[None, :, None])[..., None].to(out.dtype)
-        return out[0].transpose(0, 1)
-
-    def _mask(self, window: int | None) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        end, position, n = self._end, self._position, len(self._end)
-        near = window or n
-        if window not in self._masks:
-
-            def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return (k <= q) & (q < end[k]) & (position[q] - position[k] < near)
-
-            self._masks[window] = create_block_mask(visible, None, None, n, n, device=str(end.device))
-        return self._masks[window]
-
-
-_flex: Callable[..., Any] | None = None
-
-
-def _compiled_flex() -> Callable[..., Any]:
-    global _flex
-    if _flex is None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        # On a CPU there is no backward for the compiled form; written out it is slow but the same.
-        _flex = torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
-    return _flex
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -370,6 +370,7 @@ class Engine:
             "kernels": [onepass.version(), liger.version(self._device)],
             "split": self._decoder and [self._decoder.n_split, products.amx_attention() is not None],
             "kind": [self.way, self._backend, str(self._device.type), str(self._dtype)],
+            "card": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "",
         }
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
 
