@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunesmith import commands, extras, hub, system
+from tunesmith import commands, driver, extras, hub, system
 from tunesmith.engine import onepass, products
+from tunesmith.errors import UnsupportedSystem
 from tunesmith.language import counted, marked, said
 
 
@@ -127,16 +128,20 @@ def _cores() -> Finding:
 def _accelerator() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        try:
+            driver.require_kernels()
+        except UnsupportedSystem as error:
+            return Finding(marked("accelerator"), f"{properties.name}, {error.found}", False, error.fix)
         bits = (
             said("bitsandbytes for 4-bit bases is here")
             if importlib.util.find_spec("bitsandbytes")
             else said("4-bit bases need: {command}", command=commands.pip_install("tunesmith[gpu]"))
         )
         return Finding(marked("accelerator"), f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
-    built = torch.version.cuda is not None
+    if (unused := driver.unused_card()) is not None:
+        found = said("{card}, which is not used: {why}", card=unused.name, why=unused.why)
+        return Finding(marked("accelerator"), found, True, unused.fix)
     found = said("none; training runs on the CPU")
-    if built:
-        found += said(" (this torch is built for CUDA but sees no GPU)")
     if onepass.version() is None:
         faster = said("about a tenth faster")
         if products.has_units():
@@ -144,13 +149,7 @@ def _accelerator() -> Finding:
         found += said("; {faster} with: {command}", faster=faster, command=commands.pip_install("tunesmith[cpu]"))
     elif products.are_split():
         found += said(", whose AMX is used for attention, and for weights published in bfloat16")
-    has_driver = shutil.which("nvidia-smi") is not None
-    return Finding(
-        marked("accelerator"),
-        found,
-        True,
-        said("Install a CUDA build of torch: there is an NVIDIA driver.") if has_driver and not built else "",
-    )
+    return Finding(marked("accelerator"), found, True)
 
 
 def _gib(count: int) -> str:

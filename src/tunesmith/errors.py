@@ -87,7 +87,7 @@ class MissingExtra(TunesmithError, ImportError):
 
 
 class UnsupportedSystem(TunesmithError, ImportError):
-    """An operating system that tunesmith does not run on."""
+    """An operating system that tunesmith does not run on, or a card that torch has no kernels for."""
 
 
 class ProofError(TunesmithError):

@@ -33,7 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import hub, model_files, pretrained, reading, tokenizer_trial
+from tunesmith import driver, hub, model_files, pretrained, reading, tokenizer_trial
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.language import said
@@ -294,8 +294,10 @@ _MOST_PACKED = 16  # numbers of a few bits that a file holds as one
 def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
     """The frozen base model on this machine's device, in evaluation mode.
 
-    Raises ModelError when weights are missing, truncated or do not belong to the config.
+    Raises ModelError when weights are missing, truncated or do not belong to the config, UnsupportedSystem for a card
+    that torch has no kernels for.
     """
+    driver.require_kernels()
     folder = found.folder
     if absent := hub.missing_parts(folder, weights=True):
         fix = said("Fetch it again, or name the right folder.")

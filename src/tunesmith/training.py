@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from tunesmith import adapter_files, caller, markup, notebook, planning, rehearsed, rundir, runs
+from tunesmith import adapter_files, caller, driver, markup, notebook, planning, rehearsed, rundir, runs
 from tunesmith import model as models
 from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
@@ -160,8 +160,9 @@ def train(
         watcher.planned(made)
         if not (made.fits or anyway):
             raise made.too_large()
-        if idle := processes.idle_cores():
-            watcher.noted(idle)
+        for note in (processes.idle_cores(), driver.unused_card()):
+            if note is not None:
+                watcher.noted(str(note))
         chosen = ranks.from_main(made.chosen)
         checked = replace(checked, found=locate(recipe, weights=True))
         work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts, questions)

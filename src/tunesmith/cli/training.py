@@ -185,7 +185,7 @@ def plan(
     console = start(verbose, as_json)
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     with loading(console):
-        from tunesmith import display, machines, planning
+        from tunesmith import display, driver, machines, planning
 
     size = None if memory is None else machines.parse_bytes(memory)
     machine = None if card is None else machines.card(card, size)
@@ -201,9 +201,12 @@ def plan(
             print_json({"table": [{"gib": gib, **plan.as_dict()} for gib, plan in plans]})
         return
     display.show_plan(console, made)
+    unused = None if card else driver.unused_card()
+    if unused is not None:
+        console.print(str(unused), style="yellow")
     go_on(console, *onward.after_plan(asked.words, fits=made.fits))
     if as_json:
-        print_json(made.as_dict())
+        print_json({**made.as_dict(), "unused_card": None if unused is None else str(unused)})
 
 
 def train(

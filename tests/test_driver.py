@@ -1,0 +1,129 @@
+"""A card that is here and is not used is named, with the reason and what mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tunesmith
+from tunesmith import driver
+from tunesmith.errors import UnsupportedSystem
+
+CARD = "NVIDIA GeForce RTX 4090"
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine on which torch sees no card, and the folder of its programs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(driver, "_IN_WSL", tmp_path / "wsl")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (programs := tmp_path / "programs").mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return programs
+
+
+def answering(folder: Path, says: str, code: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' '{says}'\nexit {code}\n")
+    program.chmod(0o755)
+
+
+def on_the_bus(pci: Path, vendor: str, kind: str) -> None:
+    device = pci / "0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(vendor + "\n")
+    (device / "class").write_text(kind + "\n")
+
+
+def test_where_no_card_is_nothing_is_said(tmp_path: Path, no_card: Path) -> None:
+    assert driver.unused_card() is None
+    answering(no_card, "No devices were found", 6)
+    on_the_bus(tmp_path / "pci", "0x8086", "0x030000")  # another maker's
+    assert driver.unused_card() is None
+
+
+@pytest.mark.parametrize(
+    ("built_with", "version", "why", "fix"),
+    [
+        (None, "580.95", "built for the CPU alone", "--force-reinstall torch"),
+        ("13.0", "550.54.14", "550.54.14 is too old for this torch, built with CUDA 13.0", "580 or newer"),
+        ("12.8", "470.82", "470.82 is too old", "525 or newer"),
+        ("13.0", "580.95", "torch says", "nvidia-smi"),
+    ],
+)
+def test_a_card_that_torch_does_not_see_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, no_card: Path, built_with: str | None, version: str, why: str, fix: str
+) -> None:
+    def found_nothing() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check.")
+
+    answering(no_card, f"{CARD}, {version}")
+    monkeypatch.setattr(torch.version, "cuda", built_with)
+    monkeypatch.setattr(torch.cuda, "init", found_nothing)
+    unused = driver.unused_card()
+    assert unused is not None and unused.name == CARD
+    assert why in unused.why and fix in unused.fix and "\n" not in str(unused)
+
+
+@pytest.mark.parametrize("value", ["", "-1", " "])
+def test_a_card_that_is_hidden_is_said_to_be(monkeypatch: pytest.MonkeyPatch, no_card: Path, value: str) -> None:
+    answering(no_card, f"{CARD}, 580.95")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    unused = driver.unused_card()
+    assert unused is not None and f"CUDA_VISIBLE_DEVICES={value!r} hides it" in unused.why
+
+
+@pytest.mark.parametrize("says", ["", "NVIDIA-SMI has failed because it could not communicate", "a, b, c"])
+def test_a_card_without_a_driver_that_answers(tmp_path: Path, no_card: Path, says: str) -> None:
+    on_the_bus(tmp_path / "pci", "0x10de", "0x030000")
+    answering(no_card, says)
+    unused = driver.unused_card()
+    assert unused is not None and "no driver" in unused.why and "--gpus all" in unused.fix
+
+
+@pytest.mark.parametrize(
+    ("kinds", "capability", "known"),
+    [
+        (["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], (8, 9), True),
+        (["sm_75", "sm_80", "sm_90a"], (7, 0), False),  # V100 beside CUDA 13
+        (["sm_75", "sm_80"], (6, 0), False),  # P100
+        (["sm_80", "sm_90"], (12, 0), False),  # a card that came after this torch
+        (["sm_80", "sm_90", "compute_90"], (12, 0), True),  # whose driver compiles
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, kinds: list[str], capability: tuple[int, int], known: bool
+) -> None:
+    answers: dict[str, Any] = {
+        "is_available": True, "get_arch_list": kinds, "get_device_capability": capability, "get_device_name": CARD
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if known:
+        driver.require_kernels()
+        return
+    with pytest.raises(UnsupportedSystem, match=rf"compute capability {capability[0]}\.{capability[1]}"):
+        driver.require_kernels()
+
+
+def test_plan_and_train_and_doctor_say_it(
+    no_card: Path, tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command line, where this torch is too new for a driver of long ago, or knows no CUDA at all."""
+    answering(no_card, f"{CARD}, 390.10")
+    few = ["--model", tiny_model, "--data", talk, "--epochs", "1", "--set", "train.rehearse=0"]
+    for command in (["plan", *few], ["train", *few, "--out", tmp_path / "run"], ["doctor"]):
+        ended = tunesmith(*command, cwd=tmp_path)
+        said = " ".join((ended.out + ended.err).split())
+        assert ended.code == 0 and CARD in said and "not used" in said, command
+        assert "390.10 is too old" in said or "built for the CPU alone" in said, command
+    planned = json.loads(tunesmith("plan", *few, "--json", cwd=tmp_path).out)
+    assert CARD in planned["unused_card"]
