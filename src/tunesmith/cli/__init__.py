@@ -5,6 +5,7 @@ What needs torch is imported inside the commands, so that --help answers at once
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import sys
 import traceback
@@ -92,4 +93,5 @@ def main() -> None:
             )
         )
         code = code or 2
+    gc.freeze()  # Python goes through everything once more when it ends, a second for what torch and transformers hold
     raise SystemExit(code)

@@ -253,9 +253,9 @@ class _Server(uvicorn.Server):
             if self._until is None:
                 self._until = time.monotonic() + self._grace
                 service.batch.close()
-                if service.following:
-                    n = service.following
-                    self._tell(said("Finishing {n} replies. Press Ctrl-C again to end at once.", n=n))
+                n = service.following
+                finishing = said("Finishing {n} replies. Press Ctrl-C again to end at once.", n=n)
+                self._tell(finishing if n else said("Ending …"))
             if time.monotonic() > self._until:
                 service.batch.give_up()
                 self.should_exit = True
