@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from conftest import ROOT, largest, start, tunesmith
 from tunesmith import machines, rundir
+from tunesmith import model as models
 from tunesmith.engine import ranks
+from tunesmith.trainer import on_one_device
 from warm import Forked
 
 SETTINGS = (
@@ -105,6 +108,27 @@ def test_two_processes_go_on_like_one(tiny_model: Path, sums: Path, alone: Path,
     assert len(losses(out)) == 20
     assert largest(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True)) < 1e-5
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_each_process_has_its_own_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By recorded calls, of the second of two processes on a host with two cards."""
+    taken = [0]
+    answers: dict[str, Any] = {
+        "is_available": lambda: True, "device_count": lambda: 2, "current_device": lambda: taken[-1],
+        "set_device": lambda device: taken.append(device if isinstance(device, int) else device.index),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    for name, answer in {"is_initialized": True, "get_rank": 1, "new_group": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, answer=answer, **__: answer)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with ranks.joined(), ranks.unseen():
+        own = models.device()
+        given = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+        on_one_device(given, own)
+        assert own == given.device == torch.device("cuda", 1)
+        assert (torch.cuda.current_device(), given.n_gpu) == (1, 1)
 
 
 def test_a_launcher_is_joined(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:

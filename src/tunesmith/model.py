@@ -92,8 +92,8 @@ def quietly() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """The device that is trained and chatted on: a CUDA GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that is trained and chatted on: a CUDA GPU where there is one, of several this process's own."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 # --- tokenizer and template -------------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def _nf4(compute: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": quantization, "device_map": {"": 0}}
+    return {"quantization_config": quantization, "device_map": {"": device()}}
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------------

@@ -143,8 +143,7 @@ class StepTrainer(Trainer):
             dataloader_pin_memory=False,
             run_name=run.path.name,
         )
-        _ = arguments.device  # counts the GPUs; Trainer would spread the model over all of them with DataParallel
-        arguments._n_gpu = min(arguments.n_gpu, 1)
+        on_one_device(arguments, next(model.parameters()).device)
         super().__init__(model=model, args=arguments, callbacks=[_Recorder(self)])
         self.remove_callback(PrinterCallback)
 
@@ -417,6 +416,16 @@ class _Recorder(TrainerCallback):
             return self._trainer._ranks.from_main(time.monotonic() - since >= 60 * int(number))
         step = self._trainer.state.global_step
         return step % (int(number) * (len(self._trainer._steps) if unit.startswith("epoch") else 1)) == 0
+
+
+def on_one_device(arguments: TrainingArguments, device: torch.device) -> None:
+    """Has Trainer stay on this device: without a launcher's variables, which it is not shown, it takes the first card
+    for every process, and spreads the model over all cards with DataParallel where there are several."""
+    _ = arguments.device  # chooses a device, makes it the current one and counts the others
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cuda":
+        vars(arguments)["_setup_devices"] = device  # what `device` gives from now on
+        torch.cuda.set_device(device)
 
 
 def has_lost_patience(losses: Sequence[float], patience: int) -> bool:
