@@ -83,28 +83,35 @@ def tune(
     display.show_check(console, checked, 0)
     fetched(console, settings.model.name, settings.model.revision, weights=True)
 
+    asking = console.status(said("The general questions are asked …"))  # until it is told what came out
+
     @contextmanager
     def shown(number: int, drawn: Mapping[str, float]) -> Iterator[Watcher]:
         title = said("Trial {number}", number=f"{number:04}")
         console.print(f"\n{title}  {display.drawn(drawn)}", style="bold")
         with display.TrainingDisplay(console) as watcher:
             yield watcher
+        asking.start()
 
     def told(study: Study, trial: Trial) -> None:
+        asking.stop()
         display.show_trial(console, study, trial)
 
-    study = tune(
-        settings,
-        out,
-        trials=trials,
-        hours=None if hours is None else max(hours - (time.time() - began) / 3600, 0),
-        join=join,
-        sources=asked.sources,
-        checked=checked,
-        anyway=anyway,
-        shown=shown,
-        told=told,
-    )
+    try:
+        study = tune(
+            settings,
+            out,
+            trials=trials,
+            hours=None if hours is None else max(hours - (time.time() - began) / 3600, 0),
+            join=join,
+            sources=asked.sources,
+            checked=checked,
+            anyway=anyway,
+            shown=shown,
+            told=told,
+        )
+    finally:
+        asking.stop()
     display.show_study(console, study)
     waiting = any(trial.state == "waiting" for trial in study.trials)
     place = [] if out is None else ["--out", str(out)]
