@@ -31,6 +31,7 @@ OF_OTHERS = {
     "adapter_files": {"--base"},  # of the script beside an adapter
     "chat": {"--port"},  # of `tunesmith serve`, for which alone runs are loaded together
     "display": {"--json"},  # the terminal's, like all of talk and serving
+    "driver": {"--query-gpu", "--format", "--force-reinstall", "--gpus"},  # of nvidia-smi, pip and Docker
     "hub.package": {"--no-deps", "--no-cache-dir", "--only-binary", "--upgrade"},  # pip's
     "machines": {"--card", "--memory"},  # of `tunesmith plan` alone
     "serving.gate": {"--api-key"},

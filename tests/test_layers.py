@@ -32,7 +32,7 @@ LAYERS = [
     {"engine.step", "model"},
     {"pretrained"},
     {"engine.decoder"},
-    {"engine.attention", "engine.batch", "engine.gather", "engine.layers"},
+    {"engine.attention", "engine.batch", "engine.flex", "engine.gather", "engine.layers"},
     {
         "engine.lanes",
         "engine.liger",
@@ -46,7 +46,7 @@ LAYERS = [
     {"engine.memory", "engine.onepass"},
     {"engine.amx_attention", "engine.amx_products"},
     {"engine.amx", "engine.kernels"},
-    {"hyperparameters", "rehearsed", "steps", "machines"},
+    {"driver", "hyperparameters", "rehearsed", "steps", "machines"},
     {"cache", "rows", "runs", "tokenizer_trial"},
     {"serving.connections", "serving.gate", "serving.reading"},
     {"serving.refusals", "serving.vllm_command", "serving.wire", "serving"},
