@@ -1,6 +1,6 @@
 """What the kernels of flex attention take of a card's shared memory, compiled for cards that are not here.
 
-    python compiled_flex.py CARD:H/KxD:DTYPE:LENGTH …
+    python compiled_flex.py CARD:H/KxD:DTYPE:LENGTH[:SOFTCAP] …
 
 Attention of H heads of queries and K of keys, of size D, over a tree of so many tokens and some. Prints a line of JSON
 for each kernel. Run by `test_cards.py`: what it tells torch stays for the whole process.
@@ -87,7 +87,7 @@ def written_for(card: Card, heads: tuple[int, int], size: int, dtype: torch.dtyp
     ):
         try:
             flex.Flex(tree, torch.device("cpu")).attend(*given, Style(size**-0.5, **style))
-        except Exception as error:
+        except Exception as error:  # dynamo wraps what its backend raises, differently in each version
             if not any(isinstance(each, Written) or "Written" in str(each) for each in causes(error)):
                 raise
     return codes
@@ -157,16 +157,17 @@ def main() -> None:
         module.lazy_init = nothing
     by_name = {card.name: card for card in CARDS}
     for asked in sys.argv[1:]:
-        name, shape, dtype, length = asked.split(":")
+        name, shape, dtype, length, *softcap = asked.split(":")
+        style = {"softcap": float(softcap[0])} if softcap else {}
         card, (heads, _, size) = by_name[name], shape.partition("x")
         n_heads, n_keys = map(int, heads.split("/"))
         try:
-            codes = written_for(card, (n_heads, n_keys), int(size), getattr(torch, dtype), length=int(length))
+            codes = written_for(card, (n_heads, n_keys), int(size), getattr(torch, dtype), length=int(length), **style)
             with tempfile.TemporaryDirectory() as folder, no_card.told_of(card):
                 each = [compiled(*kernel, card, Path(folder)) for code in codes for kernel in kernels(code)]
             for found in filter(None, each):
                 print(json.dumps({"asked": asked, **found}), flush=True)
-        except Exception as error:
+        except Exception as error:  # said of this one kernel, for which its test fails; the others are still tried
             print(json.dumps({"asked": asked, "error": f"{type(error).__name__}: {str(error)[:300]}"}), flush=True)
 
 

@@ -35,7 +35,7 @@ def _load_device() -> ctypes.CDLL:
 
 _DEVICE = _load_device()
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - after the device, or it makes hooks of its own
 
 _DEVICE.take_the_place_of_cuda()
 KIB = 1 << 10

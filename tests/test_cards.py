@@ -30,6 +30,7 @@ ASKED = (
     "RTX 4090:8/1x256:bfloat16:300",  # Gemma-2B's heads, which torch's own tiles are too large for
     "RTX 4090:40/10x128:float32:300",  # Phi-4's, in the self-check
     "RTX 4090:40/10x128:bfloat16:24",  # a tree so small that torch would take the kernel for decoding
+    "RTX 4090:8/4x64:bfloat16:300:50",  # soft caps, which as a number had no backward pass
     "T4:8/1x256:float16:300",
 )
 

@@ -51,7 +51,7 @@ def test_where_no_card_is_nothing_is_said(tmp_path: Path, no_card: Path) -> None
 @pytest.mark.parametrize(
     ("built_with", "version", "why", "fix"),
     [
-        (None, "580.95", "built for the CPU alone", "--force-reinstall torch"),
+        (None, "580.95", "built without CUDA", "--force-reinstall torch"),
         ("13.0", "550.54.14", "550.54.14 is too old for this torch, built with CUDA 13.0", "580 or newer"),
         ("12.8", "470.82", "470.82 is too old", "525 or newer"),
         ("13.0", "580.95", "torch says", "nvidia-smi"),
@@ -71,13 +71,13 @@ def test_a_card_that_torch_does_not_see_is_named_with_the_reason(
     assert why in unused.why and fix in unused.fix and "\n" not in str(unused)
 
 
-@pytest.mark.parametrize("value", ["", "-1", " "])
+@pytest.mark.parametrize("value", ["", "-1", "7", "GPU-of-another-machine"])
 def test_a_card_that_is_hidden_is_said_to_be(monkeypatch: pytest.MonkeyPatch, no_card: Path, value: str) -> None:
     answering(no_card, f"{CARD}, 580.95")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     unused = driver.unused_card()
-    assert unused is not None and f"CUDA_VISIBLE_DEVICES={value!r} hides it" in unused.why
+    assert unused is not None and f"CUDA_VISIBLE_DEVICES={value!r} leaves none" in unused.why
 
 
 @pytest.mark.parametrize("says", ["", "NVIDIA-SMI has failed because it could not communicate", "a, b, c"])
@@ -89,17 +89,17 @@ def test_a_card_without_a_driver_that_answers(tmp_path: Path, no_card: Path, say
 
 
 @pytest.mark.parametrize(
-    ("kinds", "capability", "known"),
+    ("kinds", "capability", "fix"),
     [
-        (["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], (8, 9), True),
-        (["sm_75", "sm_80", "sm_90a"], (7, 0), False),  # V100 beside CUDA 13
-        (["sm_75", "sm_80"], (6, 0), False),  # P100
-        (["sm_80", "sm_90"], (12, 0), False),  # a card that came after this torch
-        (["sm_80", "sm_90", "compute_90"], (12, 0), True),  # whose driver compiles
+        (["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], (8, 9), ""),
+        (["sm_75", "sm_80", "sm_90a"], (7, 0), "older CUDA"),  # V100 beside CUDA 13
+        (["sm_75", "sm_80"], (6, 0), "older CUDA"),  # P100
+        (["sm_80", "sm_90"], (12, 0), "newer torch"),  # a card that came after this torch
+        (["sm_80", "sm_90", "compute_90"], (12, 0), ""),  # whose driver compiles
     ],
 )
 def test_a_card_that_torch_has_no_kernels_for_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, kinds: list[str], capability: tuple[int, int], known: bool
+    monkeypatch: pytest.MonkeyPatch, kinds: list[str], capability: tuple[int, int], fix: str
 ) -> None:
     answers: dict[str, Any] = {
         "is_available": True, "get_arch_list": kinds, "get_device_capability": capability, "get_device_name": CARD
@@ -107,11 +107,12 @@ def test_a_card_that_torch_has_no_kernels_for_is_refused_by_name(
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    if known:
+    if not fix:
         driver.require_kernels()
         return
-    with pytest.raises(UnsupportedSystem, match=rf"compute capability {capability[0]}\.{capability[1]}"):
+    with pytest.raises(UnsupportedSystem, match=rf"compute capability {capability[0]}\.{capability[1]}") as refused:
         driver.require_kernels()
+    assert fix in refused.value.fix
 
 
 def test_plan_and_train_and_doctor_say_it(
@@ -124,6 +125,6 @@ def test_plan_and_train_and_doctor_say_it(
         ended = tunesmith(*command, cwd=tmp_path)
         said = " ".join((ended.out + ended.err).split())
         assert ended.code == 0 and CARD in said and "not used" in said, command
-        assert "390.10 is too old" in said or "built for the CPU alone" in said, command
+        assert "390.10 is too old" in said or "built without CUDA" in said, command
     planned = json.loads(tunesmith("plan", *few, "--json", cwd=tmp_path).out)
     assert CARD in planned["unused_card"]

@@ -54,12 +54,8 @@ def unused_card() -> Unused | None:
     name, version = answer
     built_with = torch.version.cuda
     if built_with is None:
-        why = said("this torch is built for the CPU alone")
+        why = said("this torch is built without CUDA")
         return Unused(name, why, said("Install torch from PyPI: {command}", command=_reinstall()))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and not hidden.strip().startswith(tuple("0123456789GM")):
-        why = said("CUDA_VISIBLE_DEVICES={value} hides it", value=repr(hidden))
-        return Unused(name, why, said("Unset CUDA_VISIBLE_DEVICES to use it."))
     if int(version.split(".")[0]) < _least_driver():
         return Unused(
             name,
@@ -72,6 +68,9 @@ def unused_card() -> Unused | None:
                 "Install driver {least} or newer, or a torch for CUDA 12 (https://pytorch.org).", least=_least_driver()
             ),
         )
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        why = said("CUDA_VISIBLE_DEVICES={value} leaves none", value=repr(visible))
+        return Unused(name, why, said("Unset it, or name a card that nvidia-smi -L lists."))
     try:
         torch.cuda.init()
         why = said("torch finds no device")
@@ -90,11 +89,15 @@ def require_kernels() -> None:
     to_compile = {divmod(int(number.rstrip("af")), 10) for of, _, number in kinds if of == "compute"}
     if any(major == own[0] and minor <= own[1] for major, minor in native) or any(one <= own for one in to_compile):
         return
+    older = said(
+        "Install a torch for an older CUDA (https://pytorch.org); CUDA_VISIBLE_DEVICES='' computes on the CPU."
+    )
+    newer = said("Install a newer torch; CUDA_VISIBLE_DEVICES='' computes on the CPU.")
     raise UnsupportedSystem(
         torch.cuda.get_device_name(),
         said("compute capability {major}.{minor}", major=own[0], minor=own[1]),
         said("one that this torch has kernels for ({kinds})", kinds=", ".join(f"{a}.{b}" for a, b in sorted(native))),
-        said("Install a torch for an older CUDA (https://pytorch.org); CUDA_VISIBLE_DEVICES='' computes on the CPU."),
+        newer if own > max(native, default=own) else older,
     )
 
 

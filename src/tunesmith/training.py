@@ -160,9 +160,7 @@ def train(
         watcher.planned(made)
         if not (made.fits or anyway):
             raise made.too_large()
-        for note in (processes.idle_cores(), driver.unused_card()):
-            if note is not None:
-                watcher.noted(str(note))
+        _say_what_is_idle(watcher)
         chosen = ranks.from_main(made.chosen)
         checked = replace(checked, found=locate(recipe, weights=True))
         work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts, questions)
@@ -181,6 +179,12 @@ def train(
             # The last of them: where it is, the run can be gone on with.
             rundir.write_json(run.manifest, {**_manifest(work), "sources": sources, "plan": made.as_dict()})
             return work.carry_out(run, base, None, tell)
+
+
+def _say_what_is_idle(watcher: Watcher) -> None:
+    for note in (processes.idle_cores(), driver.unused_card()):
+        if note is not None:
+            watcher.noted(str(note))
 
 
 def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | None = None) -> Run:
@@ -239,6 +243,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
             for folder in damaged:  # or they would be in the way of those written anew
                 shutil.rmtree(folder)
             work = unchanged()
+            _say_what_is_idle(watcher)
             if epochs is not None:
                 sources[_EXTENDED] = "flag"
                 beside = _beside_auto(work.checked, manifest["plan"]["choices"])
