@@ -106,13 +106,10 @@ def blocks(tree: Tree, window: int | None) -> tuple[Tensor, Tensor]:
     first = torch.arange(len(end)) * BLOCK
     earlier = first[:, None] > first[None]
     some = earlier & (end.amax(1)[None] > first[:, None]) | torch.eye(len(end), dtype=torch.bool)
-    whole = earlier & (end.amin(1)[None] >= first[:, None] + BLOCK)
+    whole = earlier & (end.amin(1)[None] >= first[:, None] + BLOCK)  # never of a last block that is not full
     if window is not None:
         some &= position.amin(1)[:, None] - position.amax(1)[None] < window
         whole &= position.amax(1)[:, None] - position.amin(1)[None] < window
-    last = len(tree.end) % BLOCK
-    if last:  # it has queries that are none
-        whole[-1] = False
     return some & ~whole, whole
 
 
