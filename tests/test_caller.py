@@ -41,6 +41,7 @@ OF_OTHERS = {
     },
     "system": {"--install", "--mem", "--memory"},  # of wsl, SLURM and Docker
     "talk": {"--max-tokens"},
+    "training": {"--use_fsdp"},  # of `accelerate launch`
 }  # fmt: skip
 """Options that are none of the library's: no message that it raises names them as something to pass to it."""
 

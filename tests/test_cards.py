@@ -75,3 +75,90 @@ def test_tiles_are_as_small_as_a_card_needs_them(
 
 def test_where_no_tile_fits_the_walk_through_the_tree_is_taken() -> None:
     assert flex.tiles(256, torch.float32, 64 * KIB) is None
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "SmolLM2": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "Mistral": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "Qwen2": {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "Qwen3": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "Phi-4": {
+        "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40,
+        "num_key_value_heads": 10, "vocab_size": 100352, "pad_token_id": 0,
+    },
+    "Gemma-2B": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+    },
+    "Gemma-2": {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "query_pre_attn_scalar": 256,
+    },
+    "Gemma-3": {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "query_pre_attn_scalar": 256,
+    },
+}  # fmt: skip
+"""From the models' config.json, but for the number of layers."""
+STEPS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    *((family, {"liger": False}) for family in ("SmolLM2", "Qwen3", "Phi-4", "Gemma-2")),
+    ("Mistral", {"lora": {"dropout": 0.1}, "tokens": 4096}),
+    ("Phi-4", {"recomputed": 4, "tokens": 8192}),
+    ("Qwen3", {"recomputed": 2, "liger": False, "tokens": 8192}),
+    ("Gemma-2B", {"recomputed": 4, "lora": {"dropout": 0.1}, "tokens": 8192}),
+    ("SmolLM2", {"dtype": "float16", "card": "T4"}),
+    ("Qwen2", {"dtype": "float32", "liger": False}),
+]
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[dict[str, Any]]:
+    """Steps of the engine on a card that is not here, by a process of its own."""
+    asked = [{**more, "config": {**FAMILIES[family], "num_hidden_layers": 4}} for family, more in STEPS]
+    ran = subprocess.run(
+        [sys.executable, Path(__file__).with_name("step_on_card.py"), *map(json.dumps, asked)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_a_step_on_a_card_takes_what_was_planned(steps: list[dict[str, Any]]) -> None:
+    """Beyond the weights. Observed: 0.957 to 1.039, over ten models of these families."""
+    off = {
+        f"{family} {more}": step["planned"] / step["peak"] for (family, more), step in zip(STEPS, steps, strict=True)
+    }
+    assert {key: round(ratio, 3) for key, ratio in off.items() if abs(ratio - 1) > 0.05} == {}
+
+
+def test_a_step_never_waits_for_the_card_and_sends_little(steps: list[dict[str, Any]]) -> None:
+    """A number that is asked of it would have raised; observed are 4 copies, 6 with windows and a soft cap. fp16 asks
+    once whether all is finite."""
+    for (family, more), step in zip(STEPS, steps, strict=True):
+        assert step["way"] == "tree" and step["read"] == (more.get("dtype") == "float16"), (family, more)
+        assert step["sent"] <= 6, (family, more)
+
+
+def test_a_layer_is_a_bounded_number_of_launches(steps: list[dict[str, Any]]) -> None:
+    launched = {
+        (family, step["asked"].get("liger", True)): step["launched"] / step["layers"]
+        for (family, more), step in zip(STEPS, steps, strict=True)
+        if more.keys() <= {"liger"}
+    }
+    assert max(launched[family, True] for family in ("SmolLM2", "Mistral", "Qwen2", "Qwen3", "Phi-4", "Gemma-2B")) < 250
+    assert max(launched.values()) < 410

@@ -497,6 +497,46 @@ def test_the_loss_alone_is_that_of_the_step_without_dropout(way: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# --- fp16, on a card without bf16 -------------------------------------------------------------------------------------
+
+BY_AUTOGRAD = [(name, way) for name in ("Llama", "Qwen3", "Phi-3") for way in ("tree", "padded")]
+
+
+def in_fp16(name: str, way: str, documents: Sequence[Rendered], n: int) -> tuple[float, Engine]:
+    """How far a step in fp16, divided by n, is from the one in float64."""
+    made = engine(family(name, torch.float16), way, ignored)
+    made._model.zero_grad()
+    made.gradient(documents, n)
+    right, _ = rounded(name, torch.float16, 0)
+    right = replace(right, gradient=right.gradient * n_supervised(documents) / n)
+    return distance(Step(0, gradient_of(made._model)), right), made
+
+
+@pytest.mark.parametrize(("name", "way"), BY_AUTOGRAD)
+def test_gradients_pass_whole_through_fp16(monkeypatch: pytest.MonkeyPatch, name: str, way: str) -> None:
+    """Of a token among 200,000, whose share of the loss fp16 would round away."""
+    _, theirs = rounded(name, torch.float16, 0)
+    off, _ = in_fp16(name, way, FEW, 200_000)
+    assert off < 3 * theirs
+    monkeypatch.setattr(Engine, "_scaled", lambda _, add_up, n: add_up(1))
+    assert shows(in_fp16(name, way, FEW, 200_000)[0], 0.05)
+
+
+def test_sums_too_large_for_fp16_are_found_and_scaled_less() -> None:
+    """The same rows 3,000 times, which a tree adds up where they are one."""
+    _, theirs = rounded("Llama", torch.float16, 0)
+    documents = list(FEW) * 3000
+    off, made = in_fp16("Llama", "tree", documents, n_supervised(documents))
+    assert off < 3 * theirs and made.found["exponent"] < 8
+    again = engine(family("Llama", torch.float16), "tree", ignored)
+    again.go_on_with(made.found)
+    again._model.zero_grad()
+    again.gradient(documents, n_supervised(documents))
+    assert torch.equal(gradient_of(again._model), gradient_of(made._model))  # a run that goes on is the same
+    with pytest.raises(ValueError, match="0 and 8"):
+        again.go_on_with({"tokens_at_most": 0, "exponent": 8})
+
+
 # --- negative controls ------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ LAYERS = [
     {"engine.products"},
     {"engine.memory", "engine.onepass"},
     {"engine.amx_attention", "engine.amx_products"},
-    {"engine.amx", "engine.kernels"},
+    {"engine.amx", "engine.compiler", "engine.kernels"},
     {"driver", "hyperparameters", "rehearsed", "steps", "machines"},
     {"cache", "rows", "runs", "tokenizer_trial"},
     {"serving.connections", "serving.gate", "serving.reading"},

@@ -96,3 +96,20 @@ def test_what_has_left_other_memory_leaves_the_rest_alone() -> None:
     for place in (torch.empty(NUMBERS), torch.empty(NUMBERS)):
         mapped.move(parameter, place)
     assert bool((parameter == 1.5).all()) and bool((together == 1.5).all())
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        # A card's shared memory is too small for a kernel, which smaller micro-batches do not change.
+        (RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: triton_tem_fused_0"), False),
+        (RuntimeError("out of resource: shared memory, Required: 153600, Hardware limit: 101376."), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_is_out_of_memory(error: Exception, ran_out: bool) -> None:
+    assert memory.ran_out(error) is ran_out

@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, SHARED, needs_shared, save_tiny_model, script, tunesmith
@@ -23,11 +18,11 @@ from small_runs import flags_of, settings
 from tunesmith import machines, planning
 from tunesmith import model as models
 from tunesmith.checking import Checked, check
-from tunesmith.engine import attention, gather, lora, products, step
+from tunesmith.engine import gather, products
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, RecipeError
-from tunesmith.machines import Device, Machine
-from tunesmith.planning import Choice, Load
+from tunesmith.machines import Machine
+from tunesmith.planning import Choice
 from tunesmith.training import train
 
 GIB = 1 << 30
@@ -180,90 +175,6 @@ def test_attention_of_other_heads_than_of_32_numbers_is_not_split(tiny_model: Pa
     assert (shape.queries // shape.heads) % 32 and not shape.split_attention
 
 
-class FlexLike(torch.autograd.Function):
-    """What flex attention keeps, without computing anything."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:2], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(kept) for kept in ctx.saved_tensors[:3])
-
-
-class LooksLikeFlex:
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, style: attention.Style) -> Tensor:
-        return cast("Tensor", FlexLike.apply(query, key, value))
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are still there, and their peak."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._older = [tensor.untyped_storage() for tensor in before]
-        self._seen = {storage._cdata for storage in self._older}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._seen:
-                size = tensor.untyped_storage().nbytes()
-                self._seen.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
-        return made
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    ("family", "dtype", "dropout", "recomputed"),
-    [
-        *((family, "bfloat16", 0.1, 2) for family in ("phi-3-mini", "gemma-2b", "deepseek-7b", "phi-4")),
-        *(("phi-4", "bfloat16", dropout, n) for dropout, n in ((0.1, 0), (0.0, 0), (0.1, 6))),
-        *((family, "float32", 0.1, 0) for family in ("gemma-2b", "deepseek-7b")),
-    ],
-)
-def test_what_autograd_keeps_of_a_large_model_is_what_the_plan_says(
-    talk: Path, family: str, dtype: str, dropout: float, recomputed: int
-) -> None:
-    """The real layers at full width, six of them, forward and backward on tensors without memory; between the
-    embedding and the output layer. Observed: kept 0.95 to 1.01, peak 0.95 to 1.00 of what was planned."""
-    flags = {"lora.dropout": dropout, "model.dtype": dtype}
-    rows = checked(SHARED / "models" / family, talk, **flags)
-    rows.config.num_hidden_layers = 6
-    rows = replace(rows, targets=models.targets(models.skeleton(rows.config), rows.recipe.lora))
-    base = models.skeleton(rows.config).to(getattr(torch, dtype)).requires_grad_(False)
-    model = models.attach(base, rows.recipe.lora, 0, "base").to("meta").train()
-    attention.register()
-    lora.install(model)
-    step._recompute(model, recomputed)
-    n = 2048
-    ids = torch.zeros(1, n, dtype=torch.int64, device="meta")
-    body = cast("Any", model.get_base_model()).model
-    alive = Alive([*model.parameters(), *model.buffers()])
-    with attention.looking_through(LooksLikeFlex(), model), alive:
-        hidden = body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
-        kept = alive.now
-        hidden.sum().backward()
-    shape = planning.shape_of(rows)
-    device: Device = "cuda" if dtype == "bfloat16" else "cpu"  # which number is written how
-    choice = Choice(n, recomputed, base.dtype.itemsize)
-    parts = planning.parts_of_graph(shape, Load(n, 0, 0), choice, 0, device)
-    planned_peak = parts.activations + parts.workspace + parts.gradients
-    assert recomputed == 6 or kept == pytest.approx(parts.activations, rel=0.08)
-    assert alive.peak == pytest.approx(planned_peak, rel=0.08)
-
-
 def test_train_writes_down_what_was_planned(tiny_model: Path, talk: Path, tmp_path: Path) -> None:
     run = train(settings(tiny_model, talk, **{"train.epochs": 1}), tmp_path / "run")
     plan = json.loads((run.path / "manifest.json").read_text())["plan"]
@@ -343,7 +254,9 @@ def test_plan_prints_what_the_contract_says(tiny_model: Path, talk: Path) -> Non
 def test_a_card_is_known_as_people_say_it(name: str, card: str) -> None:
     (known,) = (each for each in machines.CARDS if each.name == card)
     found = machines.card(name)
-    assert (found.name, found.available_bytes, found.flops) == (card, known.memory_bytes, known.flops)
+    assert (found.name, found.available_bytes, found.flops) == (card, known.free_bytes(), known.flops)
+    assert known.memory_bytes * 0.9 - (500 << 20) < found.available_bytes < known.memory_bytes - (500 << 20)
+    assert found.sixteen_bits == ("float16" if card == "T4" else "bfloat16")
 
 
 def test_no_two_cards_go_by_one_name() -> None:
@@ -354,7 +267,8 @@ def test_no_two_cards_go_by_one_name() -> None:
 
 def test_a_card_and_a_memory_can_be_named(tiny_model: Path, talk: Path) -> None:
     made = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "rtx 4090", "--json").json
-    assert (made["available_bytes"], made["device"], made["parts"]["runtime"]) == (24 * GIB, "cuda", 0)
+    assert (made["available_bytes"], made["device"]) == (machines.card("4090").available_bytes, "cuda")
+    assert 100 << 20 < made["parts"]["runtime"] < 200 << 20  # what is at work there, not this process
     ended = tunesmith("plan", "--model", tiny_model, "--data", talk, "--card", "RTX 1", "--json")
     assert ended.code == 2 and "one of RTX 3060" in ended.err
     assert machines.this_machine(1 << 20).available_bytes == 1 << 20
@@ -388,7 +302,9 @@ def test_weights_of_4_bits_take_their_scales_too() -> None:
     sizes = {"layers": 1, "width": 1, "inner": 1, "queries": 1, "keys": 1, "heads": 1, "vocabulary": 1}
     shape = planning.Shape(
         **sizes, linear=64_000, weights=65_000, adapter=0, ranks=(0, 0, 0, 0), stored_bytes=2, by_hand=False,
-        head_norms=False, dropout=False, masks=0, fused=False, narrow=0, published_in_bfloat16=True,
-        split_attention=False,
+        head_norms=False, norms=2, softcap=False, dropout=False, masks=0, fused=False, narrow=0,
+        published_in_bfloat16=True, split_attention=False,
     )  # fmt: skip
+    spread = Choice(1, 0, 2, shares=4).bytes_of(shape)  # a quarter of the layers', two of them as a whole, the rest
+    assert spread == 64_000 // 4 * 2 + 2 * 64_000 * 2 + 1000 * 2
     assert Choice(1, 0, 2, nf4=True).bytes_of(shape) == pytest.approx(64_000 * 4.127 / 8 + 2000, rel=1e-3)

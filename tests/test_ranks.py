@@ -24,6 +24,8 @@ from conftest import ROOT, largest, start, tunesmith
 from tunesmith import machines, rundir
 from tunesmith import model as models
 from tunesmith.engine import ranks
+from tunesmith.hub import locate
+from tunesmith.recipe import ModelSettings
 from tunesmith.trainer import on_one_device
 from warm import Forked
 
@@ -95,6 +97,35 @@ def test_two_processes_train_like_one(tiny_model: Path, sums: Path, alone: Path,
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, alone))
     assert largest((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
     assert largest(tensor.abs().max().item() for tensor in theirs.values()) > 0.01
+
+
+def test_a_base_that_no_process_has_as_a_whole_answers_before_the_training(
+    tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    """What it says to the general prompts that are rehearsed is what it says as one."""
+    few = ("train.rehearse=0.1", "train.epochs=1", "data.rehearse=" + str(tmp_path / "prompts.txt"))
+    (tmp_path / "prompts.txt").write_text("What is a lighthouse?\nName two seas.\n")
+    for process in processes(
+        [arguments(tiny_model, sums, tmp_path / "run", *few)] * 2, tmp_path, ACCELERATE_USE_FSDP="true"
+    ):
+        assert process.wait(240) == 0, (tmp_path / "0.log").read_text()
+    assert tunesmith(*arguments(tiny_model, sums, tmp_path / "alone", *few)).code == 0
+    sharded, alone = (rundir.read_lines(tmp_path / name / "rehearsal.jsonl") for name in ("run", "alone"))
+    assert sharded == alone and alone
+    assert largest(abs(a - b) for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "alone"), strict=True)) < 1e-5
+
+
+def test_where_the_base_is_sharded_no_process_takes_it_to_its_device_as_a_whole(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "device", lambda: torch.device("meta"))
+    whole = models.load_base(locate(str(tiny_model)), ModelSettings(dtype="float32"), torch.device("cpu"))
+    assert {parameter.device.type for parameter in whole.parameters()} == {"cpu"}
+
+
+def test_4_bits_and_sharding_are_refused_together(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    ended = tunesmith(*arguments(tiny_model, sums, tmp_path / "run", "model.quantize=nf4"), ACCELERATE_USE_FSDP="true")
+    assert ended.code == 2 and "--use_fsdp" in ended.err
 
 
 def test_two_processes_go_on_like_one(tiny_model: Path, sums: Path, alone: Path, tmp_path: Path) -> None:
@@ -314,7 +345,7 @@ from tunesmith.recipe import LoraSettings, ModelSettings
 base = model.load_base(hub.locate(sys.argv[1]), ModelSettings())
 tuned = model.attach(base, LoraSettings(), 0, "x")
 with ranks.joined():
-    ranks.shard(tuned, model.decoder_layers(base))
+    ranks.shard(tuned, model.decoder_layers(base), model.device())
     for name, parameter in tuned.named_parameters():
         if ".layers." in name:
             assert isinstance(parameter, DTensor) != ("lora_" in name), name

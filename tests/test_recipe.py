@@ -404,3 +404,10 @@ def test_a_runs_own_recipe_is_trained_from_any_folder(
     (run / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(run)
     assert recipe.resolve("recipe.yaml")[0].data.path == str(talk)
+
+
+def test_what_does_not_go_together_is_refused_by_name() -> None:
+    """Prevents an error of peft's after the base has been read."""
+    with pytest.raises(RecipeError, match=r"lora\.variant.*pissa with weights of 4 bits.*model\.quantize"):
+        recipe.resolve(None, {"lora.variant": "pissa", "model.quantize": "nf4"})
+    assert recipe.resolve(None, {"lora.variant": "dora", "model.quantize": "nf4"})

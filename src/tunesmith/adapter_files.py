@@ -53,7 +53,10 @@ if arguments.base is None:
     parser.error({no_base})
 no_code = {{"trust_remote_code": False}}  # of a folder or a hub is ever run
 
-device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+device, dtype = "cpu", torch.float32
+if torch.cuda.is_available():  # cards before Ampere only pretend to multiply in bf16
+    device, bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else torch.{without_bf16}
 tokenizer = AutoTokenizer.from_pretrained(here, **no_code)  # with the chat template that was trained with
 base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype, **no_code).to(device)
 model = PeftModel.from_pretrained(base, here).eval()
@@ -112,6 +115,7 @@ def _script(checked: Checked, recipe: Recipe) -> str:
     no_base = f"name the base that this adapter was trained on, {_plain_name(checked.found)}: --base FOLDER"
     filled = {
         "base": repr(base),
+        "without_bf16": models.card_dtype("float16", checked.config),
         "no_base": repr(no_base),
         "base_usage": "[--base ID_OR_FOLDER]" if base else "--base FOLDER",
         "system_messages": [],

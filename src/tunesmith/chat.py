@@ -204,7 +204,9 @@ class Chat:
         # Padding stands in front, where it is masked, so its id has no effect.
         input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with torch.inference_mode(), self.switched(base=base):
+        # Into what sharded weights are collected in, a step that comes later must be able to write.
+        sharded = any(hasattr(parameter, "placements") for parameter in self.model.parameters())
+        with torch.inference_mode(not sharded), torch.no_grad(), self.switched(base=base):
             generate: Any = self.model.generate
             output = generate(
                 input_ids=input_ids.to(self.model.device),

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from tunesmith import commands, driver, extras, hub, system
-from tunesmith.engine import onepass, products
+from tunesmith.engine import compiler, onepass, products
 from tunesmith.errors import UnsupportedSystem
 from tunesmith.language import counted, marked, said
 
@@ -137,7 +137,11 @@ def _accelerator() -> Finding:
             if importlib.util.find_spec("bitsandbytes")
             else said("4-bit bases need: {command}", command=commands.pip_install("tunesmith[gpu]"))
         )
-        return Finding(marked("accelerator"), f"{properties.name}, {_gib(properties.total_memory)}; {bits}", True)
+        found, fix = f"{properties.name}, {_gib(properties.total_memory)}; {bits}", ""
+        if (lack := compiler.lacking()) is not None:
+            found += said("; slower, for Triton finds {lack}", lack=lack)
+            fix = compiler.fix()
+        return Finding(marked("accelerator"), found, True, fix)
     if (unused := driver.unused_card()) is not None:
         found = said("{card}, which is not used: {why}", card=unused.name, why=unused.why)
         return Finding(marked("accelerator"), found, True, unused.fix)

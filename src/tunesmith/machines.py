@@ -16,6 +16,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.language import said
 
 Device = Literal["cpu", "cuda"]
+Sixteen = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class Card:
     bytes_per_second: float
     """Read from its memory."""
 
+    @property
+    def sixteen_bits(self) -> Sixteen:
+        return "float16" if self.name == "T4" else "bfloat16"
+
+    def free_bytes(self, memory_bytes: int | None = None) -> int:
+        """What is left of its memory (or of as much as is given) for tensors where nothing else runs on it."""
+        checked = 15 / 16 if self.name in _CHECKS_ITS_MEMORY else 1
+        return int((memory_bytes or self.memory_bytes) * _THERE * checked) - CONTEXT_BYTES
+
+
+# What torch's messages about memory say of it (issues of many projects, 2022 to 2026): 23.64 GiB are there of the 24 of
+# an RTX 4090, 31.5 of 32, 79.2 of 80; of GDDR memory with check bits 14.7 of 16 (T4) and 44.5 of 48 (L40S). Beyond what
+# torch's allocator holds, a process has 0.1 GiB on a T4, 0.45 on an RTX 4090 and 0.5 on an L40S.
+_THERE = 0.985
+_CHECKS_ITS_MEMORY = frozenset({"T4", "A10", "L4", "L40S"})
+CONTEXT_BYTES = 500 << 20
 
 # From the maker's data sheets and architecture papers (NVIDIA Ampere GA102, Ada, Blackwell, A100, H100, H200, L4, A10).
 # The 4070 and 4080 by their clocks and 512 operations a cycle for each multiprocessor, as others of their family have;
@@ -69,6 +86,8 @@ class Machine:
     """What interpreter and libraries take of it before they compute."""
     whose: str = system.MACHINE
     """Limit `available_bytes` is."""
+    sixteen_bits: Sixteen = "bfloat16"
+    """The type of 16 bits that it multiplies in."""
 
     @property
     def called(self) -> str:
@@ -82,7 +101,8 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
     measured in a fraction of a second. `memory_bytes` stands for the free memory where it is given."""
     if torch.cuda.is_available():
         free = free_bytes(torch.device("cuda"))
-        return Machine("cuda", memory_bytes or free, *_measured("cuda"), torch.cuda.get_device_name())
+        name = torch.cuda.get_device_name()
+        return Machine("cuda", memory_bytes or free, *_measured("cuda"), name, sixteen_bits=sixteen_bits())
     memory = system.memory()
     # Processes that train together on a host are told their number by what started them, and share what is free.
     available = system.own_bytes() + memory.free // system.local_processes()
@@ -91,6 +111,12 @@ def this_machine(memory_bytes: int | None = None) -> Machine:
         available, whose = memory_bytes, system.MACHINE
     runtime = psutil.Process().memory_info().rss
     return Machine("cpu", available, *_measured("cpu"), f"{system.cores()} cores", runtime, whose)
+
+
+def sixteen_bits() -> Sixteen:
+    """The type of 16 bits that this machine's card multiplies in: bf16 from Ampere on, what came before only pretends
+    to (NVIDIA's CUDA C++ programming guide, "compute capabilities")."""
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -104,11 +130,17 @@ def card(name: str, memory_bytes: int | None = None) -> Machine:
     """A card by name, whole or as people say it (4090). Raises RecipeError for one that is not known."""
     for known in CARDS:
         if _bare(known.name) == _bare(name):
-            return Machine("cuda", memory_bytes or known.memory_bytes, known.flops, known.bytes_per_second, known.name)
+            return machine_of(known, memory_bytes)
     names = ", ".join(known.name for known in CARDS)
     raise RecipeError(
         "--card", repr(name), said("one of {names}", names=names), said("Or say its memory: --memory 24GiB.")
     )
+
+
+def machine_of(card: Card, memory_bytes: int | None = None) -> Machine:
+    """A card that is not here; with another memory where one is given."""
+    free = card.free_bytes(memory_bytes)
+    return Machine("cuda", free, card.flops, card.bytes_per_second, card.name, sixteen_bits=card.sixteen_bits)
 
 
 def _bare(name: str) -> str:
@@ -137,7 +169,9 @@ def parse_bytes(text: str) -> int:
 @functools.cache
 def _measured(device: Device) -> tuple[float, float]:
     """Operations and bytes per second: of a square product, and of one with a vector, which has to read it all."""
-    dtype, size, n_bytes = (torch.float32, 1024, 64 << 20) if device == "cpu" else (torch.bfloat16, 8192, 256 << 20)
+    dtype, size, n_bytes = torch.float32, 1024, 64 << 20
+    if device == "cuda":
+        dtype, size, n_bytes = getattr(torch, sixteen_bits()), 8192, 256 << 20
     square = torch.ones(size, size, dtype=dtype, device=device)
     operations = 2 * size**3 / _least_seconds(square, square)
     width = 4096

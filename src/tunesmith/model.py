@@ -33,7 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith import driver, hub, model_files, pretrained, reading, tokenizer_trial
+from tunesmith import driver, hub, machines, model_files, pretrained, reading, tokenizer_trial
 from tunesmith.confined import Ended, WorkFailed, confined
 from tunesmith.errors import MissingExtra, ModelError, ProofError, RecipeError, TemplateError
 from tunesmith.language import said
@@ -291,8 +291,8 @@ _MOST_PACKED = 16  # numbers of a few bits that a file holds as one
 
 
 @quietly()
-def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel:
-    """The frozen base model on this machine's device, in evaluation mode.
+def load_base(found: hub.LocalModel, settings: ModelSettings, where: torch.device | None = None) -> PreTrainedModel:
+    """The frozen base model in evaluation mode, on this machine's device unless it is wanted on another.
 
     Raises ModelError when weights are missing, truncated or do not belong to the config, UnsupportedSystem for a card
     that torch has no kernels for.
@@ -306,7 +306,7 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
     if wanted > _MOST_PACKED * held:
         found_text = said("a config for {wanted:,} numbers, and weights of {held:,}", wanted=wanted, held=held)
         raise ModelError(str(folder), found_text, said("weights of the config's shape"), said("Fetch the model again."))
-    arguments: dict[str, Any] = {"dtype": _dtype(settings.dtype)}
+    arguments: dict[str, Any] = {"dtype": _dtype(settings.dtype, folder)}
     if settings.quantize == "nf4":
         arguments |= _nf4(arguments["dtype"])
     try:
@@ -332,7 +332,7 @@ def load_base(found: hub.LocalModel, settings: ModelSettings) -> PreTrainedModel
         )
     model.requires_grad_(False)
     if settings.quantize == "none":
-        model.to(device())
+        model.to(where or device())
     return model.eval()
 
 
@@ -490,10 +490,22 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     raise ModelError(str(path), found, said("tensors and nothing else"), fix)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str, folder: Path) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device().type == "cuda" else torch.float32
+        on_card = device().type == "cuda"
+        name = card_dtype(machines.sixteen_bits(), pretrained.config(folder)) if on_card else "float32"
     return getattr(torch, name)
+
+
+def card_dtype(sixteen_bits: machines.Sixteen, config: PreTrainedConfig) -> str:
+    """The type that a model's weights are best held in on a card that multiplies in this one of 16 bits: that, but for
+    models whose hidden states are larger than the largest number of fp16, 65,504 (Gemma 2, of whose attention's scores
+    its authors say so, and Gemma 3): float32."""
+    too_large = config.get_text_config().model_type in _LARGE_STATES
+    return "float32" if sixteen_bits == "float16" and too_large else sixteen_bits
+
+
+_LARGE_STATES = ("gemma2", "gemma3_text", "gemma3")
 
 
 def _nf4(compute: torch.dtype) -> dict[str, Any]:

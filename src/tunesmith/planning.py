@@ -14,16 +14,17 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith import hyperparameters, markup, rehearsal, rehearsed, system
 from tunesmith import model as models
 from tunesmith.checking import Checked, hold_out
-from tunesmith.engine import gather, lanes, products, trie
+from tunesmith.engine import gather, lanes, liger, products, trie
 from tunesmith.engine.decoder import LAYERS
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.memory import Pieces
@@ -32,7 +33,7 @@ from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory
 from tunesmith.hyperparameters import Chosen
 from tunesmith.language import said
-from tunesmith.machines import CARDS, Device, Machine, this_machine
+from tunesmith.machines import CARDS, Device, Machine, machine_of, this_machine
 from tunesmith.recipe import Recipe, settled
 from tunesmith.rows import Row, Rows
 from tunesmith.steps import Steps
@@ -42,6 +43,11 @@ from tunesmith.types import Rendered
 
 # Bytes that libraries take once they compute, beyond those they take when they are imported.
 _AT_WORK_BYTES = 180 << 20
+# The same on a card: cuBLAS's workspace and the kernels that are compiled. And what torch's allocator holds beyond what
+# is asked of it: 1.5 to 7 % of what messages about memory say is allocated (issues of many projects, 2024 to 2026),
+# where it does not move its segments; it is told to (`cli.console`), and half of that is planned.
+_CARD_AT_WORK_BYTES = 150 << 20
+_BETWEEN_TENSORS = 0.03
 # Share of the machine's rate for large products that a step's floor of operations reaches.
 _REACHED = {"cpu": 0.55, "cuda": 0.4}  # SmolLM2 on 2 AVX2 cores, 2026-11; CUDA not yet measured
 _REACHED_SPLIT = 0.85  # where products are split: SmolLM2 on 2 cores with AMX, 2026-11
@@ -91,6 +97,10 @@ class Shape:
     by_hand: bool
     """There are layers written by hand for it (`engine.decoder`)."""
     head_norms: bool
+    norms: int
+    """Of a layer, over its whole width."""
+    softcap: bool
+    """The logits are capped."""
     dropout: bool
     masks: int
     """Numbers that dropout masks in a token of a layer: the inputs of all adapters."""
@@ -107,46 +117,53 @@ class Shape:
 
 def shape_of(checked: Checked) -> Shape:
     """The shape of a recipe's model and adapter."""
-    config = checked.config.get_text_config()
-    skeleton = models.skeleton(checked.config)
+    return shape(checked.config, checked.recipe, checked.targets, checked.found.folder)
+
+
+def shape(config: PreTrainedConfig, recipe: Recipe, targets: Sequence[models.Target], folder: Path) -> Shape:
+    """The shape of a model and of the adapter on these layers; `folder` has the model's weights, or none."""
+    text = config.get_text_config()
+    skeleton = models.skeleton(config)
     layers = models.decoder_layers(skeleton)
     head = skeleton.get_output_embeddings()
     linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    names = [target.name for target in checked.targets]
-    width, inner = int(config.hidden_size), int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    heads = int(text.num_attention_heads)
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    names = [target.name for target in targets]
+    width, inner = int(text.hidden_size), int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
     adapters = [sum(name in group for name in names) for group in _GROUPS]
-    settings = checked.recipe.lora
+    settings = recipe.lora
     ranks = [settings.r * count for count in adapters]
     inputs = (width, heads * size, width, inner)
     by_hand = bool(layers) and all(type(layer).__name__ in LAYERS for layer in layers) and settings.variant != "dora"
     return Shape(
-        layers=int(config.num_hidden_layers),
+        layers=int(text.num_hidden_layers),
         width=width,
         inner=inner,
         queries=heads * size,
-        keys=int(getattr(config, "num_key_value_heads", None) or heads) * size,
+        keys=int(getattr(text, "num_key_value_heads", None) or heads) * size,
         heads=heads,
-        vocabulary=int(config.vocab_size),
+        vocabulary=int(text.vocab_size),
         linear=linear,
         weights=sum(p.numel() for p in skeleton.parameters()),
-        adapter=sum(target.parameters for target in checked.targets),
+        adapter=sum(target.parameters for target in targets),
         ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
-        stored_bytes=cast("torch.dtype", checked.config.dtype or torch.bfloat16).itemsize,
+        stored_bytes=cast("torch.dtype", config.dtype or torch.bfloat16).itemsize,
         by_hand=by_hand,
         head_norms=any(name.endswith("q_norm") for name, _ in skeleton.named_modules()),
+        norms=sum(type(part).__name__.endswith("RMSNorm") for part in layers[0].children()) if layers else 2,
+        softcap=getattr(text, "final_logit_softcapping", None) is not None,
         dropout=settings.dropout > 0,
         masks=sum(count * n for count, n in zip(adapters, inputs, strict=True)) if settings.dropout > 0 else 0,
         fused=any(name.endswith("qkv_proj") for name, _ in skeleton.named_modules()),
-        narrow=_narrow(checked, skeleton, linear) if by_hand else 0,
-        published_in_bfloat16=models.published_in_bfloat16(checked.found.folder, checked.config),
+        narrow=_narrow(recipe, skeleton, linear) if by_hand else 0,
+        published_in_bfloat16=models.published_in_bfloat16(folder, config),
         split_attention=size % 32 == 0 and products.are_split(),
     )
 
 
-def _narrow(checked: Checked, skeleton: PreTrainedModel, linear: int) -> int:
-    dtype = checked.recipe.model.dtype
+def _narrow(recipe: Recipe, skeleton: PreTrainedModel, linear: int) -> int:
+    dtype = recipe.model.dtype
     if not products.are_split() or dtype == "float16":
         return 0
     head, embed = cast("torch.nn.Linear", skeleton.get_output_embeddings()), skeleton.get_input_embeddings()
@@ -212,10 +229,14 @@ class Choice:
     """Per number: 4 or 2."""
     nf4: bool = False
     """The layers' linear weights in 4 bits."""
+    shares: int = 1
+    """Processes that the layers' weights are spread over."""
 
     def bytes_of(self, shape: Shape) -> int:
-        linear = _NF4_BYTES if self.nf4 else self.weight_bytes
-        return int(shape.linear * linear + (shape.weights - shape.linear) * self.weight_bytes)
+        linear = shape.linear / self.shares * (_NF4_BYTES if self.nf4 else self.weight_bytes)
+        if self.shares > 1:  # the layer at work is there as a whole, and the one that comes next
+            linear += 2 * shape.linear / shape.layers * self.weight_bytes
+        return int(linear + (shape.weights - shape.linear) * self.weight_bytes)
 
 
 def loading(shape: Shape, choice: Choice, runtime: int) -> Parts:
@@ -300,31 +321,37 @@ def parts_by_hand(shape: Shape, load: Load, choice: Choice, runtime: int, n_lane
     )
 
 
-def parts_of_graph(shape: Shape, load: Load, choice: Choice, runtime: int, device: Device) -> Parts:
+def parts_of_graph(
+    shape: Shape, load: Load, choice: Choice, runtime: int, device: Device, *, with_liger: bool = False
+) -> Parts:
     """transformers' own layers over trees, with autograd: what it saves for each token of a layer.
 
-    With e bytes per number: each norm its input in fp32; the inputs of qkv, of gate and up, of o and of down, once
-    each, and a byte per number that dropout masks; q and k once they are turned, v and the result of attention with
-    one fp32 number per head, and all of qkv where they are parts of it; gate, up and act(gate). A recomputed layer
-    keeps its input.
+    With e bytes per number: each norm its input, in fp32 or, by Liger's kernels, as it is; the inputs of qkv, of gate
+    and up, of o (attention's result) and of down, once each, and a byte per number that dropout masks; q and k once
+    they are turned, v, two fp32 numbers per head; where q, k and v are parts of one result all of it, and attention's
+    in another order; gate, up and, but for Liger's kernels, act(gate). A recomputed layer keeps its input.
     """
-    e = 4 if device == "cpu" else 2
+    e = 4 if device == "cpu" else choice.weight_bytes
     t, u, kept = load.tokens, load.predicting, shape.layers - choice.recompute_layers
     h, i, q, k = shape.width, shape.inner, shape.queries, shape.keys
-    norms = 2 * 4 * h
+    of_norm = e if with_liger else 4
+    norms = of_norm * (shape.norms * h + shape.head_norms * (q + k))
     inputs = e * (2 * h + q + i) + shape.masks
-    heads = e * (2 * q + 2 * k + shape.fused * (q + k)) + 4 * shape.heads
-    mlp = e * 3 * i
+    heads = e * (q + 2 * k + shape.fused * (2 * q + k)) + 2 * 4 * shape.heads
+    mlp = e * (2 if with_liger else 3) * i
     layer = t * (norms + inputs + heads + mlp + e * sum(shape.ranks))
-    activations = kept * layer + choice.recompute_layers * e * t * h + 4 * t * h
+    activations = kept * layer + choice.recompute_layers * e * t * h
+    # The last norm's input, the positions that predict and their gradient; a chunk in fp32, and once more for a soft
+    # cap's slope, or for the product in the weights' type where that is another.
     rows = chunk_rows(u, shape.vocabulary, torch.device(device))
-    logits = (4 + e) * rows * shape.vocabulary  # fp32 and, for the products, in the weights' type
-    # On the way down the last norm's input, output and gradients in fp32; or those of gate, up and their product, when
-    # what the product's layer kept is gone. By then the logits are gone.
-    product = t * 2 * e * i
-    workspace = max(t * 5 * 4 * h, product)
+    of_logit = 8 if shape.softcap else 4 + e * (e < 4)
+    logits = of_norm * t * h + 2 * e * u * h + of_logit * rows * shape.vocabulary
+    # On the way down, when the logits are gone: what the last norm's gradient is made of; that of the MLP's product,
+    # when what the product's layer kept is gone, of gate and up, and those of the layer's own input.
+    product = t * e * (h + 2 * i)
+    workspace = max(t * h * (4 * e if with_liger else 5 * 4), product if kept else 0)
     if choice.recompute_layers:  # the lowest ones, so what the others kept is gone when they are computed again
-        workspace = max(workspace, product + layer - kept * layer)
+        workspace = max(workspace, product + layer - with_liger * e * t * h - kept * layer)
     workspace = max(workspace - logits, 0)
     if choice.nf4:  # the weight at work stands in 16 bits
         workspace += 2 * 2 * i * h
@@ -500,9 +527,10 @@ def asked(training: Rows, held_out: Rows) -> list[Row]:
     return list(itertools.islice(rows, _SAMPLES))
 
 
-def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[str] = ()) -> Plan:
+def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[str] = (), *, shares: int = 1) -> Plan:
     """What the recipe's training will take on a machine (default: this one), with what is best for its memory chosen
-    where the recipe leaves it open. `questions` are those that it is asked besides its own.
+    where the recipe leaves it open. `questions` are those that it is asked besides its own; `shares` is how many
+    processes the layers' weights are spread over.
 
     In this order, until it fits: everything is kept for the backward pass; smaller micro-batches; some layers are
     recomputed; all of them; on a CPU, weights in 16 bits. Where nothing fits, what takes least is given, with `fits`
@@ -514,8 +542,10 @@ def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[s
     recipe, shape = checked.recipe, shape_of(checked)
     sample = _Sample(checked)
     parts, choice = Parts(0, 0, 0, 0, 0, 0, 0, 0), Choice(0, 0, 4)
-    for choice in _candidates(recipe, shape, machine.device):
-        parts = _peak(shape, sample.heaviest(choice.tokens_per_micro_batch), choice, machine)
+    on_card = models.card_dtype(machine.sixteen_bits, checked.config)
+    with_liger = machine.device == "cuda" and liger.computes(checked.config, "cuda")
+    for choice in _candidates(recipe, shape, machine.device, on_card, shares):
+        parts = _peak(shape, sample.heaviest(choice.tokens_per_micro_batch), choice, machine, with_liger)
         if parts.total <= machine.available_bytes:
             break
     through, predicting = sample.per_step(choice.tokens_per_micro_batch)
@@ -544,7 +574,7 @@ def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[s
         sample.n_supervised,
         max(0, sample.n_tokens - round(sample.n_steps * through)),
         times,
-        (*taught, *_explained(recipe, choice, shape, machine)),
+        (*taught, *_explained(recipe, choice, machine, on_card)),
     )
 
 
@@ -560,24 +590,30 @@ def _writing(shape: Shape, choice: Choice, machine: Machine, lengths: Sequence[i
     return words * reading + multiplying / (machine.flops * _REACHED_WRITING)
 
 
-def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine) -> Parts:
+def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine, with_liger: bool) -> Parts:
     if machine.device == "cuda":
-        moments = [parts_of_graph(shape, load, choice, 0, "cuda") for load in loads]
+        moments = [
+            parts_of_graph(shape, load, choice, _CARD_AT_WORK_BYTES, "cuda", with_liger=with_liger) for load in loads
+        ]
+        moments = [
+            replace(each, runtime=each.runtime + int(_BETWEEN_TENSORS * (each.total - each.weights)))
+            for each in moments
+        ]
     else:
         runtime = machine.runtime_bytes + _AT_WORK_BYTES
         moments = [loading(shape, choice, machine.runtime_bytes)]
         if choice.weight_bytes == 4 and shape.by_hand and _narrowed(shape, choice):
             moments.append(leaving(shape, choice, runtime))
         for load in loads:
-            if shape.by_hand:
+            if shape.by_hand and choice.shares == 1:
                 moments.append(parts_by_hand(shape, load, choice, runtime, lanes.count_for(load.tokens)))
             else:
                 moments.append(parts_of_graph(shape, load, choice, runtime, "cpu"))
     return max(moments, key=lambda each: each.total)
 
 
-def _candidates(recipe: Recipe, shape: Shape, device: Device) -> Iterator[Choice]:
-    """From the fastest to the smallest."""
+def _candidates(recipe: Recipe, shape: Shape, device: Device, on_card: str, shares: int) -> Iterator[Choice]:
+    """From the fastest to the smallest; `on_card` is the type that the model's weights are best held in there."""
     engine = recipe.engine
     most = TOKENS[device]
     budgets = [most >> n for n in range(3 if device == "cpu" else 5)]
@@ -587,16 +623,17 @@ def _candidates(recipe: Recipe, shape: Shape, device: Device) -> Iterator[Choice
     layers = list(range(shape.layers + 1))
     if asked != "auto":
         layers = [{"none": 0, "all": shape.layers}[asked] if isinstance(asked, str) else min(asked, shape.layers)]
-    sizes = {"auto": (4, 2) if device == "cpu" else (2,), "float32": (4,)}.get(recipe.model.dtype, (2,))
+    dtype = on_card if device == "cuda" and recipe.model.dtype == "auto" else recipe.model.dtype
+    sizes = {"auto": (4, 2), "float32": (4,)}.get(dtype, (2,))
     nf4 = recipe.model.quantize == "nf4"
     for size in sizes:
         for budget in budgets:
-            yield Choice(budget, layers[0], size, nf4)
+            yield Choice(budget, layers[0], size, nf4, shares)
         for recomputed in layers[1:]:
-            yield Choice(budgets[-1], recomputed, size, nf4)
+            yield Choice(budgets[-1], recomputed, size, nf4, shares)
 
 
-def _explained(recipe: Recipe, choice: Choice, shape: Shape, machine: Machine) -> Iterator[Chosen]:
+def _explained(recipe: Recipe, choice: Choice, machine: Machine, on_card: str) -> Iterator[Chosen]:
     """What was left open, as it was chosen."""
     memory = f"{machine.available_bytes / 2**30:.1f} GiB"
     if recipe.engine.tokens_per_micro_batch == "auto":
@@ -609,8 +646,12 @@ def _explained(recipe: Recipe, choice: Choice, shape: Shape, machine: Machine) -
         yield Chosen("engine.recompute_layers", n, why)
     if recipe.model.dtype == "auto":
         name = "float32" if choice.weight_bytes == 4 else "bfloat16"
-        why = said("what the card computes in") if machine.device == "cuda" else said("weights of 32 bits fit")
-        if machine.device == "cpu" and choice.weight_bytes == 2:
+        why = said("weights of 32 bits fit")
+        if machine.device == "cuda":
+            name, why = on_card, said("what the card computes in")
+            if on_card != machine.sixteen_bits:
+                why = said("the model's numbers are too large for {dtype}", dtype=machine.sixteen_bits)
+        elif choice.weight_bytes == 2:
             why = said("weights of 32 bits do not fit {memory}; sums are still in 32", memory=memory)
         yield Chosen("model.dtype", name, why)
 
@@ -691,7 +732,7 @@ def fitting(checked: Checked, sizes: Sequence[int]) -> list[tuple[int, Plan]]:
     4 bits."""
     found: list[tuple[int, Plan]] = []
     for gib in sizes:
-        machine = Machine("cuda", gib << 30, CARDS[1].flops, CARDS[1].bytes_per_second, f"{gib} GiB")
+        machine = replace(machine_of(CARDS[1], gib << 30), name=f"{gib} GiB")
         made = plan(checked, machine)
         if not made.fits:
             smaller = applied(checked.recipe, {"model.quantize": "nf4"})

@@ -367,6 +367,16 @@ def resolve(
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _joined([*problems, *_impossible(error, places)]) from None
+    if recipe.lora.variant == "pissa" and recipe.model.quantize == "nf4":
+        problems.append(
+            _Problem(
+                places.get("lora.variant", "recipe"),
+                "lora.variant",
+                said("pissa with weights of 4 bits, whose singular vectors it can not take out"),
+                said("plain, rslora or dora"),
+                said("Or leave model.quantize at none."),
+            )
+        )
     if problems:
         raise _joined(problems)
     return recipe, sources

@@ -238,6 +238,7 @@ class StepTrainer(Trainer):
                 save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / _TRAINED)
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_rng_state(str(folder))
+                rundir.write_json(folder / _ENGINE, self._engine.found)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 for path in (self._run.recipe, self._run.manifest):
                     shutil.copyfile(path, folder / path.name)
@@ -259,6 +260,9 @@ class StepTrainer(Trainer):
             self.state.global_step = rundir.step_of(point)
             self._load_from_checkpoint(str(point))
             return
+        if point is not None and (point / _ENGINE).exists():  # older ones have none
+            with _readable(point / _ENGINE):
+                self._engine.go_on_with(reading.json_object(point / _ENGINE, 1 << 10))
         try:
             self.train(resume_from_checkpoint=None if point is None else str(point))
         except memory.RAISED as error:
@@ -317,6 +321,7 @@ class StepTrainer(Trainer):
 _TRAINED = "trained.safetensors"  # as it is; a pissa adapter is saved in another form than it is trained in
 
 
+_ENGINE = "engine.json"
 _STATE_BYTES = 256 << 20  # with the log of every step
 
 

@@ -156,7 +156,8 @@ def train(
         rundir.check_target(path)
         checked = checked or check(recipe)
         checked.require_ok()
-        made = planning.plan(checked, questions=questions)
+        sharded = ranks.size > 1 and processes.wants_sharding()
+        made = planning.plan(checked, questions=questions, shares=ranks.size if sharded else 1)
         watcher.planned(made)
         if not (made.fits or anyway):
             raise made.too_large()
@@ -165,7 +166,7 @@ def train(
         checked = replace(checked, found=locate(recipe, weights=True))
         work = _Work(recipe, chosen, checked, *hold_out(checked), ranks, watcher, interrupts, questions)
         work.require_same_everywhere()
-        base = models.load_base(work.checked.found, work.settled.model)
+        base = work.load_base()
         run = rundir.create(path, needed_bytes=work.bytes_on_disk())
         with runs.occupied(run, recipe.model.name, recipe.data.path) as tell:
             sources = sources or recipes.sources_of(recipe)
@@ -251,7 +252,7 @@ def resume(path: str | Path, *, epochs: int | None = None, watcher: Watcher | No
                 rundir.write_json(run.manifest, {**manifest, "recipe": recipe.model_dump(), "sources": sources})
             rundir.require_space(run.path, work.bytes_on_disk())
             work.require_same_everywhere(point)
-            base = models.load_base(work.checked.found, work.settled.model)
+            base = work.load_base()
             return work.carry_out(run, base, point, tell)
 
 
@@ -274,6 +275,16 @@ class _Work:
     def settled(self) -> Recipe:
         """The recipe with nothing left open."""
         return planning.applied(self.recipe, self.chosen)
+
+    @property
+    def sharded(self) -> bool:
+        """Each process holds a share of the base's weights."""
+        return self.ranks.size > 1 and processes.wants_sharding()
+
+    def load_base(self) -> PreTrainedModel:
+        """The base on this process's device; where it is sharded, on the CPU, in pages of its files."""
+        where = torch.device("cpu") if self.sharded else models.device()
+        return models.load_base(self.checked.found, self.settled.model, where)
 
     @property
     def n_steps(self) -> int:
@@ -310,21 +321,27 @@ class _Work:
 
         generation = models.generation_config(self.checked.found.folder, checked.renderer.template)
         asked = planning.asked(self.training, self.held_out)
-        untuned = Chat(base, checked.renderer, generation, recipe.template.system)
         talks = [row.conversation.messages[:-1] for row in asked]
         talks += [(Message("user", question),) for question in self.questions]
-        before, general, per_epoch = self._answered(run, untuned, talks, point)
+
+        def answered(untuned: PreTrainedModel | PeftModel) -> tuple[list[Reply], Sequence[Row], int]:
+            return self._answered(
+                run, Chat(untuned, checked.renderer, generation, recipe.template.system), talks, point
+            )
+
+        answers = None if self.sharded else answered(base)
         model = models.attach(base, recipe.lora, recipe.train.seed, _base_name(checked))
-        sharded = self.ranks.size > 1 and processes.wants_sharding()
-        if sharded:
-            processes.shard(model, models.decoder_layers(base))
+        if self.sharded:
+            processes.shard(model, models.decoder_layers(base), models.device())
+        # Where no process has the whole base: a new adapter changes nothing of what it says.
+        before, general, per_epoch = answers or answered(model.eval())
         pissa_start = _save_pissa_start(model, run) if recipe.lora.variant == "pissa" else None
 
         size, seed = settled(recipe.train.examples_per_step), recipe.train.seed
         steps = Steps(self.training, size, seed, checked.data.digest, general, per_epoch)
         with processes.unseen():
             trainer = StepTrainer(
-                model, steps, self.held_out, recipe, run, watcher, interrupts, self.ranks, sharded, pissa_start
+                model, steps, self.held_out, recipe, run, watcher, interrupts, self.ranks, self.sharded, pissa_start
             )
         tell(n_steps=trainer.n_steps)
         watcher.began(trainer.n_steps, run.path)
@@ -364,12 +381,11 @@ class _Work:
         """
         replies, lines, per_epoch = list[Reply](), list[dict[str, Any]](), 0
         settings = self.settled.train
-        if not self.ranks.is_main:
-            pass
-        elif not settings.rehearse:
-            replies = _replies(base, talks)
-        elif point is not None:
+        if settings.rehearse and point is not None and self.ranks.is_main:
             lines, per_epoch = _unchanged_rehearsal(run)
+        if not (self.ranks.is_main or self.sharded):  # sharded weights are collected by all processes together
+            pass
+        elif not settings.rehearse or point is not None:
             replies = _replies(base, talks)
         else:
             per_epoch = rehearsed.per_epoch(settled(settings.rehearse), int(self.training.n_supervised.sum()))
@@ -608,6 +624,13 @@ def _save_pissa_start(model: PeftModel, run: RunDir) -> Path:
 
 
 def _check_settings(recipe: Recipe) -> None:
+    if recipe.model.quantize == "nf4" and processes.wants_sharding():
+        raise RecipeError(
+            "model.quantize",
+            said("nf4 with weights that are spread over several processes"),
+            said("one of the two"),
+            said("Leave --use_fsdp out: each process then holds the base in 4 bits."),
+        )
     schedulers = [scheduler.value for scheduler in SchedulerType]
     if recipe.train.scheduler not in schedulers:
         raise RecipeError(

@@ -50,6 +50,9 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if sys.platform.startswith("linux") and "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Micro-batches differ in length; in segments that can grow, what one leaves is of use to the next.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from tunesmith import hub
 
     if hub.offline():

@@ -28,15 +28,30 @@ class Batch:
     """(U,) int64, ascending: the tokens that predict something learned."""
     labels: Labels
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        labels = self.labels
+        ids, positions, predict_from, row, target = sent(
+            [self.input_ids, self.position_ids, self.predict_from, labels.row, labels.target], device
+        )
+        count, row_count = sent([labels.count, labels.row_count], device)
+        return Batch(ids, positions, predict_from, Labels(row, target, count, row_count, labels.begins))
 
-def of_tree(tree: Tree, device: torch.device) -> Batch:
-    """The tensors of a tree on a device."""
+
+def sent(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Tensors of one type on a device, by one copy: a card is told of each by itself."""
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def of_tree(tree: Tree) -> Batch:
+    """The tensors of a tree, on the CPU."""
     where, target, count = (torch.tensor(column) for column in zip(*tree.pairs, strict=True))
     predict_from, row = torch.unique_consecutive(where, return_inverse=True)
-    row_count = torch.zeros(len(predict_from)).index_add_(0, row, count.float())
-    labels = Labels(*(tensor.to(device) for tensor in (row, target, count.float(), row_count)))
-    ids, positions = torch.tensor(tree.token_ids), torch.tensor(tree.position)
-    return Batch(ids.to(device), positions.to(device), predict_from.to(device), labels)
+    labels = Labels.of(row, target, count.float(), len(predict_from))
+    return Batch(torch.tensor(tree.token_ids), torch.tensor(tree.position), predict_from, labels)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,6 @@ def pad(documents: Sequence[Rendered], device: torch.device, *, whole: bool = Fa
         for start, stop in document.replies:
             predict_from[row, start - 1 : stop - 1] = True
             targets += document.token_ids[start:stop]
-    ones = torch.ones(len(targets))
-    labels = Labels(torch.arange(len(targets)), torch.tensor(targets), ones, ones)
-    labels = Labels(*(tensor.to(device) for tensor in vars(labels).values()))
+    n = len(targets)
+    labels = Labels.of(torch.arange(n), torch.tensor(targets), torch.ones(n), n).to(device)
     return Padded(input_ids.to(device), attention_mask.to(device), predict_from.to(device), labels)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tunesmith.engine.batch import sent
 from tunesmith.engine.gather import Gather
 from tunesmith.engine.trie import Tree
 
@@ -36,8 +37,8 @@ class Flex:
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self._tree, self._device = tree, device
-        self._end = torch.tensor(tree.end, device=device)
-        self._position = torch.tensor(tree.position, device=device)
+        of_each = [torch.tensor(numbers, dtype=torch.int32) for numbers in (tree.end, tree.position)]
+        self._end, self._position = sent(of_each, device)
         self._shared_bytes = shared_memory(device)
         self._masks: dict[int | None, Any] = {}
         self._softcaps: dict[float, Tensor] = {}
@@ -92,7 +93,7 @@ class Flex:
             return (k <= q) & (q < end[k]) & (position[q] - position[k] < near)
 
         asked, whole = blocks(self._tree, window)
-        lists = [each.to(self._device) for mask in (asked, whole) for each in _lists(mask)]
+        lists = sent([*_lists(asked), *_lists(whole)], self._device)
         return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(n, n))
 
 

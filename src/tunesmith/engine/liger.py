@@ -16,9 +16,11 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
+
+from tunesmith.engine import compiler
 
 # Those that the tests compare. For others Liger may change more than can be changed back.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
@@ -31,8 +33,15 @@ def version(device: torch.device) -> str | None:
 
     Triton's interpreter (`TRITON_INTERPRET=1`) runs them on a CPU, to see whether they are right.
     """
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    on_card = device.type == "cuda" and compiler.lacking() is None
+    runs = on_card or os.environ.get("TRITON_INTERPRET") == "1"
     return importlib.metadata.version("liger_kernel") if runs and is_liger_kernel_available() else None
+
+
+def computes(config: PreTrainedConfig, device_type: str) -> bool:
+    """Whether norms and MLPs of a model of this config are computed by them on such a device, as far as this
+    environment tells."""
+    return version(torch.device(device_type)) is not None and config.get_text_config().model_type in _FAMILIES
 
 
 def install(model: PeftModel) -> int:

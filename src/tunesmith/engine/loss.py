@@ -9,6 +9,7 @@ Legend: U predicting positions, N pairs of a position and its target, H width, V
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,29 @@ class Labels:
     """(N,) float32, in how many documents."""
     row_count: Tensor
     """(U,) float32, the counts of a position's targets added up."""
+    begins: Sequence[int]
+    """The place of each position's first target, and N; numbers, so that no card is asked for them."""
+
+    @classmethod
+    def of(cls, row: Tensor, target: Tensor, count: Tensor, n_positions: int) -> Labels:
+        """On the CPU, of `row` in ascending order."""
+        row_count = torch.zeros(n_positions).index_add_(0, row, count)
+        return cls(row, target, count, row_count, torch.searchsorted(row, torch.arange(n_positions + 1)).tolist())
+
+    def to(self, device: torch.device) -> Labels:
+        """The same on a device."""
+        row, target, count, row_count = (t.to(device) for t in (self.row, self.target, self.count, self.row_count))
+        return Labels(row, target, count, row_count, self.begins)
 
     def part(self, start: int, stop: int) -> Labels:
-        """Of the positions from `start` to `stop`; `row` is sorted."""
-        first, last = torch.searchsorted(self.row, torch.tensor([start, stop], device=self.row.device)).tolist()
+        """Of the positions from `start` to `stop`."""
+        first, last = self.begins[start], self.begins[stop]
         return Labels(
-            self.row[first:last] - start, self.target[first:last], self.count[first:last], self.row_count[start:stop]
+            self.row[first:last] - start,
+            self.target[first:last],
+            self.count[first:last],
+            self.row_count[start:stop],
+            [place - first for place in self.begins[start : stop + 1]],
         )
 
 
@@ -62,7 +80,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_UH: Tensor, weight_VH: Tensor, labels: Labels, softcap: float | None) -> Tensor:
-        loss, gradient = loss_and_gradient(hidden_UH, weight_VH, labels, softcap)
+        wanted = ctx.needs_input_grad[0]
+        loss, gradient = loss_and_gradient(hidden_UH, weight_VH, labels, softcap, with_gradient=wanted)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -95,27 +114,43 @@ def loss_and_gradient(
     space = None if take is None else take("logits", rows * len(weight_VH))
     for start in range(0, len(hidden_UH), rows):
         hidden = hidden_UH[start : start + rows]
-        part = labels.part(start, start + len(hidden))
         out = None if space is None else space[: len(hidden) * len(weight_VH)].view(len(hidden), -1)
-        logits = _exact(_logits(hidden, weight_VH, out, take if split else None))
-        slope = None
-        if softcap is not None:
-            slope = logits.div_(softcap).tanh_()
-            logits = slope * softcap
-        probabilities = torch.log_softmax(logits, dim=-1, out=logits) if softcap is None else logits.log_softmax(-1)
-        loss -= (probabilities[part.row, part.target] * part.count).sum()
-        if not with_gradient:
-            continue
-        # d loss / d logits = row_count · softmax - counts at the targets; row_count is taken out of the product.
-        probabilities.exp_()
-        shares = part.count.to(probabilities.dtype) / part.row_count[part.row]
-        probabilities.index_put_((part.row, part.target), -shares, accumulate=True)
-        if slope is not None:
-            probabilities.mul_(slope.square_().neg_().add_(1))
-        _back(probabilities.to(hidden.dtype), weight_VH, gradient[start : start + rows], take if split else None)
+        of_chunk, d_logits = _chunk(
+            _exact(_logits(hidden, weight_VH, out, take if split else None)),
+            labels.part(start, start + len(hidden)),
+            softcap,
+            with_gradient=with_gradient,
+        )
+        loss += of_chunk
+        if d_logits is not None:
+            d_logits = d_logits.to(hidden.dtype)  # where that is another type, the chunk in fp32 is gone from here on
+            _back(d_logits, weight_VH, gradient[start : start + rows], take if split else None)
+        del d_logits  # before the next chunk is made
     if with_gradient:
         gradient.mul_(labels.row_count[:, None].to(gradient.dtype))
     return loss, gradient
+
+
+def _chunk(
+    logits: Tensor, labels: Labels, softcap: float | None, *, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some positions, and its gradient with respect to their logits, in whose memory it stands; but
+    for `row_count`, with which its rows are still to be multiplied."""
+    slope = None
+    if softcap is not None:
+        slope = logits.div_(softcap).tanh_()
+        logits = slope * softcap
+    probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+    loss = -(probabilities[labels.row, labels.target] * labels.count).sum()
+    if not with_gradient:
+        return loss, None
+    # d loss / d logits = row_count · softmax - counts at the targets; row_count is taken out of the product.
+    probabilities.exp_()
+    shares = labels.count.to(probabilities.dtype) / labels.row_count[labels.row]
+    probabilities.index_put_((labels.row, labels.target), -shares, accumulate=True)
+    if slope is not None:
+        probabilities.mul_(slope.square_().neg_().add_(1))
+    return loss, probabilities
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None, take: Take | None) -> Tensor:

@@ -22,8 +22,12 @@ _PAGE = 2 << 20
 _MOST_TAKEN = 4096  # shapes; each micro-batch has some hundred of its own
 # What is raised where memory runs out; `ran_out` tells it from the other meanings of these.
 RAISED = (MemoryError, OSError, RuntimeError)
-# What torch's allocators say on a CPU; on CUDA there is an exception of its own.
-_NOT_ENOUGH = ("can't allocate memory", "not enough memory", "out of memory")
+# What torch's allocators say on a CPU, and a card's libraries of what they need; torch's own on CUDA has an exception
+# of its own.
+_NOT_ENOUGH = (
+    "can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 _SMALL = 1 << 20  # bytes below which a page of its own is waste
 
 Take = Callable[..., Tensor]

@@ -274,10 +274,15 @@ def wants_sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def shard(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Spreads the frozen weights of the layers over all processes; they are collected layer by layer when needed."""
+def shard(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
+    """Spreads the frozen weights of the layers over all processes; they are collected layer by layer when needed.
+
+    The model may lie where there is room for all of it: a layer at a time goes to the device and leaves a share there,
+    and in the end what is not of the layers.
+    """
     from torch.distributed.fsdp import fully_shard
 
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in layers:
         fully_shard(layer, ignored_params=trained & set(layer.parameters()))
+    model.to(device)

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, liger, lora, memory, onepass, products, trie
+from tunesmith.engine import attention, batch, compiler, liger, lora, memory, onepass, products, trie
 from tunesmith.engine.decoder import Decoder
 from tunesmith.engine.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, chunk_rows, cross_entropy, summed_cross_entropy
@@ -40,9 +40,13 @@ from tunesmith.types import Origin, Rendered
 Way = Literal["decoder", "tree", "padded"]
 TOKENS = {"cpu": 2048, "cuda": 16384}
 _TREE_WITHOUT_LIGER = "tree without Liger's kernels"
-_WAYS = ("decoder", "tree", _TREE_WITHOUT_LIGER, "padded")  # from the fastest to the slowest
+_TREE_GATHERED = "tree with gathered attention"
+_WAYS = ("decoder", "tree", _TREE_WITHOUT_LIGER, _TREE_GATHERED, "padded")  # from the fastest to the slowest
 # Largest relative difference of the adapter's gradient between two right computations, ten times what was seen.
 _BOUND = {torch.float64: 1e-5, torch.float32: 2e-3}
+# Of fp16's gradients: the power of two that what one token says of the loss is multiplied by, so that it is not
+# rounded to zero on its way; a sum over many tokens may then be more than 65,504, and the power is lowered.
+_FIRST_EXPONENT, _LEAST_EXPONENT = 8, -24
 _RECURRENT = ("mamba", "conv", "recurrent", "linear_attention", "rwkv", "lstm", "linearattention", "lightning")
 # Settings of a config that change what the output layer gives; for those the model is asked for the logits itself.
 _HEAD_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "mup_width_scale")
@@ -68,6 +72,8 @@ class Engine:
         self._decoder: Decoder | None = None
         self._checked = False
         self._limit = 2**62
+        self._compiles = True
+        self._exponent = _FIRST_EXPONENT
         self._at_work: Sequence[Rendered] = ()
         self.way: Way = "padded"
         """How steps are computed."""
@@ -83,6 +89,10 @@ class Engine:
             note(said("Rows are trained side by side with padding: {reason}.", reason=reason))
             return
         attention.register()
+        if self._device.type == "cuda" and (lack := compiler.lacking()) is not None:
+            self._compiles = False
+            slower = said("Slower kernels are used: Triton finds {lack}. {fix}", lack=lack, fix=compiler.fix())
+            note(slower)
         if self._device.type == "cpu" and not sharded:
             try:
                 self._decoder = Decoder(model, recomputed=self._recomputed)
@@ -98,6 +108,18 @@ class Engine:
         if self._decoder is None:
             self._take_tree()
         memory.give_back()
+
+    @property
+    def found(self) -> dict[str, int]:
+        """What steps so far have found out about memory and numbers; steps that go on with it are the same."""
+        return {"tokens_at_most": self._limit, "exponent": self._exponent}
+
+    def go_on_with(self, found: Mapping[str, int]) -> None:
+        """Takes what an engine `found`; raises ValueError for what none can have."""
+        limit, exponent = (found[name] for name in ("tokens_at_most", "exponent"))
+        if type(limit) is not int or type(exponent) is not int or limit < 1 or exponent > _FIRST_EXPONENT:
+            raise ValueError(f"{limit!r} and {exponent!r}")
+        self._limit, self._exponent = limit, exponent
 
     @property
     def _budget(self) -> int:
@@ -142,14 +164,15 @@ class Engine:
         if self._sharded:
             self._ranks.begin_pass()
 
-        def add_up() -> Tensor:
+        def add_up(scale: float) -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=self._device)
             for part, weight in self._share(documents):
                 self._at_work = part
-                total += self._part_gradient(part, n_supervised, self.way, weight)
+                total += self._part_gradient(part, n_supervised, self.way, weight, scale)
             return total
 
-        return self._ranks.add_up(self._trained, self._in_smaller_parts(add_up))[0]
+        total = self._in_smaller_parts(lambda: self._scaled(add_up, n_supervised))
+        return self._ranks.add_up(self._trained, total)[0]
 
     def loss(self, documents: Sequence[Rendered]) -> float:
         """The documents' summed loss without dropout."""
@@ -167,6 +190,31 @@ class Engine:
         with torch.no_grad(), _mode(self._model, training=False):
             total = self._in_smaller_parts(add_up)
         return self._ranks.add_up([], total)[0].item()
+
+    def _scaled(self, add_up: Callable[[float], Tensor], n_supervised: int) -> Tensor:
+        """What `add_up` returns. Where gradients pass through fp16 they are multiplied on their way, and divided in the
+        end, by a power of two: as large a one as leaves them finite, found by trying, from the same random state."""
+        if self._dtype != torch.float16 or self.way == "decoder":
+            return add_up(1)
+        random_state, before = _random_state(self._device), [parameter.grad for parameter in self._trained]
+        while True:
+            for parameter in self._trained:
+                parameter.grad = None
+            scale = 2.0 ** (self._exponent + math.floor(math.log2(n_supervised)))
+            total = add_up(scale)
+            whole = all_finite([parameter.grad for parameter in self._trained if parameter.grad is not None])
+            if self._sharded:  # they compute together
+                whole = not self._ranks.any(not whole)
+            if whole or self._exponent <= _LEAST_EXPONENT:
+                break
+            self._exponent -= 4
+            _set_random_state(random_state, self._device)
+        for parameter, gradient in zip(self._trained, before, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+        return total
 
     def _in_smaller_parts(self, add_up: Callable[[], Tensor]) -> Tensor:
         """What `add_up` returns. When memory runs out it begins again with micro-batches of half the size, from the
@@ -227,7 +275,9 @@ class Engine:
     def _goes_alone(self, document: Rendered) -> bool:
         return len(document.token_ids) > self._longest_together
 
-    def _part_gradient(self, documents: Sequence[Rendered], n_supervised: int, way: Way, weight: int = 1) -> Tensor:
+    def _part_gradient(
+        self, documents: Sequence[Rendered], n_supervised: int, way: Way, weight: int = 1, scale: float = 1
+    ) -> Tensor:
         self._forget_lengths()
         if way == "decoder":
             tree_batch, sight = self._tree(documents)
@@ -235,7 +285,7 @@ class Engine:
             return self._decoder.gradient(tree_batch, sight, n_supervised, dropout=self._model.training)
         with self._seen(documents, way) as inputs:
             loss = summed_loss(self._model, inputs) * weight / n_supervised
-            loss.backward()
+            (loss if scale == 1 else loss * scale).backward()
         return loss.detach()
 
     def _part_loss(self, documents: Sequence[Rendered], way: Way) -> Tensor:
@@ -249,7 +299,7 @@ class Engine:
     def _tree(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, attention.Sight]:
         whole = self._goes_alone(documents[0])
         tree = trie.lay_out(documents, share_prefix=self._settings.share_prefix, whole=whole)
-        return batch.of_tree(tree, self._device), attention.sight(tree, self._backend, self._device)
+        return batch.of_tree(tree).to(self._device), attention.sight(tree, self._backend, self._device)
 
     @contextmanager
     def _seen(self, documents: Sequence[Rendered], way: Way) -> Iterator[batch.Batch | batch.Padded]:
@@ -268,8 +318,9 @@ class Engine:
 
     @property
     def _backend(self) -> attention.Backend:
-        asked = self._settings.attention
-        return ("flex" if self._device.type == "cuda" else "gather") if asked == "auto" else asked
+        if (asked := self._settings.attention) != "auto":
+            return asked
+        return "flex" if self._device.type == "cuda" and self._compiles else "gather"
 
     # --- is it right? ------------------------------------------------------------------------------------------------
 
@@ -308,26 +359,37 @@ class Engine:
                 way = said("{way} way", way=self.way)
                 if liger.installed(self._model):
                     way = said("tree way with Liger's kernels")
-                self._note(
-                    said(
+                if self._reason:
+                    slower = said(
+                        "The {way} can not be run here ({reason}); a slower one is taken. Please report it with the "
+                        "model's name and the card's.",
+                        way=way,
+                        reason=self._reason,
+                    )
+                else:
+                    slower = said(
                         "The {way} gives another gradient than plain transformers and peft for this model (relative "
                         "difference {difference:.1e}); a slower one is taken. Please report the model's name.",
                         way=way,
                         difference=difference,
                     )
-                )
+                self._note(slower)
                 self._go_to(self._place() + 1)
         memory.give_back()
         if not alike:  # what another process found says nothing about this machine
             return
         mark.parent.mkdir(parents=True, exist_ok=True)
         partial = mark.with_name(f".{mark.name}.{os.getpid()}")
-        partial.write_text(_WAYS[self._place()] if liger.version(self._device) else self.way, encoding="utf-8")
+        one_tree = self._device.type == "cpu" and liger.version(self._device) is None
+        partial.write_text(self.way if one_tree else _WAYS[self._place()], encoding="utf-8")
         partial.replace(mark)
 
     def _place(self) -> int:
         """The place of the way at work in `_WAYS`."""
-        return _WAYS.index(_TREE_WITHOUT_LIGER if self.way == "tree" and not liger.installed(self._model) else self.way)
+        way: str = self.way
+        if way == "tree" and not liger.installed(self._model):
+            way = _TREE_WITHOUT_LIGER if self._backend == "flex" else _TREE_GATHERED
+        return _WAYS.index(way)
 
     def _go_to(self, place: int) -> None:
         """Takes the way at this place, from a faster one."""
@@ -335,16 +397,19 @@ class Engine:
             self._take_padded()
         elif place and self.way == "decoder":
             self._take_tree()
-        if _WAYS[place] == _TREE_WITHOUT_LIGER:
+        if _WAYS[place] in (_TREE_WITHOUT_LIGER, _TREE_GATHERED):
             liger.remove(self._model)
+            self._compiles = self._compiles and _WAYS[place] != _TREE_GATHERED
 
     def _difference(self, documents: Sequence[Rendered], trained: Sequence[nn.Parameter], expected: Tensor) -> float:
-        """Relative, of the gradient by the way chosen; infinite where Liger's kernels can not be run here."""
+        """Relative, of the gradient by the way chosen; infinite where kernels that are compiled can not be here."""
+        self._reason = ""
         try:
             found = self._gradient_of(documents, self.way, trained)
         except Exception as error:  # Triton and its compilers raise what they like
-            if memory.ran_out(error) or not liger.installed(self._model):
+            if memory.ran_out(error) or not (liger.installed(self._model) or self._backend == "flex"):
                 raise
+            self._reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             return math.inf
         return float((found - expected).norm() / expected.norm())
 
@@ -385,6 +450,11 @@ def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether all of their numbers are finite; waits for a card."""
+    return not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:

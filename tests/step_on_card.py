@@ -1,0 +1,227 @@
+"""Steps of a model on a card that is not here: what they keep there, launch, send and wait for.
+
+    python step_on_card.py JSON …
+
+Each JSON is an object: `config` (a model's), and where they differ from what is usual `lora` (settings of the adapter),
+`tokens` (of the micro-batch), `recomputed` (layers), `dtype`, `liger` (false leaves its kernels out) and `card`. It is
+the engine's own step, on tensors that have a shape and a device and no
+numbers: what can not go on without a number that a card would have to give fails. Prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import no_card  # before torch
+from no_card import CARDS
+
+# isort: split
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention.flex_attention import _identity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+from triton.runtime.jit import JITFunction
+
+from tunesmith import model as models
+from tunesmith import planning
+from tunesmith.engine import batch, flex, liger, step
+from tunesmith.engine.loss import Labels
+from tunesmith.planning import Choice
+from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
+from tunesmith.types import Origin, Rendered
+
+# Another look at the same numbers, or memory alone: nothing is launched.
+_NOT_LAUNCHED = frozenset(
+    (
+        *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
+        *("alias", "detach", "as_strided", "split", "split_with_sizes", "unbind", "unflatten", "lift_fresh"),
+        *("_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty"),
+    )
+)
+
+
+class Card(TorchDispatchMode):
+    """Counts what happens on the card inside."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._older = [tensor.untyped_storage() for tensor in before]
+        self._seen = {storage._cdata for storage in self._older}
+        self.forget()
+
+    def forget(self) -> None:
+        """Launches and copies begin at none."""
+        self.launched: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.saw(func.__name__.split(".")[0], (args, kwargs), made)
+        return made
+
+    def saw(self, name: str, given: Any, made: Any) -> None:
+        """An operation, with what it was given and what it made."""
+        before, after = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in (given, made))
+        is_copy = name in ("_to_copy", "copy_")
+        if is_copy and (came := {t.device.type for t in before}) | {t.device.type for t in after} == {"cpu", "cuda"}:
+            (self.sent if "cpu" in came and after[0].device.type == "cuda" else self.read)[name] += 1
+        if any(t.device.type == "cuda" for t in after) and name not in _NOT_LAUNCHED:
+            self.launched[name] += 1
+        for tensor in after:
+            storage = tensor.untyped_storage()
+            if tensor.device.type == "cuda" and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                if self.now > self.peak:
+                    self.peak, self.at = self.now, name
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, n_bytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= n_bytes
+
+
+def _see(operation: Any) -> None:
+    """Lets a `Card` see one of those that torch does not dispatch as others."""
+
+    @operation.py_impl(Card)
+    def _(card: Card, *args: Any, **kwargs: Any) -> Any:
+        made = operation(*args, **kwargs)
+        card.saw(str(operation), (), made)
+        return made
+
+
+for each in (flex_attention, flex_attention_backward):
+    _see(each)
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, scale: float, **_: Any
+) -> tuple[Tensor, Any]:
+    """What torch's own function does once it is compiled, as far as tensors are made."""
+    options = {
+        "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+    }  # fmt: skip
+    # A soft cap is computed in registers; traced here, it would keep what it was traced with.
+    out, lse, _ = flex_attention(query, key, value, _identity, block_mask.as_tuple(), scale, options)
+    return out, SimpleNamespace(lse=lse)
+
+
+def rows(n_tokens: int, length: int = 130, shared: int = 40, reply: int = 70) -> list[Rendered]:
+    """Rows that are so many tokens together, of which all share a beginning."""
+    draw = random.Random(0)
+    start, made = [draw.randrange(1000) for _ in range(shared)], []
+    while shared + len(made) * (length - shared) < n_tokens:
+        own = [draw.randrange(1000) for _ in range(length - shared)]
+        made.append(Rendered((*start, *own), ((length - reply, length),), Origin("rows", len(made) + 1)))
+    return made
+
+
+@contextlib.contextmanager
+def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool) -> Iterator[None]:
+    """Inside, torch believes in the card, and what is written for it is counted and not run."""
+    of_tree = batch.of_tree
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def faked(tree: Any) -> batch.Batch:
+        with unset_fake_temporarily():
+            made = of_tree(tree)
+        labels = made.labels
+        of_labels = map(fake.from_tensor, (labels.row, labels.target, labels.count, labels.row_count))
+        ids, positions, predict_from = map(fake.from_tensor, (made.input_ids, made.position_ids, made.predict_from))
+        return batch.Batch(ids, positions, predict_from, Labels(*of_labels, labels.begins))
+
+    def launch(self: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
+        launched[self.fn.__name__] += 1
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_card.told_of(card))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda _: True)))
+        stack.enter_context(mock.patch.object(batch, "of_tree", faked))
+        stack.enter_context(mock.patch.object(flex, "_flex", attended))
+        stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        if not with_liger:
+            stack.enter_context(mock.patch.object(liger, "version", return_value=None))
+        stack.enter_context(fake)
+        yield
+
+
+def lay_on_card(model: torch.nn.Module) -> None:
+    """Gives a model without memory tensors on the card; what was one stays one."""
+    laid: dict[Tensor, Tensor] = {}
+
+    def on_card(tensor: Tensor) -> Tensor:
+        if tensor not in laid:
+            made = torch.empty_like(tensor, device="cuda:0")
+            laid[tensor] = torch.nn.Parameter(made, tensor.requires_grad) if type(tensor) is not Tensor else made
+        return laid[tensor]
+
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for name, held in holder.items():
+                if isinstance(held, Tensor):
+                    holder[name] = on_card(held)
+
+
+def taken(asked: dict[str, Any]) -> dict[str, Any]:
+    """What two steps take, and what the plan says of them."""
+    config = AutoConfig.for_model(**asked["config"])
+    recipe = Recipe(lora=LoraSettings(**asked.get("lora", {})))
+    targets = models.targets(models.skeleton(config), recipe.lora)
+    shape, recomputed = planning.shape(config, recipe, targets, Path("nowhere")), asked.get("recomputed", 0)
+    documents = rows(asked.get("tokens", 2048))
+    n_supervised = sum(document.n_supervised for document in documents)
+    load = planning.load_of(documents, share_prefix=True)
+    dtype = getattr(torch, asked.get("dtype", "bfloat16"))
+    (card,) = [card for card in CARDS if card.name == asked.get("card", "RTX 4090")]
+    launched: Counter[str] = Counter()
+    base = models.skeleton(config).to(dtype).requires_grad_(False)
+    model = models.attach(base, recipe.lora, 0, "base").train()
+    with on_card(card, launched, with_liger=asked.get("liger", True)):
+        lay_on_card(model)
+        engine = step.Engine(model, EngineSettings(self_check=False, recompute_layers=recomputed))
+        weights = [*model.parameters(), *model.buffers()]
+        assert {tensor.device.type for tensor in weights} == {"cuda"}
+        counted = Card(weights)
+
+        def asked_for(_: Any) -> bool:
+            counted.read["all_finite"] += 1
+            return True
+
+        with counted, mock.patch.object(step, "all_finite", asked_for):
+            engine.gradient(documents, n_supervised)
+            peak, at = counted.peak, counted.at
+            counted.forget()
+            launched.clear()
+            engine.gradient(documents, n_supervised)
+    choice, with_liger = Choice(load.tokens, recomputed, dtype.itemsize), bool(launched)
+    parts = planning.parts_of_graph(shape, load, choice, 0, "cuda", with_liger=with_liger)
+    return {
+        "way": engine.way, "tokens": load.tokens, "layers": shape.layers, "peak": peak, "at": at,
+        "planned": parts.activations + parts.logits + parts.workspace + parts.gradients,
+        "parts": {name: getattr(parts, name) for name in ("activations", "logits", "workspace", "gradients")},
+        "launched": counted.launched.total() + launched.total(), "sent": counted.sent.total(),
+        "read": counted.read.total(), "often": counted.launched.most_common(12), "by_liger": dict(launched),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(json.dumps({"asked": json.loads(argument), **taken(json.loads(argument))}), flush=True)
