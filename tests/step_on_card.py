@@ -3,9 +3,10 @@
     python step_on_card.py JSON …
 
 Each JSON is an object: `config` (a model's), and where they differ from what is usual `lora` (settings of the adapter),
-`tokens` (of the micro-batch), `recomputed` (layers), `dtype`, `liger` (false leaves its kernels out) and `card`. It is
-the engine's own step, on tensors that have a shape and a device and no
-numbers: what can not go on without a number that a card would have to give fails. Prints a line of JSON for each.
+`tokens` (of the micro-batch), `recomputed` (layers), `dtype`, `nf4` (weights of 4 bits, by bitsandbytes), `liger`
+(false leaves its kernels out), `card` and `lacking` (what Triton needs and does not find). It is the engine's own step,
+on tensors that have a shape and a device and no numbers: what can not go on without a number that a card would have to
+give fails. Prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from no_card import CARDS
 
 # isort: split
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -38,7 +40,7 @@ from triton.runtime.jit import JITFunction
 
 from tunesmith import model as models
 from tunesmith import planning
-from tunesmith.engine import batch, flex, liger, step
+from tunesmith.engine import batch, compiler, flex, liger, step
 from tunesmith.engine.loss import Labels
 from tunesmith.planning import Choice
 from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
@@ -135,7 +137,7 @@ def rows(n_tokens: int, length: int = 130, shared: int = 40, reply: int = 70) ->
 
 
 @contextlib.contextmanager
-def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool) -> Iterator[None]:
+def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool, lacking: str | None) -> Iterator[None]:
     """Inside, torch believes in the card, and what is written for it is counted and not run."""
     of_tree = batch.of_tree
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -157,6 +159,7 @@ def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool) -> 
         stack.enter_context(mock.patch.object(batch, "of_tree", faked))
         stack.enter_context(mock.patch.object(flex, "_flex", attended))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        stack.enter_context(mock.patch.object(compiler, "lacking", return_value=lacking))
         if not with_liger:
             stack.enter_context(mock.patch.object(liger, "version", return_value=None))
         stack.enter_context(fake)
@@ -180,6 +183,32 @@ def lay_on_card(model: torch.nn.Module) -> None:
                     holder[name] = on_card(held)
 
 
+def in_four_bits(model: torch.nn.Module) -> None:
+    """Holds what adapters stand beside as bitsandbytes does."""
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
+    from peft.tuners.lora import bnb
+
+    with unset_fake_temporarily():
+        functional.name2qmap["dynamic"] = functional.create_dynamic_map()  # of numbers, once for all
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        linear: Any = layer.get_base_layer()
+        with unset_fake_temporarily():
+            held: Any = Linear4bit(linear.in_features, linear.out_features, False, linear.weight.dtype, device="meta")
+        packed, state = functional.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
+        held.weight = torch.nn.Parameter(packed, requires_grad=False)  # a tensor without numbers can be no Params4bit
+        held.weight.quant_state = state
+        held.compute_type_is_set = True
+        layer.base_layer, layer.__class__ = held, bnb.Linear4bit
+
+
+def held_by(model: torch.nn.Module) -> list[Tensor]:
+    """All tensors that a model consists of."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    found = [vars(state).values() for state in states if state] + [vars(s.state2).values() for s in states if s]
+    return [*model.parameters(), *model.buffers(), *(t for each in found for t in each if isinstance(t, Tensor))]
+
+
 def taken(asked: dict[str, Any]) -> dict[str, Any]:
     """What two steps take, and what the plan says of them."""
     config = AutoConfig.for_model(**asked["config"])
@@ -194,10 +223,13 @@ def taken(asked: dict[str, Any]) -> dict[str, Any]:
     launched: Counter[str] = Counter()
     base = models.skeleton(config).to(dtype).requires_grad_(False)
     model = models.attach(base, recipe.lora, 0, "base").train()
-    with on_card(card, launched, with_liger=asked.get("liger", True)):
+    notes: list[str] = []
+    with on_card(card, launched, with_liger=asked.get("liger", True), lacking=asked.get("lacking")):
         lay_on_card(model)
-        engine = step.Engine(model, EngineSettings(self_check=False, recompute_layers=recomputed))
-        weights = [*model.parameters(), *model.buffers()]
+        if asked.get("nf4"):
+            in_four_bits(model)
+        engine = step.Engine(model, EngineSettings(self_check=False, recompute_layers=recomputed), notes.append)
+        weights = held_by(model)
         assert {tensor.device.type for tensor in weights} == {"cuda"}
         counted = Card(weights)
 
@@ -211,14 +243,17 @@ def taken(asked: dict[str, Any]) -> dict[str, Any]:
             counted.forget()
             launched.clear()
             engine.gradient(documents, n_supervised)
-    choice, with_liger = Choice(load.tokens, recomputed, dtype.itemsize), bool(launched)
+    choice, with_liger = Choice(load.tokens, recomputed, dtype.itemsize, asked.get("nf4", False)), bool(launched)
     parts = planning.parts_of_graph(shape, load, choice, 0, "cuda", with_liger=with_liger)
+    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in weights}
     return {
-        "way": engine.way, "tokens": load.tokens, "layers": shape.layers, "peak": peak, "at": at,
+        "way": engine.way, "tokens": load.tokens, "layers": shape.layers, "held": sum(held.values()),
+        "planned_held": parts.weights + parts.adapter, "peak": peak, "at": at,
         "planned": parts.activations + parts.logits + parts.workspace + parts.gradients,
         "parts": {name: getattr(parts, name) for name in ("activations", "logits", "workspace", "gradients")},
         "launched": counted.launched.total() + launched.total(), "sent": counted.sent.total(),
         "read": counted.read.total(), "often": counted.launched.most_common(12), "by_liger": dict(launched),
+        "notes": notes,
     }  # fmt: skip
 
 

@@ -123,7 +123,10 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("Gemma-2B", {"recomputed": 4, "lora": {"dropout": 0.1}, "tokens": 8192}),
     ("SmolLM2", {"dtype": "float16", "card": "T4"}),
     ("Qwen2", {"dtype": "float32", "liger": False}),
+    ("SmolLM2", {"lacking": "no C compiler"}),
 ]
+if importlib.util.find_spec("bitsandbytes") is not None:
+    STEPS += [("Phi-4", {"nf4": True}), ("Mistral", {"nf4": True, "recomputed": 4, "tokens": 8192})]
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +142,27 @@ def steps() -> list[dict[str, Any]]:
 
 
 def test_a_step_on_a_card_takes_what_was_planned(steps: list[dict[str, Any]]) -> None:
-    """Beyond the weights. Observed: 0.957 to 1.039, over ten models of these families."""
+    """Observed: 0.953 to 1.039, over ten models of these families; of the weights 1.000."""
     off = {
         f"{family} {more}": step["planned"] / step["peak"] for (family, more), step in zip(STEPS, steps, strict=True)
     }
     assert {key: round(ratio, 3) for key, ratio in off.items() if abs(ratio - 1) > 0.05} == {}
+    assert all(step["planned_held"] == pytest.approx(step["held"], rel=1e-3) for step in steps)
 
 
 def test_a_step_never_waits_for_the_card_and_sends_little(steps: list[dict[str, Any]]) -> None:
-    """A number that is asked of it would have raised; observed are 4 copies, 6 with windows and a soft cap. fp16 asks
-    once whether all is finite."""
+    """A number that is asked of it would have raised; observed are 4 copies, 6 with windows and a soft cap, 10 without
+    Triton. fp16 asks once whether all is finite."""
     for (family, more), step in zip(STEPS, steps, strict=True):
         assert step["way"] == "tree" and step["read"] == (more.get("dtype") == "float16"), (family, more)
-        assert step["sent"] <= 6, (family, more)
+        assert step["sent"] <= (12 if "lacking" in more else 6), (family, more)
+
+
+def test_without_a_c_compiler_kernels_are_taken_that_need_none(steps: list[dict[str, Any]]) -> None:
+    (step,) = (step for (_, more), step in zip(STEPS, steps, strict=True) if "lacking" in more)
+    assert step["way"] == "tree" and step["by_liger"] == {}
+    (note,) = step["notes"]
+    assert note.startswith("Slower kernels are used: Triton finds no C compiler. Install")
 
 
 def test_a_layer_is_a_bounded_number_of_launches(steps: list[dict[str, Any]]) -> None:

@@ -1,16 +1,20 @@
-"""A card that is here and is not used is named, with the reason and what mends it."""
+"""A card that is here and is not used, or not as fast as it could be, is named with the reason and what mends it."""
 
 from __future__ import annotations
 
 import json
+import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from conftest import tunesmith
-from tunesmith import driver
+from tunesmith import doctor, driver
+from tunesmith.engine import compiler
 from tunesmith.errors import UnsupportedSystem
 
 CARD = "NVIDIA GeForce RTX 4090"
@@ -128,3 +132,35 @@ def test_plan_and_train_and_doctor_say_it(
         assert "390.10 is too old" in said or "built without CUDA" in said, command
     planned = json.loads(tunesmith("plan", *few, "--json", cwd=tmp_path).out)
     assert CARD in planned["unused_card"]
+
+
+# --- what Triton compiles with ----------------------------------------------------------------------------------------
+
+
+def test_without_a_c_compiler_it_is_said_what_is_lacking(
+    monkeypatch: pytest.MonkeyPatch, no_card: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(no_card))
+    assert compiler.lacking() == "no C compiler (gcc, clang)"
+    monkeypatch.setenv("CC", "/opt/no/cc")
+    assert compiler.lacking() == "no C compiler (/opt/no/cc)"
+    answering(no_card, "a compiler")
+    (no_card / "nvidia-smi").rename(no_card / "clang")
+    monkeypatch.delenv("CC")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert compiler.lacking() == f"no headers of Python {version}" and f"python{version}-dev" in compiler.fix()
+    (tmp_path / "Python.h").touch()
+    assert compiler.lacking() is None
+
+
+def test_doctor_says_what_makes_a_card_slower(monkeypatch: pytest.MonkeyPatch, no_card: Path) -> None:
+    card = SimpleNamespace(name=CARD, total_memory=24 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(driver, "require_kernels", lambda: None)
+    for lack, fix in ((None, ""), ("no C compiler (gcc, clang)", compiler.fix())):
+        monkeypatch.setattr(compiler, "lacking", lambda lack=lack: lack)
+        found = doctor._accelerator()
+        assert found.ok and found.fix == fix and ("slower" in found.found) is bool(fix)

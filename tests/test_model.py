@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared, save_tiny_model
+from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared, save_tiny_model, shows
 from tunesmith import checking, hub, model, recipe
 from tunesmith.engine.decoder import Decoder
 from tunesmith.errors import ModelError, ProofError, RecipeError, TemplateError
@@ -566,6 +567,22 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
     model.save_adapter(tuned(tiny_model), folder)
     return folder
+
+
+def test_an_adapter_in_the_type_of_its_base_computes_about_the_same_without_copies(
+    tiny_model: Path, adapter: Path
+) -> None:
+    """What chat and serve do on a card."""
+    in_bf16 = ModelSettings(dtype="bfloat16")
+    as_saved = model.load_adapter(model.load_base(located(tiny_model), in_bf16), adapter)
+    whole, with_it = loaded(tiny_model, adapter), copy.deepcopy(as_saved)
+    model.take_type_of_base(with_it)
+    assert {p.dtype for n, p in with_it.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    right = logits(whole)
+    off, off_in_fp32 = ((logits(each).float() - right).norm() / right.norm() for each in (with_it, as_saved))
+    assert off < 2 * off_in_fp32  # observed 1.0 times
+    with as_saved.disable_adapter():
+        assert shows(float((logits(as_saved).float() - right).norm() / right.norm()), 10 * float(off))
 
 
 def test_a_saved_adapter_computes_what_the_live_one_does(tiny_model: Path, adapter: Path) -> None:

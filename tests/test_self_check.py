@@ -31,7 +31,7 @@ from test_engine import (
     take,
     truth,
 )
-from tunesmith.engine import attention, decoder, step, trie
+from tunesmith.engine import attention, decoder, flex, step, trie
 from tunesmith.engine.layers import NotCovered
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
@@ -230,6 +230,24 @@ def test_a_window_that_is_off_by_one_is_seen_in_bf16(monkeypatch: pytest.MonkeyP
     bare(made._model)
 
 
+def test_where_attention_can_not_be_compiled_the_next_one_is_taken_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a card whose shared memory is too small for a kernel, which no smaller micro-batch mends."""
+
+    def too_large(*_: Any) -> Tensor:
+        raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: triton_tem_fused_0 Required …")
+
+    monkeypatch.setattr(Engine, "_backend", property(lambda self: "flex" if self._compiles else "gather"))
+    monkeypatch.setattr(flex.Flex, "attend", too_large)
+    not_by_hand(monkeypatch)
+    made = checking(family("Llama"), notes := [])
+    assert distance(take(made), truth("Llama", lifted=False)) < 5e-6
+    assert made.way == "tree" and made._backend == "gather"
+    (note,) = [note for note in notes if "can not be run" in note]
+    assert note.startswith("The tree way can not be run here (No valid triton configs.") and SENTENCE.fullmatch(note)
+
+
 def nf4(tmp_path: Path) -> PeftModel:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: it adds 1.7 s to every import of peft")
     cast("PreTrainedModel", base("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -249,6 +267,27 @@ def test_a_base_of_4_bits_is_checked_by_products_in_fp32(
     assert [note for note in notes if "another gradient" in note] == []
     assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {torch.bfloat16}
     bare(model)
+
+
+def test_what_a_base_of_4_bits_gives_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    not_by_hand(monkeypatch)
+    model = nf4(tmp_path / "base")
+    made = checking(model, [], self_check=False)
+    of_linear = type(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer).forward
+    given: list[Tensor] = []
+
+    def remembered(layer: Any, x: Tensor) -> Tensor:
+        given.append(of_linear(layer, x))
+        return given[-1]
+
+    monkeypatch.setattr("bitsandbytes.nn.Linear4bit.forward", remembered)
+    layer, x = model.base_model.model.model.layers[0].self_attn.q_proj, torch.ones(1, 3, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert layer(x) is given[-1]
+        with model.disable_adapter():
+            assert layer(x) is given[-1]
+        made._take_padded()
+        assert layer(x) is not given[-1]
 
 
 def test_a_wrong_tree_of_a_base_of_4_bits_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

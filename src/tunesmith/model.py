@@ -25,6 +25,7 @@ import gguf
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -611,7 +612,25 @@ def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "d
         found = said("an adapter whose lora_B is all zero")
         fix = said("It was saved before training; use another checkpoint.")
         raise ModelError(str(folder), found, said("one that changes the base"), fix)
+    if base.device.type == "cuda":
+        take_type_of_base(model)
     return model.eval()
+
+
+def take_type_of_base(model: PeftModel) -> None:
+    """Puts every plain adapter into the type of the layer that it stands beside, as which it is multiplied in training
+    (`engine.lora`); in fp32 peft turns what comes in into fp32 at every layer, and what goes out back."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:
+            dtype = _computed_in(layer.get_base_layer())
+            for part in (layer.lora_A, layer.lora_B):
+                part.to(dtype)
+
+
+def _computed_in(layer: nn.Module) -> torch.dtype | None:
+    """The type of what a linear layer gives, where it is one of 16 bits."""
+    dtype = getattr(layer, "compute_dtype", None) or getattr(getattr(layer, "weight", None), "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def switched(model: nn.Module, adapter: str | None) -> AbstractContextManager[Any]:

@@ -348,13 +348,12 @@ def parts_of_graph(
     logits = of_norm * t * h + 2 * e * u * h + of_logit * rows * shape.vocabulary
     # On the way down, when the logits are gone: what the last norm's gradient is made of; that of the MLP's product,
     # when what the product's layer kept is gone, of gate and up, and those of the layer's own input.
-    product = t * e * (h + 2 * i)
+    # Before the last of these is there, the weight that they come from is, which of 4 bits is turned into 16.
+    product = e * (t * (h + i) + i * (max(t, h) if choice.nf4 else t))
     workspace = max(t * h * (4 * e if with_liger else 5 * 4), product if kept else 0)
     if choice.recompute_layers:  # the lowest ones, so what the others kept is gone when they are computed again
         workspace = max(workspace, product + layer - with_liger * e * t * h - kept * layer)
     workspace = max(workspace - logits, 0)
-    if choice.nf4:  # the weight at work stands in 16 bits
-        workspace += 2 * 2 * i * h
     return Parts(
         runtime=runtime,
         weights=choice.bytes_of(shape),

@@ -7,6 +7,7 @@ that is kept. The base may be quantised: its product stays its own. What is save
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,6 +66,13 @@ class _InPlace:
         return True
 
 
+def _of_four_bits(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What peft's forward of such a layer gives, but for a copy of the base's result, which is no view here."""
+    if layer.disable_adapters or layer.merged or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    return _InPlace.forward(layer, "default", x, layer.base_layer(x))
+
+
 def install(model: nn.Module) -> int:
     """Lets every plain LoRA adapter of the model be applied in place; returns how many others there are."""
     others = 0
@@ -72,6 +80,8 @@ def install(model: nn.Module) -> int:
         if _plain(layer):
             layer.lora_variant["default"] = _InPlace
             layer.cast_input_dtype_enabled = False
+            if type(layer.base_layer).__name__ == "Linear4bit":
+                vars(layer)["forward"] = functools.partial(_of_four_bits, layer)
         else:
             others += 1
     return others
@@ -83,6 +93,7 @@ def remove(model: nn.Module) -> None:
         if layer.lora_variant.get("default") is _InPlace:
             del layer.lora_variant["default"]
             layer.cast_input_dtype_enabled = True
+            vars(layer).pop("forward", None)
 
 
 @contextmanager
