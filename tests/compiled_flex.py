@@ -147,7 +147,7 @@ def compiled(name: str, text: str, card: Card, folder: Path) -> dict[str, Any] |
     source = ASTSource(taken["function"], dict(meta["signature"]), dict(meta["constants"]), dict(divisible))
     options = {"num_warps": taken["num_warps"], "num_stages": taken["num_stages"]}
     made = triton.compile(source, target=GPUTarget("cuda", card.arch, 32), options=options)
-    return {"kernel": name, "shared": made.metadata.shared, "limit": card.shared_bytes, **options}
+    return {"kernel": name, **no_card.taken_by(made), "limit": card.shared_bytes, **options}
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -149,3 +151,17 @@ def told_of(card: Card) -> Iterator[None]:
             if callable(clear := getattr(function, "cache_clear", None)):
                 clear()
         yield
+
+
+def taken_by(made: Any) -> dict[str, int]:
+    """Of a kernel that Triton has compiled: bytes of shared memory, registers of a thread, and bytes of a thread's
+    stack, where registers that are too few spill to."""
+    program = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        command = [str(program), "--dump-resource-usage", str(cubin)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert used is not None, said
+    return {"shared": made.metadata.shared, "registers": int(used[1]), "stack": int(used[2])}

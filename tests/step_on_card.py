@@ -4,9 +4,9 @@
 
 Each JSON is an object: `config` (a model's), and where they differ from what is usual `lora` (settings of the adapter),
 `tokens` (of the micro-batch), `recomputed` (layers), `dtype`, `nf4` (weights of 4 bits, by bitsandbytes), `liger`
-(false leaves its kernels out), `card` and `lacking` (what Triton needs and does not find). It is the engine's own step,
-on tensors that have a shape and a device and no numbers: what can not go on without a number that a card would have to
-give fails. Prints a line of JSON for each.
+(false leaves its kernels out), `card`, `lacking` (what Triton needs and does not find) and `compiled` (cards that each
+of Triton's kernels is compiled for). It is the engine's own step, on tensors that have a shape and a device and no
+numbers: what can not go on without a number that a card would have to give fails. Prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from no_card import CARDS
 
 # isort: split
 import torch
+import triton
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
@@ -36,6 +37,8 @@ from torch.nn.attention.flex_attention import _identity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tunesmith import model as models
@@ -136,9 +139,41 @@ def rows(n_tokens: int, length: int = 130, shared: int = 40, reply: int = 70) ->
     return made
 
 
+Kernels = dict[str, tuple[ASTSource, dict[str, Any]]]
+"""By name, as they were launched, and how."""
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+
+
+def as_launched(
+    kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ASTSource, dict[str, Any]]:
+    """A kernel with the types of what it was given; no tensor is kept."""
+    names = [parameter.name for parameter in kernel.params]
+    given = {**dict(zip(names, args, strict=False)), **{name: value for name, value in kwargs.items() if name in names}}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for parameter in kernel.params:
+        value = given.get(parameter.name, parameter.default)
+        if isinstance(value, Tensor) and not parameter.is_constexpr:
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+        elif parameter.is_constexpr or value is None or isinstance(value, bool):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+    how = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    return ASTSource(kernel, signature, constants), how
+
+
+def compiled(source: ASTSource, how: dict[str, Any], card: no_card.Card) -> dict[str, int]:
+    """What a kernel takes of a card."""
+    return no_card.taken_by(triton.compile(source, target=GPUTarget("cuda", card.arch, 32), options=how))
+
+
 @contextlib.contextmanager
-def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool, lacking: str | None) -> Iterator[None]:
-    """Inside, torch believes in the card, and what is written for it is counted and not run."""
+def on_card(
+    card: no_card.Card, launched: Counter[str], kernels: Kernels, *, with_liger: bool, lacking: str | None
+) -> Iterator[None]:
+    """Inside, torch believes in the card, and what is written for it is counted and kept, and not run."""
     of_tree = batch.of_tree
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -152,6 +187,8 @@ def on_card(card: no_card.Card, launched: Counter[str], *, with_liger: bool, lac
 
     def launch(self: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
         launched[self.fn.__name__] += 1
+        if self.fn.__name__ not in kernels:
+            kernels[self.fn.__name__] = as_launched(self, args, kwargs)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_card.told_of(card))
@@ -224,7 +261,8 @@ def taken(asked: dict[str, Any]) -> dict[str, Any]:
     base = models.skeleton(config).to(dtype).requires_grad_(False)
     model = models.attach(base, recipe.lora, 0, "base").train()
     notes: list[str] = []
-    with on_card(card, launched, with_liger=asked.get("liger", True), lacking=asked.get("lacking")):
+    kernels: Kernels = {}
+    with on_card(card, launched, kernels, with_liger=asked.get("liger", True), lacking=asked.get("lacking")):
         lay_on_card(model)
         if asked.get("nf4"):
             in_four_bits(model)
@@ -254,6 +292,10 @@ def taken(asked: dict[str, Any]) -> dict[str, Any]:
         "launched": counted.launched.total() + launched.total(), "sent": counted.sent.total(),
         "read": counted.read.total(), "often": counted.launched.most_common(12), "by_liger": dict(launched),
         "notes": notes,
+        "kernels": [
+            {"kernel": name, "card": each.name, "limit": each.shared_bytes, **compiled(*kernel, each)}
+            for each in CARDS if each.name in asked.get("compiled", ()) for name, kernel in kernels.items()
+        ],
     }  # fmt: skip
 
 

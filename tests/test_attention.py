@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import largest, shows
@@ -366,6 +367,43 @@ def test_flex_is_the_reference(heads: tuple[int, int], window: int | None, kind:
     except NotImplementedError as reason:
         pytest.skip(f"this torch has no flex attention here: {reason}")
     assert worst([out], [attention.sight(SMALL, "reference", CPU).attend(*given, asked)]) < 1e-12  # observed 1.3e-15
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[CompileCounterWithBackend]:
+    """Flex attention as it is compiled for a card, forward and backward, but for the card's own kernels: torch's
+    formulas of both passes stand in their place. Counts the graphs that are made."""
+    from torch.nn.attention import flex_attention
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # there is no backward pass on a CPU
+        patch.setattr(flex, "_flex", flex.compiled(counter))
+        yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo asks for
+@pytest.mark.parametrize("kind", STYLES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", [*HEADS, (12, 1)])
+def test_flex_compiled_is_the_reference_in_both_passes(
+    compiled: CompileCounterWithBackend, heads: tuple[int, int], window: int | None, kind: str
+) -> None:
+    given, asked = tensors(SMALL, heads, 16), style(heads, 16, window=window, **STYLES[kind])
+    assert worst(results(SMALL, "flex", given, asked), results(SMALL, "reference", given, asked)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo asks for
+def test_lengths_of_all_kinds_make_few_graphs(compiled: CompileCounterWithBackend) -> None:
+    """Or each would be compiled for seconds on a card, and beyond a limit torch falls back to a form that is not fused
+    and keeps all scores."""
+    before, asked = compiled.frame_count, style((4, 2), 16)
+    for n in range(200):
+        tree = grow(n, (0, 20 + 7 * n % 391), (9, 30 + 5 * n % 97), (11, 40 + n))
+        results(tree, "flex", tensors(tree, (4, 2), 16, torch.float32), asked)
+    assert compiled.frame_count - before <= 4
 
 
 # --- negative controls ------------------------------------------------------------------------------------------------

@@ -204,6 +204,16 @@ def test_less_memory_means_smaller_parts_then_recomputing_then_16_bits(middling_
     assert not plans[-1].fits
 
 
+def test_on_a_card_layers_are_recomputed_before_micro_batches_leave_it_waiting(tiny_model: Path, talk: Path) -> None:
+    shape = planning.shape_of(rows := checked(tiny_model, talk))
+    order = [
+        (each.tokens_per_micro_batch, each.recompute_layers)
+        for each in planning._candidates(rows.recipe, shape, "cuda", "bfloat16", 1)
+    ]
+    n = shape.layers
+    assert order == [(16384, 0), (8192, 0), (4096, 0), *((4096, k + 1) for k in range(n)), (2048, n), (1024, n)]
+
+
 def test_what_is_set_is_not_chosen(tiny_model: Path, talk: Path) -> None:
     flags = {"engine.tokens_per_micro_batch": 77, "engine.recompute_layers": "none", "model.dtype": "float32"}
     made = planning.plan(checked(tiny_model, talk, **flags), machine(0.001))

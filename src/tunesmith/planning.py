@@ -531,9 +531,9 @@ def plan(checked: Checked, machine: Machine | None = None, questions: Sequence[s
     where the recipe leaves it open. `questions` are those that it is asked besides its own; `shares` is how many
     processes the layers' weights are spread over.
 
-    In this order, until it fits: everything is kept for the backward pass; smaller micro-batches; some layers are
-    recomputed; all of them; on a CPU, weights in 16 bits. Where nothing fits, what takes least is given, with `fits`
-    False.
+    In this order, until it fits: everything is kept for the backward pass; smaller micro-batches, on a card of 4,096
+    tokens at least; some layers are recomputed; all of them; on a card smaller micro-batches yet, on a CPU weights in
+    16 bits. Where nothing fits, what takes least is given, with `fits` False.
     """
     machine = machine or this_machine()
     taught = tuple(hyperparameters.chosen(checked.recipe, checked.config, hold_out(checked)[0]))
@@ -614,10 +614,11 @@ def _peak(shape: Shape, loads: Sequence[Load], choice: Choice, machine: Machine,
 def _candidates(recipe: Recipe, shape: Shape, device: Device, on_card: str, shares: int) -> Iterator[Choice]:
     """From the fastest to the smallest; `on_card` is the type that the model's weights are best held in there."""
     engine = recipe.engine
-    most = TOKENS[device]
-    budgets = [most >> n for n in range(3 if device == "cpu" else 5)]
+    budgets, smaller = [TOKENS[device] >> n for n in range(3)], list[int]()
+    if device == "cuda":  # what is smaller leaves the card waiting for its next kernel: rather compute layers again
+        smaller = [budgets[-1] >> 1, budgets[-1] >> 2]
     if engine.tokens_per_micro_batch != "auto":
-        budgets = [engine.tokens_per_micro_batch]
+        budgets, smaller = [engine.tokens_per_micro_batch], []
     asked = engine.recompute_layers
     layers = list(range(shape.layers + 1))
     if asked != "auto":
@@ -630,6 +631,8 @@ def _candidates(recipe: Recipe, shape: Shape, device: Device, on_card: str, shar
             yield Choice(budget, layers[0], size, nf4, shares)
         for recomputed in layers[1:]:
             yield Choice(budgets[-1], recomputed, size, nf4, shares)
+        for budget in smaller:
+            yield Choice(budget, layers[-1], size, nf4, shares)
 
 
 def _explained(recipe: Recipe, choice: Choice, machine: Machine, on_card: str) -> Iterator[Chosen]:

@@ -53,7 +53,7 @@ class Flex:
             if options is None:
                 return Gather(self._tree, self._device).attend(query_THD, key_TKD, value_TKD, style)
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_THD, key_TKD, value_TKD))
-        out, aux = _compiled()(
+        out, aux = _function()(
             query, key, value,
             score_mod=self._capped(style.softcap),
             block_mask=self._mask(style.window),
@@ -154,14 +154,26 @@ def tiles(head_size: int, dtype: torch.dtype, shared_bytes: int) -> dict[str, An
     return options
 
 
+_GRAPHS = 64
+"""Of kinds of calls: types, heads, windows, soft caps, with and without a gradient. Beyond torch's own limit of eight
+it would fall back, with no more than a line in a log, to a form that is not fused and keeps all scores."""
 _flex: Callable[..., Any] | None = None
 
 
-def _compiled() -> Callable[..., Any]:
+def compiled(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """FlexAttention, compiled for whatever comes."""
+    from torch._dynamo import config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
+
+
+def _function() -> Callable[..., Any]:
     global _flex
     if _flex is None:
         from torch.nn.attention.flex_attention import flex_attention
 
         # On a CPU there is no backward for the compiled form; written out it is slow but the same.
-        _flex = torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+        _flex = compiled() if torch.cuda.is_available() else flex_attention
     return _flex
