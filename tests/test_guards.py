@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import largest, save_tiny_model, script, tunesmith
-from small_runs import Notes, numbers, settings
+from small_runs import Notes, assert_same, numbers, settings
 from tunesmith import guards, rundir
 from tunesmith import model as models
 from tunesmith.engine.decoder import Decoder
@@ -221,6 +221,22 @@ def test_memory_that_runs_out_shrinks_the_micro_batch_and_redoes_the_step(
     assert (
         largest(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
     )  # observed 1.0e-5 after 18 steps of rate 1e-2
+
+
+def test_a_run_goes_on_with_what_it_found_out_about_memory(
+    tiny_model: Path, talk: Path, tmp_path: Path, little_memory: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is not short any more, sums are still made of the same parts, and the adapter is the same."""
+    undisturbed = train(settings(tiny_model, talk, **{"engine.share_prefix": False}), tmp_path / "undisturbed")
+    killed = shutil.copytree(undisturbed.path, tmp_path / "killed")
+    last = sorted((killed / "checkpoints").iterdir())[-1]
+    assert json.loads((last / "engine.json").read_text())["tokens_at_most"] < 100
+    for folder in (last, killed / "adapter"):
+        shutil.rmtree(folder)
+    (killed / "report.html").unlink()
+    monkeypatch.undo()
+    resume(killed)
+    assert_same(killed, undisturbed.path)
 
 
 def test_a_row_that_alone_is_too_much_is_named(

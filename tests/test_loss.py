@@ -154,6 +154,19 @@ def test_what_stood_in_the_given_space_does_not_matter(monkeypatch: pytest.Monke
         assert off(found, expected(given, softcap)) < 1e-12  # observed 5.9e-16
 
 
+def test_where_no_gradient_is_wanted_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a held-out loss would take the time of a step."""
+    given = case(33, 17, 101)
+    with torch.enable_grad():
+        asked = given.hidden.clone().requires_grad_()
+        value = HeadLoss.apply(asked, given.weight, given.labels, None)
+    monkeypatch.setattr(loss, "_back", lambda *_: pytest.fail("formed"))
+    with torch.no_grad():
+        assert torch.equal(HeadLoss.apply(given.hidden, given.weight, given.labels, None), value.detach())
+    with pytest.raises(pytest.fail.Exception, match="formed"):
+        HeadLoss.apply(asked, given.weight, given.labels, None)
+
+
 def test_what_is_given_is_left_as_it_was() -> None:
     given, again = case(33, 17, 101), case(33, 17, 101)
     loss_and_gradient(given.hidden, given.weight, given.labels, 2.0)

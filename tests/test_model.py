@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared, save_tiny_model, shows
 from tunesmith import checking, hub, model, recipe
@@ -542,6 +542,28 @@ def test_whether_a_gguf_is_quantised_is_told_by_its_numbers(kind: str, quantised
         write()
     writer.close()
     assert model._is_quantised(path) is quantised
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "dtype"),
+    [
+        ((7, 5), "llama", torch.float16),  # T4
+        ((7, 0), "qwen3", torch.float16),  # V100
+        ((8, 6), "llama", torch.bfloat16),
+        ((9, 0), "gemma3_text", torch.bfloat16),
+        ((7, 5), "gemma3_text", torch.float32),  # whose hidden states are larger than fp16 holds
+        ((7, 5), "gemma2", torch.float32),
+    ],
+)
+def test_weights_on_a_card_are_of_the_type_that_it_multiplies_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], kind: str, dtype: torch.dtype
+) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert model._dtype("auto", tmp_path) == dtype
+    assert model._dtype("bfloat16", tmp_path) == torch.bfloat16  # what is asked for is done
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -225,7 +225,14 @@ def test_checkpoints_are_whole_and_thinned_out(run: Run) -> None:
     points = sorted((run.path / "checkpoints").iterdir())
     assert [point.name for point in points] == ["step-000025", "step-000027"]
     digests = json.loads((points[-1] / "files.json").read_text())
-    state = {"trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    state = {
+        "trained.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "engine.json",
+    }
     assert state | {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(digests)
     assert all(rundir.sha256(points[-1] / name) == entry["sha256"] for name, entry in digests.items())
 
