@@ -59,6 +59,9 @@ _NOT_LAUNCHED = frozenset(
 )
 
 
+MICRO_BATCHES = 2
+
+
 class Card(TorchDispatchMode):
     """Counts what happens on the card inside."""
 
@@ -277,26 +280,37 @@ def taken(asked: dict[str, Any]) -> dict[str, Any]:
 
         with counted, mock.patch.object(step, "all_finite", asked_for):
             engine.gradient(documents, n_supervised)
-            peak, at = counted.peak, counted.at
             counted.forget()
             launched.clear()
-            engine.gradient(documents, n_supervised)
+            model.zero_grad()
+            with mock.patch.object(step.Engine, "_share", return_value=[(documents, 1)] * MICRO_BATCHES):
+                engine.gradient(documents, n_supervised)  # the second one with the first one's gradient there
     choice, with_liger = Choice(load.tokens, recomputed, dtype.itemsize, asked.get("nf4", False)), bool(launched)
     parts = planning.parts_of_graph(shape, load, choice, 0, "cuda", with_liger=with_liger)
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in weights}
     return {
-        "way": engine.way, "tokens": load.tokens, "layers": shape.layers, "held": sum(held.values()),
-        "planned_held": parts.weights + parts.adapter, "peak": peak, "at": at,
+        "way": engine.way,
+        "tokens": load.tokens,
+        "layers": shape.layers,
+        "held": sum(held.values()),
+        "planned_held": parts.weights + parts.adapter,
+        "peak": counted.peak,
+        "at": counted.at,
         "planned": parts.activations + parts.logits + parts.workspace + parts.gradients,
         "parts": {name: getattr(parts, name) for name in ("activations", "logits", "workspace", "gradients")},
-        "launched": counted.launched.total() + launched.total(), "sent": counted.sent.total(),
-        "read": counted.read.total(), "often": counted.launched.most_common(12), "by_liger": dict(launched),
+        "launched": (counted.launched.total() + launched.total()) / MICRO_BATCHES,
+        "sent": counted.sent.total() / MICRO_BATCHES,
+        "read": counted.read.total(),
+        "often": counted.launched.most_common(12),
+        "by_liger": dict(launched),
         "notes": notes,
         "kernels": [
             {"kernel": name, "card": each.name, "limit": each.shared_bytes, **compiled(*kernel, each)}
-            for each in CARDS if each.name in asked.get("compiled", ()) for name, kernel in kernels.items()
+            for each in CARDS
+            if each.name in asked.get("compiled", ())
+            for name, kernel in kernels.items()
         ],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ class ModelSettings(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on a GPU. On a CPU "
-        "layers written by hand (the Llama family, Phi-3, Gemma) compute in 32 bits whatever the weights have.",
+        description="Number type of the frozen weights; auto is float32 on a CPU, bfloat16 on a GPU, and float16 on "
+        "one from before Ampere. On a CPU layers written by hand (the Llama family, Phi-3, Gemma) compute in 32 bits "
+        "whatever the weights have.",
     )
     quantize: Literal["none", "nf4"] = Field(
         default="none", description="Hold the frozen weights in 4 bits (needs a CUDA GPU)."
