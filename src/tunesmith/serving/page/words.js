@@ -1,7 +1,7 @@
 // Every word of the page, in both languages.
 export const WORDS = {
   en: {
-    other: "中文", model: "Model", beside: "Beside it", nobody: "nobody beside", new: "New talk", settings: "Settings",
+    other: "中文", model: "Model", beside: "Compare with", nobody: "no comparison", new: "New talk", settings: "Settings",
     system: "System text", temperature: "Temperature", top_p: "Top-p", max_tokens: "Longest reply (tokens)", seed: "Seed",
     key: "Key of this server",
     settings_note: "An empty field is as the model says. Temperature 0 always takes the likeliest word.",
