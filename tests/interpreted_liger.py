@@ -80,7 +80,7 @@ def test_kernels_that_are_wrong_are_left_and_stay_so(monkeypatch: pytest.MonkeyP
     made.gradient(FEW, n_supervised(FEW))
     assert made.way == "tree" and not liger.installed(model)
     assert [note for note in notes if "The tree way with Liger's kernels gives another gradient" in note]
-    assert [path.read_text() for path in (tmp_path / "self_checks").glob("*")] == [step._TREE_WITHOUT_LIGER]
+    assert [path.read_text() for path in (tmp_path / "self_checks").glob("*")] == [step._TREE_GATHERED]
     again = checked(second := family("Llama", torch.float32), [])
     again.gradient(FEW, n_supervised(FEW))
     assert again.way == "tree" and not liger.installed(second)
