@@ -86,6 +86,8 @@ def measured(arguments: Sequence[str], cwd: Path, *, stop_at: str | None = None,
     ended = time.monotonic()
     if ended - last > longest:
         longest, meanwhile = ended - last, _last_line(shown)
+    for place in (f"{Path(sys.executable).parent}/", f"{Path.home()}/"):  # of this machine alone
+        meanwhile = meanwhile.replace(place, "")
     return Silence(" ".join(arguments), code, round(ended - began, 1), round(longest, 1), meanwhile)
 
 
