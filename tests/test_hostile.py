@@ -532,6 +532,7 @@ POINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a deep state": (replace("trainer_state.json", lambda path: path.write_text("[" * 10**6)), "trainer_state.json"),
     "a state of no step": (replace("trainer_state.json", lambda path: path.write_text("{}")), "trainer_state.json"),
     "a limit of memory that none has": (merge("engine.json", tokens_at_most=-1), "engine.json"),
+    "a loss scale of nothing": (merge("engine.json", exponent=-(10**6)), "engine.json"),
     "a limit of memory that is no number": (merge("engine.json", exponent="9" * 9999), "engine.json"),
     "a state of a later step": (merge("trainer_state.json", global_step=10**12), "trainer_state.json"),
     "weights cut": (replace("trained.safetensors", lambda path: path.write_bytes(b"x")), "trained.safetensors"),

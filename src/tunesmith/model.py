@@ -621,8 +621,9 @@ def take_type_of_base(model: PeftModel) -> None:
     """Puts every plain adapter into the type of the layer that it stands beside, as which it is multiplied in training
     (`engine.lora`); in fp32 peft turns what comes in into fp32 at every layer, and what goes out back."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and not layer.lora_variant:
-            dtype = _computed_in(layer.get_base_layer())
+        if not isinstance(layer, LoraLayer) or layer.lora_variant:
+            continue
+        if (dtype := _computed_in(layer.get_base_layer())) is not None:
             for part in (layer.lora_A, layer.lora_B):
                 part.to(dtype)
 

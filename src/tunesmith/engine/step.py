@@ -117,7 +117,8 @@ class Engine:
     def go_on_with(self, found: Mapping[str, int]) -> None:
         """Takes what an engine `found`; raises ValueError for what none can have."""
         limit, exponent = (found[name] for name in ("tokens_at_most", "exponent"))
-        if type(limit) is not int or type(exponent) is not int or limit < 1 or exponent > _FIRST_EXPONENT:
+        known = type(limit) is int and type(exponent) is int
+        if not known or limit < 1 or not _LEAST_EXPONENT <= exponent <= _FIRST_EXPONENT:
             raise ValueError(f"{limit!r} and {exponent!r}")
         self._limit, self._exponent = limit, exponent
 
