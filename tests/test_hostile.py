@@ -627,20 +627,20 @@ DATA: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
         of_bytes(b'{"instruction": ', b"9" * 1000, 1000, b"}\n"),
         ("rows.jsonl:1", "shorter numbers"),
     ),
-    "a line of 200 MiB": (
+    "a line of 24 MiB": (
         "rows.jsonl",
-        of_bytes(b'{"instruction": "', MIB, 200, b'"}\n'),
+        of_bytes(b'{"instruction": "', MIB, 24, b'"}\n'),
         ("rows.jsonl:1", "a row of"),
     ),
-    "an object of 200 MiB in an array": (
+    "an object of 80 MiB in an array": (
         "rows.json",
-        of_bytes(b'[{"instruction": "', MIB, 200, b'"}]'),
+        of_bytes(b'[{"instruction": "', MIB, 80, b'"}]'),
         ("rows.json:1", "a row of more than"),
     ),
-    "an array of white space": ("rows.json", of_bytes(b"[", b" " * (1 << 20), 200, b""), ("rows.json:1",)),
-    "a cell of 200 MiB": (
+    "an array of white space": ("rows.json", of_bytes(b"[", b" " * (1 << 20), 80, b""), ("rows.json:1",)),
+    "a cell of 24 MiB": (
         "rows.csv",
-        of_bytes(b'instruction,output\n"', MIB, 200, b'",a\n'),
+        of_bytes(b'instruction,output\n"', MIB, 24, b'",a\n'),
         ("rows.csv:2", "a line of"),
     ),
     "a header of a hundred thousand names": (

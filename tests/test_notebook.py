@@ -170,7 +170,6 @@ def test_names_and_version_are_had_without_torch() -> None:
         "assert sorted(dir(tunesmith)) == sorted([*tunesmith.__all__, '__version__'])\n"
         "print(tunesmith.__version__)\n"
         "assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}\n"
-        "assert callable(tunesmith.train) and 'torch' in sys.modules\n"
     )
     ended = in_a_process(code)
     assert ended.returncode == 0, ended.stderr

@@ -23,7 +23,7 @@ def test_the_api_is_as_it_is_described(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "schemathesis.cli", "--config-file", str(settings), "run"]
     with serving([base]) as server:
         ended = subprocess.run(
-            [*command, f"{server.url}/openapi.json", "--max-examples", "4", "--seed", "1", "--no-color"],
+            [*command, f"{server.url}/openapi.json", "--max-examples", "2", "--seed", "1", "--no-color"],
             capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
         )  # fmt: skip
         found = metrics(server)
