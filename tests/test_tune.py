@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -222,6 +223,20 @@ def test_what_would_take_longer_than_the_time_that_is_left_is_not_begun(
     found = tune.tune(settings(tiny_model, talk), tmp_path / "study", trials=2, hours=0)
     assert [trial.state for trial in found.trials] == ["waiting"] and not found.trials[0].run.exists()
     assert "would take longer" in found.ended and found.best is None and not found.interrupted
+
+
+def test_a_process_that_joins_or_goes_on_knows_how_long_trials_take(
+    tiny_model: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_questions: None
+) -> None:
+    """Steps of ten seconds at least, by the clock of the first process."""
+    given, clock, asked = settings(tiny_model, talk, **SHORT), time.monotonic, itertools.count()
+    with monkeypatch.context() as slow:
+        slow.setattr(tune.time, "monotonic", lambda: clock() + 10 * next(asked))
+        assert tune.tune(given, tmp_path / "study", trials=1).best
+    minute = tune.tune(given, tmp_path / "study", trials=2, hours=1 / 60)
+    assert [trial.state for trial in minute.trials] == ["done", "waiting"] and "would take longer" in minute.ended
+    day = tune.tune(given, tmp_path / "study", trials=2, hours=24)
+    assert {trial.state for trial in day.trials} <= {"done", "pruned"}
 
 
 class Until(Watcher):

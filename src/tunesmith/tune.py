@@ -227,7 +227,7 @@ class _Work:
         self._space = [searched.around(self._own[searched.name]) for searched in SPACE]
         self._epochs: int = _value(settled, "train.epochs")
         self._steps_per_epoch = made.steps // self._epochs
-        self._seconds_per_step, self._seconds_besides = made.times.steps / made.steps, 0.0  # until one was measured
+        self._planned_seconds_per_step = made.times.steps / made.steps
         self._name = secrets.token_hex(4)  # of this process, in this study
         self._alarm = Alarm(ends)
 
@@ -377,9 +377,14 @@ class _Work:
             return trial
 
     def _needed(self, trial: optuna.Trial) -> float:
-        """Seconds that a trial will take, by the one before it; the plan's, before there was one."""
+        """Seconds that a trial will take, by the last one of this process that came to its end, or else by the study's;
+        the plan's, before there was one."""
         done = max(map(rundir.step_of, RunDir(self._run(trial.number)).points()), default=0)
-        return max(self._n_steps(trial) - done, 0) * self._seconds_per_step + self._seconds_besides
+        told = [t.user_attrs for t in self._study.get_trials(deepcopy=False) if _PER_STEP in t.user_attrs]
+        told = [each for each in told if each.get("worker") == self._name] or told
+        per_step = told[-1][_PER_STEP] if told else self._planned_seconds_per_step
+        besides = max((each.get(_BESIDES, 0.0) for each in told), default=0.0)
+        return max(self._n_steps(trial) - done, 0) * per_step + besides
 
     def _n_steps(self, trial: optuna.Trial) -> int:
         return self._steps_per_epoch * trial.params.get("train.epochs", self._epochs)
@@ -408,10 +413,11 @@ class _Work:
             pace.why = str(error)
         finally:
             _free_memory()
-        if run is not None and facts and fresh:
+        if run is not None and facts:
             at_steps = sum(line["seconds"] for line in rundir.read_lines(RunDir(run.path).metrics))
-            self._seconds_per_step = at_steps / run.steps
-            self._seconds_besides = max(self._seconds_besides, time.monotonic() - began - at_steps)
+            facts[_PER_STEP] = at_steps / run.steps
+            if fresh:
+                facts[_BESIDES] = time.monotonic() - began - at_steps
         loss = run.held_out_loss[1] if run is not None and run.held_out_loss and facts else None
         seconds = {} if run is None else {"seconds": run.seconds}
         self._tell(trial, loss, {**seconds, **(facts or {"why": pace.why})})
@@ -534,6 +540,7 @@ class _Work:
 _STUDY = "tune"
 _MANIFEST, _JOURNAL, _TURN, _GENERAL = "manifest.json", "journal.jsonl", "turn", "general.json"
 _WORKERS, _TRIALS = "workers", "trials"
+_PER_STEP, _BESIDES = "seconds per step", "seconds beside the steps"
 
 
 class _Pace(Watcher):
