@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -21,10 +22,11 @@ import pytest
 
 from conftest import ASKED, Ended, finished, script, start
 from small_runs import flags_of, settings
-from tunesmith import chat, general, recipe, rundir, tune
+from tunesmith import chat, display, general, recipe, rundir, tune
 from tunesmith.errors import OutOfMemory, RecipeError, RunError
 from tunesmith.general import questions
 from tunesmith.rundir import RunDir
+from tunesmith.screen import Screen
 from tunesmith.trainer import StepMetrics, Watcher
 from tunesmith.training import train
 from tunesmith.tune import Searched, Study, Trial
@@ -150,6 +152,20 @@ def test_the_best_is_found_among_those_that_came_to_their_end_and_forgot_nothing
     study = Study(Path("s"), "s", 5, trials, 50, "")
     assert study.best == trials[3]
     assert replace(study, trials=trials[1:3]).best is None
+
+
+@pytest.mark.parametrize("words", ["en", "zh"])
+def test_the_table_is_whole_in_eighty_columns(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_LANG", words)
+    drawn = {"train.learning_rate": 0.00186, "train.epochs": 3, "lora.r": 128, "train.rehearse": 0.125}
+    trials = tuple(Trial(n, Path(str(n)), drawn, "done", 12.298, 47, n == 1, 12345.0, "") for n in range(3))
+    out = io.StringIO()
+    screen = Screen(file=out, width=80, force_terminal=True, color_system=None)
+    display.show_study(screen, Study(Path("s"), "s", 5, trials, 44, ""))
+    assert "…" not in out.getvalue() and out.getvalue().count("44") == 1
+    for row in ("0000", "0001", "0002"):
+        (line,) = (line for line in out.getvalue().splitlines() if line.lstrip().startswith(row))
+        assert re.split(" +", line.strip())[-7:] == ["0.00186", "3", "128", "0.125", "12.298", "47", "12345"]
 
 
 def test_the_base_is_asked_once_in_a_study(
