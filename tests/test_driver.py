@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import tunesmith
-from tunesmith import doctor, driver
+from tunesmith import doctor, driver, machines
 from tunesmith.engine import compiler
 from tunesmith.errors import UnsupportedSystem
 
@@ -117,6 +117,40 @@ def test_a_card_that_torch_has_no_kernels_for_is_refused_by_name(
     with pytest.raises(UnsupportedSystem, match=rf"compute capability {capability[0]}\.{capability[1]}") as refused:
         driver.require_kernels()
     assert fix in refused.value.fix
+
+
+GIB = 1 << 30
+RECORDED: dict[str, dict[str, Any]] = {
+    "T4": {"name": "Tesla T4", "capability": (7, 5), "count": 1, "free": 15_655_829_504, "total": 15_828_320_256},
+    "the second of two": {"name": CARD, "capability": (8, 9), "count": 2, "free": 24 * GIB, "total": 25 * GIB},
+    "a slice of MIG": {
+        "name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "capability": (8, 0), "count": 1,
+        "free": 4_996_005_888, "total": 5_100_273_664,
+    },
+}  # fmt: skip
+"""What torch answers on machines with such cards."""
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_a_card_is_taken_for_what_torch_says_it_is(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A slice has its own memory, not its card's, and its own speed, which is measured (here told: no card is here);
+    a process has its own card, which `torch.cuda.set_device` has made the current one."""
+    told = RECORDED[kind]
+    current = told["count"] - 1
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: told["count"],
+        "current_device": lambda: current,
+        "get_device_name": lambda device=None: told["name"],
+        "get_device_capability": lambda device=None: told["capability"],
+        "mem_get_info": lambda device=None: (told["free"], told["total"]) if device.index in (None, current) else 1 / 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(machines, "_measured", lambda device: (1e12, 1e11))
+    found = machines.this_machine()
+    assert (found.device, found.name, found.available_bytes) == ("cuda", told["name"], told["free"])
+    assert found.sixteen_bits == ("bfloat16" if told["capability"] >= (8, 0) else "float16")
+    assert driver.unused_card() is None
 
 
 def test_plan_and_train_and_doctor_say_it(
