@@ -153,15 +153,21 @@ def test_what_stands_there_while_weights_come_and_go_is_what_the_plan_says(
         assert 0.95 < (planned.weights + planned.adapter + planned.workspace) / gone < 1.2  # observed 1.06 and 1.10
 
 
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is large beside its micro-batches, of bfloat16 numbers that are stored as float32."""
+    folder = tmp_path_factory.mktemp("large")
+    save_tiny_model(folder, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_way_of_the_weights_counts_where_steps_take_less(
-    dtype: str, split: None, talk: Path, tmp_path: Path
+    dtype: str, split: None, talk: Path, large_model: Path
 ) -> None:
-    """A model that is large beside its micro-batches, of bfloat16 numbers that are stored as float32."""
-    folder = save_tiny_model(tmp_path / "m", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().save_pretrained(folder)
     flags = {"engine.recompute_layers": "all", "engine.tokens_per_micro_batch": 64, "model.dtype": dtype}
-    rows = checked(folder, talk, **flags)
+    rows = checked(large_model, talk, **flags)
     shape = planning.shape_of(rows)
     made = planning.plan(rows, machine(8))
     # While they are converted to 2 bytes the file's 4 are there; those of 4 leave the file, and come back at the end.
