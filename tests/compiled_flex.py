@@ -1,9 +1,10 @@
 """What the kernels of flex attention take of a card's shared memory, compiled for cards that are not here.
 
-    python compiled_flex.py CARD:H/KxD:DTYPE:LENGTH[:SOFTCAP] …
+    python compiled_flex.py CARD:H/KxD:DTYPE:LENGTH[:softcap=S][:window=W][:sinks] …
 
 Attention of H heads of queries and K of keys, of size D, over a tree of so many tokens and some. Prints a line of JSON
-for each kernel. Run by `test_cards.py`: what it tells torch stays for the whole process.
+for each kernel. Run by `test_cards.py` and `benchmarks/card_kernels.py`: what it tells torch stays for the whole
+process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,6 +151,13 @@ def compiled(name: str, text: str, card: Card, folder: Path) -> dict[str, Any] |
     return {"kernel": name, **no_card.taken_by(made), "limit": card.shared_bytes, **options}
 
 
+def style_of(words: Sequence[str], n_heads: int) -> dict[str, Any]:
+    said = dict(word.partition("=")[::2] for word in words)
+    style: dict[str, Any] = {"sinks": torch.linspace(-1, 1, n_heads)} if "sinks" in said else {}
+    kinds = {"softcap": float, "window": int}
+    return style | {name: kinds[name](value) for name, value in said.items() if name in kinds}
+
+
 def main() -> None:
     # What these look at before the first compilation asks a card.
     for module in (joint_graph, post_grad):
@@ -157,10 +165,10 @@ def main() -> None:
         module.lazy_init = nothing
     by_name = {card.name: card for card in CARDS}
     for asked in sys.argv[1:]:
-        name, shape, dtype, length, *softcap = asked.split(":")
-        style = {"softcap": float(softcap[0])} if softcap else {}
+        name, shape, dtype, length, *more = asked.split(":")
         card, (heads, _, size) = by_name[name], shape.partition("x")
         n_heads, n_keys = map(int, heads.split("/"))
+        style = style_of(more, n_heads)
         try:
             codes = written_for(card, (n_heads, n_keys), int(size), getattr(torch, dtype), length=int(length), **style)
             with tempfile.TemporaryDirectory() as folder, no_card.told_of(card):

@@ -30,7 +30,7 @@ ASKED = (
     "RTX 4090:8/1x256:bfloat16:300",  # Gemma-2B's heads, which torch's own tiles are too large for
     # A tree so small that torch would take the kernel for decoding, and soft caps, which as a number had no backward
     # pass, where there is the least room.
-    "T4:8/1x256:float16:24:50",
+    "T4:8/1x256:float16:24:softcap=50",
 )
 """Of the cards and heads that `compiled_flex.py` can be asked for."""
 
