@@ -114,6 +114,7 @@ def told_of(card: Card) -> Iterator[None]:
             "synchronize": lambda *_: None, "set_device": lambda *_: None, "_exchange_device": lambda _: 0,
             "_maybe_exchange_device": lambda _: 0, "set_rng_state": lambda *_, **__: None,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "manual_seed_all": lambda *_: None,
+            "is_current_stream_capturing": lambda: False,
         },
         torch.version: {"cuda": "13.0"},
         torch._C: {
