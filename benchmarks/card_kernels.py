@@ -3,7 +3,7 @@
     python benchmarks/card_kernels.py [--processes 2] [--only TEXT]
 
 No card is needed: torch and Triton are told of one, and what inductor writes is compiled for it and never run
-(tests/compiled_flex.py). Some twenty minutes on two cores. Writes JSON and prints a table; exits with 1 unless every
+(tests/compiled_flex.py). Writes JSON and prints a table; exits with 1 unless every
 kernel was written, compiled and has enough shared memory. Heads of 256 in fp32 are not asked for on a T4: no tile has
 room there, and the engine walks through the tree instead.
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CARDS = {"T4": "float16", "A100": "bfloat16", "RTX 3090": "bfloat16", "RTX 4090": "bfloat16", "H200": "bfloat16"}
-CARDS["RTX 5090"] = "bfloat16"
+CARDS = {"T4": "float16", **dict.fromkeys(("A100", "RTX 3090", "RTX 4090", "H200", "RTX 5090"), "bfloat16")}
+"""And the type of 16 bits that each multiplies in."""
 SIZES = (64, 96, 128, 256)
 RATIOS = range(1, 13)
 SHORT, LONG = 48, 300
