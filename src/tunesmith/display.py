@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import ROUNDED, SIMPLE_HEAD
-from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -562,7 +561,13 @@ _STATES = {
 def show_study(console: Screen, study: Study) -> None:
     """All trials, and where the best one is."""
     best, names = study.best, list(study.trials[0].settings) if study.trials else []
-    rows: list[list[str | Text]] = []
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # whole in eighty columns
+    for name in (said("trial"), said("state")):
+        table.add_column(name)
+    general = said("general") if study.general is None else said("general, base {n}", n=study.general)
+    words = [name.removeprefix("train.").replace("_", " ") for name in names]
+    for name in (*words, said("held-out loss"), general, said("seconds")):
+        table.add_column(name, justify="right")
     for trial in study.trials:
         colour, state = _STATES[trial.state]
         shown = (said(state), colour)
@@ -570,25 +575,14 @@ def show_study(console: Screen, study: Study) -> None:
             shown = (said("forgot"), "red")
         elif best is not None and trial.number == best.number:
             shown = (said("best"), "bold green")
-        rows.append(
-            [
-                f"{trial.number:04}",
-                styled(shown),
-                *(f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names),
-                "" if trial.held_out_loss is None else f"{trial.held_out_loss:.3f}",
-                "" if trial.general is None else str(trial.general),
-                "" if trial.seconds is None else f"{trial.seconds:.0f}",
-            ]
+        table.add_row(
+            f"{trial.number:04}",
+            styled(shown),
+            *(f"{trial.settings[name]:.3g}" if name in trial.settings else "" for name in names),
+            "" if trial.held_out_loss is None else f"{trial.held_out_loss:.3f}",
+            "" if trial.general is None else str(trial.general),
+            "" if trial.seconds is None else f"{trial.seconds:.0f}",
         )
-    general = said("general") if study.general is None else said("general, base {n}", n=study.general)
-    words = [name.removeprefix("train.").replace("_", " ") for name in names]
-    heads = [said("trial"), said("state"), *words, said("held-out loss"), general, said("seconds")]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, head in enumerate(heads):  # a narrow terminal breaks a head at its spaces, and no word or number
-        least = max(map(cell_len, [*head.split(), *(str(row[number]) for row in rows)]))
-        table.add_column(head, justify="left" if number < 2 else "right", min_width=least)
-    for row in rows:
-        table.add_row(*row)
     console.print(table)
     counts = {state: sum(trial.state == state for trial in study.trials) for state in _STATES}
     states = (f"{count} {said(_STATES[state][1])}" for state, count in counts.items() if count)
