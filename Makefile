@@ -15,7 +15,7 @@ define INSTALL
 		&& $(PIP) --constraint $(PINS) --editable $(1); }
 endef
 
-.PHONY: demo test pytest test-machines check style types format reference catalogue constraints clean
+.PHONY: demo test pytest test-long test-machines check style types format reference catalogue constraints clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/tunesmith demo
@@ -26,6 +26,10 @@ test: style
 
 pytest: $(VENV)/.developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
+
+# All cases of every test: `make test` runs a few of each of the largest matrices.
+test-long: $(VENV)/.developing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --numprocesses 2 --dist worksteal --quiet
 
 # The tests that depend on the machine, once more on others: see scripts/test_machines.py.
 test-machines: $(VENV)/.developing

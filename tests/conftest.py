@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +46,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def cases(every: Iterable[Any], short: Callable[[Any], object]) -> list[Any]:
+    """Parameters of a test: `make test` runs those of which `short` says yes, `make test-long` all. A tuple is the
+    parameters of one case."""
+    marks = {True: (), False: (pytest.mark.long,)}
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks[bool(short(case))]) for case in every
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not any("::" in argument for argument in config.args):  # whole files
+        tests = {(item.path, item.name.split("[")[0]) for item in items}
+        short = {(item.path, item.name.split("[")[0]) for item in items if not item.get_closest_marker("long")}
+        if never := sorted(name for _, name in tests - short):
+            raise pytest.UsageError(f"`make test` runs no case of {', '.join(never)}")
     for item in items:
         if item.path.stem.removeprefix("test_") in MACHINE and item.path.parent.name == "tests":
             item.add_marker("machine")
@@ -65,6 +79,8 @@ for _name in ("no_proxy", "NO_PROXY"):  # tests ask servers on this machine, wha
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 FAMILIES = ("atom-7b-standin", "deepseek-7b", "gemma-2b", "phi-3-mini", "phi-3-mini-april", "phi-4")
+SHORT = ("deepseek-7b", "phi-3-mini")
+"""Of the families, those that `make test` trains, too: a BPE of bytes and one of pieces, and the smallest."""
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -364,7 +380,7 @@ def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "questions", lambda: few)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=cases(FAMILIES, lambda family: family in SHORT))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     """A `trained_families.Trained`; trained once, whichever process of pytest-xdist asks first."""
     from trained_families import Trained, train

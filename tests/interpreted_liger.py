@@ -16,6 +16,7 @@ import triton.language as tl
 import triton.runtime.interpreter
 from transformers.models.llama import modeling_llama
 
+from conftest import cases
 from test_engine import FAMILIES, FEW, distance, engine, family, ignored, n_supervised, plain, take
 from tunesmith.engine import liger, step
 from tunesmith.engine.step import Engine
@@ -40,6 +41,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(liger_kernel.ops.geglu, "tanh", lambda x: 1 - 2 / (tl.exp(2 * x) + 1))
 
 
+DIFFERENT = ("Llama", "Qwen3", "Phi-3", "Gemma", "Gemma 2", "Gemma 3")
+FEW_OF_THEM = ("Llama", "Gemma 2")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_norm_and_mlp_takes_them(name: str) -> None:
     model = family(name, torch.float32)
@@ -47,7 +52,7 @@ def test_every_norm_and_mlp_takes_them(name: str) -> None:
     assert liger.install(model) == 2 * (norms + 1) + 1
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi-3", "Gemma", "Gemma 2", "Gemma 3"])
+@pytest.mark.parametrize("name", cases(DIFFERENT, FEW_OF_THEM.__contains__))
 def test_the_gradient_is_that_of_plain_transformers_and_peft(name: str) -> None:
     """The families whose norms or MLPs differ: what a Mistral or a Qwen2 gives a kernel is what a Llama gives."""
     made = engine(family(name, torch.float32), "tree", ignored)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import finished, needs_shared, start, tunesmith
+from conftest import SHORT, cases, finished, needs_shared, start, tunesmith
 from trained_families import FOLDS, ROWS, Trained
 from tunesmith import chat, recipe
 from tunesmith.checking import check
@@ -91,16 +91,16 @@ def test_plain_transformers_and_peft_answer_the_same(trained: Trained) -> None:
         assert reply[-1].item() in greedy.eos_token_id
 
 
-@pytest.mark.parametrize("trained", ["gemma-2b", "atom-7b-standin"], indirect=True)
+@pytest.mark.parametrize("trained", cases(["gemma-2b", "atom-7b-standin", *SHORT], SHORT.__contains__), indirect=True)
 def test_the_script_beside_the_adapter_prints_the_same(trained: Trained) -> None:
-    """A template that folds the system text, and one that the alias brings."""
+    """A template that folds the system text, one that the alias brings, and two others."""
     question = "How do you feel?"
     script = trained.run / "adapter" / "load_and_chat.py"
     asked = finished(start("--base", trained.base, question, program=script))
     assert (asked.code, asked.out) == (0, ROWS[question] + "\n"), asked.err
 
 
-@pytest.mark.parametrize("trained", ["phi-4"], indirect=True)
+@pytest.mark.parametrize("trained", cases(["phi-4", "phi-3-mini"], SHORT.__contains__), indirect=True)
 def test_the_script_beside_the_adapter_needs_nothing_of_ours(trained: Trained) -> None:
     question = "How do you feel?"
     script = trained.run / "adapter" / "load_and_chat.py"

@@ -566,8 +566,8 @@ def parquet_of_copies(path: Path) -> None:
 
 
 def parquet_of_lists(path: Path) -> None:
-    """A row that is a list of two hundred million nothings."""
-    nothings = pa.ListArray.from_arrays(pa.array([0, 2 * 10**8], pa.int32()), pa.nulls(2 * 10**8, pa.int8()))
+    """A row that is a list of forty million nothings."""
+    nothings = pa.ListArray.from_arrays(pa.array([0, 4 * 10**7], pa.int32()), pa.nulls(4 * 10**7, pa.int8()))
     pq.write_table(pa.table({"instruction": nothings}), path, compression="zstd")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ASKED, Ended, finished, script, start
+from conftest import ASKED, Ended, cases, finished, script, start
 from small_runs import flags_of, settings
 from tunesmith import chat, display, general, recipe, rundir, tune
 from tunesmith.errors import OutOfMemory, RecipeError, RunError
@@ -343,7 +343,7 @@ def running(out: Path, trial: int, steps: int, process: Forked) -> None:
     wait_until(lambda: len(rundir.read_lines(metrics)) >= steps, process)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", cases([signal.SIGKILL, signal.SIGINT], [signal.SIGINT].__contains__))
 def test_a_study_that_was_stopped_ends_as_one_that_was_not(
     undisturbed_study: Study, tiny_model: Path, talk: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

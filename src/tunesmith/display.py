@@ -564,7 +564,7 @@ def show_study(console: Screen, study: Study) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # whole in eighty columns
     for name in (said("trial"), said("state")):
         table.add_column(name)
-    general = said("general") if study.general is None else said("general, base {n}", n=study.general)
+    general = said("general") if study.general is None else said("general,\nbase {n}", n=study.general)
     words = [name.removeprefix("train.").replace("_", " ") for name in names]
     for name in (*words, said("held-out loss"), general, said("seconds")):
         table.add_column(name, justify="right")
