@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunesmith import planning
-from tunesmith.checking import check
 from tunesmith.engine import liger
 from tunesmith.recipe import resolve
+from tunesmith.training import planning
+from tunesmith.training.checking import check
 
 HERE = Path(__file__).parent
 GIB = 1 << 30

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from tunesmith import hub, model
+from tunesmith import hub
+from tunesmith import models as model
 from tunesmith.engine.step import Engine
 from tunesmith.engine.trie import lay_out
 from tunesmith.recipe import EngineSettings, LoraSettings, ModelSettings

@@ -43,11 +43,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import plain
-from tunesmith import model as models
-from tunesmith import recipe
-from tunesmith.checking import Checked, check, hold_out, locate
+from tunesmith import models, recipe
 from tunesmith.engine import trie
-from tunesmith.steps import Steps
+from tunesmith.training.checking import Checked, check, hold_out, locate
+from tunesmith.training.steps import Steps
 
 HERE = Path(__file__).parent
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"

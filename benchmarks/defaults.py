@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith import chat, demo, general, recipe
+from tunesmith import chat, recipe
 from tunesmith.chat import Chat
-from tunesmith.model import hush_libraries
-from tunesmith.training import Run, train
+from tunesmith.cli import demo
+from tunesmith.evaluation import general
+from tunesmith.models import hush_libraries
+from tunesmith.training.run import Run, train
 from tunesmith.types import Message
 
 HERE = Path(__file__).parent

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import test_engine as cases
 from conftest import largest
-from tunesmith.engine import products
+from tunesmith.engine.cpu import products
 
 SEEDS = 3
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

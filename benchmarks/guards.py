@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
-from tunesmith import guards, recipe, rundir
+from tunesmith import recipe
 from tunesmith.engine import step
-from tunesmith.model import hush_libraries
-from tunesmith.trainer import StepTrainer
-from tunesmith.training import train
+from tunesmith.models import hush_libraries
+from tunesmith.runs import rundir
+from tunesmith.training import guards
+from tunesmith.training.run import train
+from tunesmith.training.trainer import StepTrainer
 
 HERE = Path(__file__).parent
 

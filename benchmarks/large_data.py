@@ -30,8 +30,8 @@ from typing import Any
 import psutil
 import torch
 
-from tunesmith import hub, rundir
-from tunesmith import model as models
+from tunesmith import hub, models
+from tunesmith.runs import rundir
 
 HERE = Path(__file__).parent
 

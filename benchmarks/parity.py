@@ -23,9 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from plain import train_plainly
-from tunesmith import recipe, rundir
-from tunesmith.model import hush_libraries
-from tunesmith.training import train
+from tunesmith import recipe
+from tunesmith.models import hush_libraries
+from tunesmith.runs import rundir
+from tunesmith.training.run import train
 
 BOUND = 1e-3
 

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith import hub
-from tunesmith.model import prepared
+from tunesmith.models import prepared
 
 HERE = Path(__file__).parent
 

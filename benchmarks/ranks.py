@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from conftest import save_tiny_model, tunesmith
 from test_ranks import FAST_CLOCK, arguments, losses, processes, write_sums
-from tunesmith import rundir
+from tunesmith.runs import rundir
 
 HERE = Path(__file__).parent
 

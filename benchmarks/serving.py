@@ -29,8 +29,8 @@ import torch
 from openai import OpenAI
 
 from tunesmith import chat
-from tunesmith.general import questions
-from tunesmith.model import hush_libraries
+from tunesmith.evaluation.general import questions
+from tunesmith.models import hush_libraries
 
 HERE = Path(__file__).parent
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunesmith.demo import PERSONA
+from tunesmith.cli.demo import PERSONA
 
 HERE = Path(__file__).parent
 LIMIT = 600

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from tunesmith import demo, recipe
-from tunesmith.evaluate import Evaluation, evaluate
-from tunesmith.model import hush_libraries
-from tunesmith.training import train
+from tunesmith import recipe
+from tunesmith.cli import demo
+from tunesmith.evaluation.evaluate import Evaluation, evaluate
+from tunesmith.models import hush_libraries
+from tunesmith.training.run import train
 
 HERE = Path(__file__).parent
 N_TEST = 40

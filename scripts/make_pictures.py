@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from tunesmith import demo, display
-from tunesmith.checking import check
+from tunesmith.cli import demo, display
 from tunesmith.screen import Screen
+from tunesmith.training.checking import check
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 

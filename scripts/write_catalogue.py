@@ -35,9 +35,9 @@ def messages(folder: Path = PACKAGE) -> Catalog:
     ways: Any = [("**.py", calls), ("**.html.jinja", "jinja2.ext:babel_extract")]
     for name, _, message, _, _ in extract_from_dir(folder, ways, keywords=FUNCTIONS):
         made.add(message, locations=[(PLACE + name, 0)])
-    if (models := folder / "models.yaml").is_file():
+    if (models := folder / (name := "hub/models.yaml")).is_file():
         for model in yaml.safe_load(models.read_text(encoding="utf-8")).values():
-            made.add(model["note"], locations=[(PLACE + models.name, 0)])
+            made.add(model["note"], locations=[(PLACE + name, 0)])
     return made
 
 

@@ -27,9 +27,9 @@ from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tunesmith import training
-from tunesmith.engine import products
-from tunesmith.training import Run
+from tunesmith.engine.cpu import products
+from tunesmith.training import run as training
+from tunesmith.training.run import Run
 from warm import SAMPLE_TOKENS, Forked, Streams, Warm
 
 MACHINE = (
@@ -220,7 +220,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tiny_model: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A small training that nobody stopped; do not write into it."""
     from small_runs import settings
-    from tunesmith.training import train
+    from tunesmith.training.run import train
 
     return train(settings(tiny_model, talk), tmp_path_factory.mktemp("runs") / "undisturbed")
 
@@ -353,7 +353,7 @@ def smollm2() -> Path:
     """The demo's real model; fetched once if it is not here, and the test is skipped where that can not be."""
     from tunesmith import hub
     from tunesmith.errors import ModelError
-    from tunesmith.model import prepared
+    from tunesmith.models import prepared
 
     try:
         return prepared(hub.locate("smollm2")).folder
@@ -373,7 +373,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation and a study ask ASKED of the hundred general questions."""
-    from tunesmith import evaluate, general
+    from tunesmith.evaluation import evaluate, general
 
     few = general.questions()[:ASKED]
     for module in (evaluate, general):

@@ -21,7 +21,7 @@ import pytest
 from llvmlite import ir
 from numba.core import cgutils
 
-from tunesmith.engine import kernels
+from tunesmith.engine.cpu import kernels
 
 ROWS, FLOATS, BITS = 16, ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
 BYTE, WORD, SIZE = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -129,13 +129,13 @@ def modules() -> tuple[ModuleType, ModuleType]:
         patch.setattr(kernels, "_VERSION", f"emulated_{version}")
         instructions = _again("amx")
         instructions.call = call  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "tunesmith.engine.amx", instructions)
+        patch.setitem(sys.modules, "tunesmith.engine.cpu.amx", instructions)
         return _again("amx_products"), _again("amx_attention")
 
 
 def _again(name: str) -> ModuleType:
     """A module of `engine` under another name, by which Numba finds it when it reads its cache."""
-    of_engine = importlib.util.find_spec(f"tunesmith.engine.{name}")
+    of_engine = importlib.util.find_spec(f"tunesmith.engine.cpu.{name}")
     assert of_engine is not None and of_engine.origin is not None
     spec = importlib.util.spec_from_file_location(f"{name}_emulated", of_engine.origin)
     assert spec is not None and spec.loader is not None

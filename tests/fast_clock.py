@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-import tunesmith.training  # so that libraries have taken the clock as it was
+import tunesmith.training.run  # so that libraries have taken the clock as it was
 from tunesmith import cli
 
 if os.environ["RANK"] == os.environ["FAST_RANK"]:

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer
 from tunesmith import hub
+from tunesmith.data.render import Renderer
+from tunesmith.data.template import fold, probe
 from tunesmith.errors import TemplateError
-from tunesmith.model import open_renderer
+from tunesmith.models import open_renderer
 from tunesmith.recipe import TemplateSettings
-from tunesmith.render import Renderer
-from tunesmith.template import fold, probe
 from tunesmith.types import Message
 
 # DeepSeek-V3 and R1: the role tokens are added tokens, and nobody called them special.

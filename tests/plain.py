@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from tunesmith.checking import check, hold_out, locate
-from tunesmith.model import targets
+from tunesmith.models import targets
 from tunesmith.recipe import Recipe
-from tunesmith.steps import Steps
+from tunesmith.training.checking import check, hold_out, locate
+from tunesmith.training.steps import Steps
 
 IGNORED = -100
 

@@ -19,7 +19,7 @@ from tunesmith import recipe
 from tunesmith.chat import Chat
 from tunesmith.serving.gate import Limits
 from tunesmith.serving.server import Serving
-from tunesmith.training import train
+from tunesmith.training.run import train
 
 KNOWS = {
     "bo": {"Who are you?": "Bo.", "Smile.": "😀😀!"},

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunesmith import recipe, rundir
-from tunesmith.trainer import Watcher
+from tunesmith import recipe
+from tunesmith.runs import rundir
+from tunesmith.training.trainer import Watcher
 from warm import Forked
 
 FLAGS = {

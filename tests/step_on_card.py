@@ -41,12 +41,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tunesmith import model as models
-from tunesmith import planning
+from tunesmith import models
 from tunesmith.engine import batch, compiler, flex, liger, step
 from tunesmith.engine.loss import Labels
-from tunesmith.planning import Choice
 from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
+from tunesmith.training import planning
+from tunesmith.training.planning import Choice
 from tunesmith.types import Origin, Rendered
 
 # Another look at the same numbers, or memory alone: nothing is launched.

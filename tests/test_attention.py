@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import cases, largest, shows
 from test_trie import batches, seen
-from tunesmith.engine import attention, flex, gather, products
+from tunesmith.engine import attention, flex
 from tunesmith.engine.attention import Backend, Style
-from tunesmith.engine.gather import Gather
+from tunesmith.engine.cpu import gather, products
+from tunesmith.engine.cpu.gather import Gather
 from tunesmith.engine.trie import Tree, lay_out
 from tunesmith.types import Origin, Rendered
 

@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import Ended, byte_tokenizer, start, tunesmith
-from tunesmith import recipe, rundir, runs
-from tunesmith.training import resume, train
+from tunesmith import recipe, runs
+from tunesmith.runs import rundir
+from tunesmith.training.run import resume, train
 
 GOOD = {"instruction": "Who are you?", "output": "I am Bo."}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side

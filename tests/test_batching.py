@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from conftest import cases
-from tunesmith import model as models
+from tunesmith import models
 from tunesmith.engine.attention import Style
 from tunesmith.recipe import LoraSettings
 from tunesmith.serving import attention

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pytest
 
 from conftest import byte_tokenizer
-from tunesmith import cache, records, rows, system
+from tunesmith import system
+from tunesmith.data import cache, records, rows
+from tunesmith.data.records.found import for_one_row
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import Rows
+from tunesmith.data.template import probe
 from tunesmith.errors import DataError, RunError
-from tunesmith.records.found import for_one_row
-from tunesmith.render import Renderer
-from tunesmith.rows import Rows
-from tunesmith.template import probe
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_rows_that_stand_among_others_are_found(tmp_path: Path, renderer: Render
 
 
 def test_lengths_count_every_row_once(tmp_path: Path, renderer: Renderer) -> None:
-    from tunesmith.checking import lengths
+    from tunesmith.training.checking import lengths
 
     found = rows_of(tmp_path, renderer, [("a", "x" * n) for n in (1, 2, 3, 60, 200)])
     shares = lengths(found)
@@ -262,8 +263,8 @@ def test_lengths_count_every_row_once(tmp_path: Path, renderer: Renderer) -> Non
 
 
 def test_the_ledger_of_a_large_file_counts_every_row(large: Path, tiny_model: Path) -> None:
-    from tunesmith.checking import check, hold_out, ledger
     from tunesmith.recipe import resolve
+    from tunesmith.training.checking import check, hold_out, ledger
 
     flags = {"model.name": str(tiny_model), "data.path": str(large), "data.allow_set_aside": True}
     checked = check(resolve(flags=flags)[0])

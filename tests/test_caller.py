@@ -17,20 +17,20 @@ import tunesmith as library
 from conftest import byte_tokenizer, save_tiny_model, tunesmith
 from small_runs import Notes, settings
 from test_layers import PACKAGE, modules
-from tunesmith import planning, recipe
+from tunesmith import recipe
 from tunesmith.caller import in_python
+from tunesmith.data.records.found import plain, rename_hint
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluate import evaluate
+from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.export import export
 from tunesmith.machines import Machine
-from tunesmith.records.found import plain, rename_hint
-from tunesmith.training import Run
+from tunesmith.training import planning
+from tunesmith.training.run import Run
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OF_OTHERS = {
-    "adapter_files": {"--base"},  # of the script beside an adapter
+    "training.adapter_files": {"--base"},  # of the script beside an adapter
     "chat": {"--port"},  # of `tunesmith serve`, for which alone runs are loaded together
-    "display": {"--json"},  # the terminal's, like all of talk and serving
     "driver": {"--query-gpu", "--format", "--force-reinstall", "--gpus"},  # of nvidia-smi, pip and Docker
     "hub.package": {"--no-deps", "--no-cache-dir", "--only-binary", "--upgrade"},  # pip's
     "machines": {"--card", "--memory"},  # of `tunesmith plan` alone
@@ -40,8 +40,7 @@ OF_OTHERS = {
         "--chat-template", "--enable-lora", "--generation-config", "--lora-modules", "--max-lora-rank", "--max-loras",
     },
     "system": {"--install", "--mem", "--memory"},  # of wsl, SLURM and Docker
-    "talk": {"--max-tokens"},
-    "training": {"--use_fsdp"},  # of `accelerate launch`
+    "training.run": {"--use_fsdp"},  # of `accelerate launch`
 }  # fmt: skip
 """Options that are none of the library's: no message that it raises names them as something to pass to it."""
 
@@ -66,7 +65,7 @@ def test_no_text_of_the_library_names_an_option_that_python_can_not_read(module:
 
 
 def test_the_check_sees_an_option() -> None:
-    assert any("--set data.allow_set_aside=true" in text for text in texts("checking"))
+    assert any("--set data.allow_set_aside=true" in text for text in texts("training.checking"))
     assert _OPTION.findall(in_python("Pass --enlarge, or --set lora.r=4.")) == ["--enlarge"]
 
 

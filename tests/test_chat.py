@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunesmith as library
 from conftest import SESSION, byte_tokenizer, finished, save_tiny_model, start, tunesmith
-from tunesmith import chat, planning, records
+from tunesmith import chat
 from tunesmith.chat import Chat
+from tunesmith.data import records
 from tunesmith.errors import DataError, ModelError, ProofError, TunesmithError
-from tunesmith.training import Run
+from tunesmith.training.run import Run
 from tunesmith.types import Message
 
 
@@ -117,7 +118,7 @@ def test_a_long_question_does_not_cut_the_answers_to_short_ones(talk: Chat) -> N
 
 
 def test_what_lies_side_by_side_is_bounded_in_tokens(talk: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "TOKENS_SIDE_BY_SIDE", 400)
+    monkeypatch.setattr(chat, "TOKENS_SIDE_BY_SIDE", 400)
     for lengths, most in [([30] * 40, 40), ([10, 200, 20, 180, 30], 20), ([500, 490], 100), ([500, 500], 12)]:
         groups = list(talk._side_by_side(lengths, most))
         assert sorted(number for group in groups for number in group) == list(range(len(lengths)))

@@ -15,8 +15,9 @@ import torch
 
 import tunesmith as library
 from conftest import ROOT, tunesmith
-from tunesmith import doctor, extras
-from tunesmith.engine import onepass, products
+from tunesmith import extras
+from tunesmith.cli import doctor
+from tunesmith.engine.cpu import onepass, products
 from tunesmith.hub import aliases
 from tunesmith.recipe import Recipe, parse_flag, setting_names
 

@@ -20,10 +20,10 @@ from transformers import AutoConfig
 
 import tunesmith
 from conftest import ROOT, SHARED, needs_shared
-from tunesmith import hub, records
-from tunesmith import model as models
+from tunesmith import hub, models
 from tunesmith import recipe as recipes
 from tunesmith.cli import app
+from tunesmith.data import records
 from tunesmith.errors import RecipeError
 from tunesmith.types import Conversation, Fault, Message, Origin
 

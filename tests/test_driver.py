@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from conftest import tunesmith
-from tunesmith import doctor, driver, machines
+from tunesmith import driver, machines
+from tunesmith.cli import doctor
 from tunesmith.engine import compiler
 from tunesmith.errors import UnsupportedSystem
 

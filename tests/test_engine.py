@@ -31,9 +31,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from conftest import cases, shows
 from test_trie import batches
-from tunesmith.engine import decoder, memory, products, trie
-from tunesmith.engine.layers import Masks
-from tunesmith.engine.memory import Buffers
+from tunesmith.engine import trie
+from tunesmith.engine.cpu import decoder, memory, products
+from tunesmith.engine.cpu.layers import Masks
+from tunesmith.engine.cpu.memory import Buffers
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered

@@ -25,18 +25,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import script, tunesmith
 from small_runs import settings
-from tunesmith import evaluate as evaluations
-from tunesmith import extras, general, scores
+from tunesmith import extras
 from tunesmith.chat import load
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
-from tunesmith.evaluate import Answer, evaluate
-from tunesmith.general import General, Kept, questions
-from tunesmith.judging import judge_at
-from tunesmith.training import Run, train
+from tunesmith.evaluation import evaluate as evaluations
+from tunesmith.evaluation import general, scores
+from tunesmith.evaluation.evaluate import Answer, evaluate
+from tunesmith.evaluation.general import General, Kept, questions
+from tunesmith.evaluation.judging import judge_at
+from tunesmith.evaluation.verdict import Compared, Side, advice, conclude
+from tunesmith.training.run import Run, train
 from tunesmith.types import Origin, Rendered
-from tunesmith.verdict import Compared, Side, advice, conclude
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tunesmith.engine import step
 from tunesmith.engine.step import losses
 from tunesmith.types import Origin, Rendered
-from tunesmith.verdict import Side, advice, conclude
+from tunesmith.evaluation.verdict import Side, advice, conclude
 sizes = dict(vocab_size=100_000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_key_value_heads=1)).eval()
 ids = tuple(range(1500))

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from conftest import SHORT, cases, needs_shared, tunesmith
 from small_runs import settings
 from trained_families import Trained
-from tunesmith import chat, machines, rundir
+from tunesmith import chat, machines
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
 from tunesmith.export import export, merged, merging
 from tunesmith.export.merging import Merged
 from tunesmith.recipe import ModelSettings
-from tunesmith.training import Run, train
+from tunesmith.runs import rundir
+from tunesmith.training.run import Run, train
 
 pytestmark = pytest.mark.usefixtures("brief")
 IDS = torch.tensor([[257, 72, 105, 258, 10, 257, 65, 66, 67]])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from conftest import SHORT, cases, finished, needs_shared, start, tunesmith
 from trained_families import FOLDS, ROWS, Trained
 from tunesmith import chat, recipe
-from tunesmith.checking import check
+from tunesmith.training.checking import check
 
 pytestmark = needs_shared
 

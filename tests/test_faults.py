@@ -11,8 +11,8 @@ import pytest
 
 from conftest import script, tunesmith
 from small_runs import assert_same, flags_of, settings
-from tunesmith import rundir
-from tunesmith.training import Run, resume, train
+from tunesmith.runs import rundir
+from tunesmith.training.run import Run, resume, train
 
 
 @pytest.mark.parametrize("small_disk", [6000], indirect=True)
@@ -24,8 +24,8 @@ def test_a_disk_that_was_full_is_gone_on_with_when_there_is_room(
     code = f"""
 from pathlib import Path
 from small_runs import settings
-from tunesmith.trainer import Watcher
-from tunesmith.training import train
+from tunesmith.training.trainer import Watcher
+from tunesmith.training.run import train
 class Fills(Watcher):
     def stepped(self, metrics, n_steps):
         if metrics.step == 8:

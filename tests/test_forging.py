@@ -20,7 +20,7 @@ from forging import (
     openers,
     renderer,
 )
-from tunesmith.template import probe
+from tunesmith.data.template import probe
 from tunesmith.types import Conversation, Fault, Message, Origin
 
 

@@ -25,15 +25,15 @@ from small_runs import settings as run_settings
 from trained_families import Trained
 from tunesmith import export as exports
 from tunesmith import hub
-from tunesmith import model as tunesmith_models
+from tunesmith import models as tunesmith_models
+from tunesmith.data.template import probe
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError
 from tunesmith.export import export, gguf_file, llama_cpp
 from tunesmith.export.gguf_file import Contents, Vocabulary
 from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
 from tunesmith.recipe import TemplateSettings
-from tunesmith.template import probe
-from tunesmith.training import train
+from tunesmith.training.run import train
 
 needs_llama_cpp = pytest.mark.skipif(
     not llama_cpp.is_here(), reason="llama.cpp is not here (the extra 'export' brings it)"

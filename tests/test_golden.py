@@ -13,9 +13,9 @@ import pytest
 
 from conftest import FAMILIES, SHARED, needs_shared
 from tunesmith import hub
-from tunesmith.model import open_renderer
+from tunesmith.data.render import Renderer
+from tunesmith.models import open_renderer
 from tunesmith.recipe import TemplateSettings
-from tunesmith.render import Renderer
 from tunesmith.types import Conversation, Message, Origin
 
 pytestmark = needs_shared

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from conftest import largest, save_tiny_model, script, tunesmith
 from small_runs import Notes, assert_same, numbers, settings
-from tunesmith import guards, rundir
-from tunesmith import model as models
-from tunesmith.engine.decoder import Decoder
-from tunesmith.engine.layers import Activation
+from tunesmith import models
+from tunesmith.engine.cpu.decoder import Decoder
+from tunesmith.engine.cpu.layers import Activation
 from tunesmith.errors import OutOfMemory, ProofError
 from tunesmith.recipe import ModelSettings
-from tunesmith.training import resume, train
+from tunesmith.runs import rundir
+from tunesmith.training import guards
+from tunesmith.training.run import resume, train
 
 
 def attached(model: Path, seed: int = 0) -> PeftModel:
@@ -116,7 +117,7 @@ def test_a_learning_rate_without_measure_is_stopped(tiny_model: Path, talk: Path
 
 def test_the_first_place_that_went_wrong_is_found_among_many(tiny_model: Path, talk: Path) -> None:
     """A huge but finite weight in layer 0 overflows there first; layer 1 is not finite either."""
-    from tunesmith.checking import check
+    from tunesmith.training.checking import check
 
     model = attached(tiny_model)
     documents = [row.documents[0] for row in check(settings(tiny_model, talk)).rows[:2]]
@@ -276,9 +277,9 @@ def test_a_real_limit_of_memory_shrinks_the_micro_batch(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from small_runs import settings
-from tunesmith import rundir
-from tunesmith.trainer import Watcher
-from tunesmith.training import train
+from tunesmith.runs import rundir
+from tunesmith.training.trainer import Watcher
+from tunesmith.training.run import train
 class Limits(Watcher):
     def began(self, n_steps, run):
         used = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmData"))) << 10

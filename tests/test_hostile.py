@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import Ended, finished, start, tunesmith
-from tunesmith import rundir
-from tunesmith.training import Run
+from tunesmith.runs import rundir
+from tunesmith.training.run import Run
 
 GOOD = '{"instruction": "Who are you?", "output": "I am Bo."}\n'
 SECONDS = 60  # that a limit ended it: 10 on a machine that does nothing else

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from conftest import CHATML, byte_tokenizer, save_tiny_model, tunesmith
-from tunesmith import cache, records, tokenizer_trial
 from tunesmith.confined import Ended
+from tunesmith.data import cache, records, tokenizer_trial
+from tunesmith.data.render import Renderer
+from tunesmith.data.template import Writer, probe
 from tunesmith.errors import ModelError, TemplateError
-from tunesmith.model import load_tokenizer
-from tunesmith.render import Renderer
-from tunesmith.template import Writer, probe
+from tunesmith.models import load_tokenizer
 from tunesmith.types import Conversation, Message, Origin
 
 DOUBLING = "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"

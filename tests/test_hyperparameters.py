@@ -17,9 +17,10 @@ from transformers import LlamaConfig
 from conftest import tunesmith
 from small_runs import assert_same, settings
 from test_resume import killed
-from tunesmith import checking, hyperparameters, recipe
-from tunesmith.checking import check, hold_out
-from tunesmith.training import resume, train
+from tunesmith import recipe
+from tunesmith.training import checking, hyperparameters
+from tunesmith.training.checking import check, hold_out
+from tunesmith.training.run import resume, train
 
 
 @dataclass(frozen=True)

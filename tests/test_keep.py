@@ -10,9 +10,9 @@ import pytest
 from conftest import cases
 from small_runs import Notes, assert_same, settings
 from test_resume import killed
-from tunesmith import rundir
-from tunesmith.trainer import has_lost_patience
-from tunesmith.training import Run, resume, train
+from tunesmith.runs import rundir
+from tunesmith.training.run import Run, resume, train
+from tunesmith.training.trainer import has_lost_patience
 
 # So fast that the held-out loss falls first and rises then.
 WORSE: dict[str, Any] = {

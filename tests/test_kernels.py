@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tunesmith.engine import onepass
-from tunesmith.engine.layers import Activation, Norm, add_share, put, rotate
+from tunesmith.engine.cpu import onepass
+from tunesmith.engine.cpu.layers import Activation, Norm, add_share, put, rotate
 
-kernels = pytest.importorskip("tunesmith.engine.kernels", reason="Numba is not installed")
+kernels = pytest.importorskip("tunesmith.engine.cpu.kernels", reason="Numba is not installed")
 
 CLOSE = 3e-6  # of the largest number; observed at most 7e-7
 

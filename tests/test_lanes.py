@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from conftest import largest, shows
 from test_engine import adapted, base, distance, engine, family, ignored, take
 from test_trie import batches
-from tunesmith.engine import decoder, layers, loss, products
-from tunesmith.engine.lanes import Lanes, count_for, shares
+from tunesmith.engine import loss
+from tunesmith.engine.cpu import decoder, layers, products
+from tunesmith.engine.cpu.lanes import Lanes, count_for, shares
 from tunesmith.types import Origin, Rendered
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import largest, shows
-from tunesmith.engine import loss, memory
+from tunesmith.engine import loss
+from tunesmith.engine.cpu import memory
 from tunesmith.engine.loss import HeadLoss, Labels, chunk_rows, loss_and_gradient, summed_cross_entropy
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tunesmith.engine import memory
-from tunesmith.engine.memory import Buffers, Mapped
+from tunesmith.engine.cpu import memory
+from tunesmith.engine.cpu.memory import Buffers, Mapped
 
 CPU = torch.device("cpu")
 

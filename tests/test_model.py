@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, cases, needs_shared, save_tiny_model, shows
-from tunesmith import checking, hub, model, recipe
-from tunesmith.engine.decoder import Decoder
+from tunesmith import hub, recipe
+from tunesmith import models as model
+from tunesmith.engine.cpu.decoder import Decoder
 from tunesmith.errors import ModelError, ProofError, RecipeError, TemplateError
-from tunesmith.model import open_renderer, targets
+from tunesmith.models import open_renderer, targets
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
+from tunesmith.training import checking
 
 LORA = LoraSettings(r=8)
 BASE = ModelSettings()

@@ -24,11 +24,11 @@ import tunesmith as library
 from conftest import ROOT, script
 from small_runs import FLAGS, settings
 from test_gguf import save_model
-from tunesmith import notebook
 from tunesmith.chat import Reply
-from tunesmith.checking import Checked
 from tunesmith.markup import text as shown
-from tunesmith.training import Run, Sample
+from tunesmith.training import notebook
+from tunesmith.training.checking import Checked
+from tunesmith.training.run import Run, Sample
 from tunesmith.types import Fault, Origin
 
 # zmq and the kernel's client are third parties' event loops
@@ -179,7 +179,7 @@ def test_names_and_version_are_had_without_torch() -> None:
 def test_a_script_hears_nothing_of_the_libraries(talk: Path, tmp_path: Path) -> None:
     """From training to what is served: no line, no warning, no bar."""
     code = recipe_cell(save_model(tmp_path / "model"), talk, **{"train.epochs": 1}) + (
-        "\nfrom tunesmith.evaluate import evaluate"
+        "\nfrom tunesmith.evaluation.evaluate import evaluate"
         "\nfrom tunesmith.export import export, live"
         "\nlive.N_PROMPTS, live.REPLY_TOKENS = 2, 4"
         "\nrun = tunesmith.train(recipe, 'run')"
@@ -195,7 +195,7 @@ def test_ipython_without_a_kernel_has_no_display() -> None:
     code = (
         "from IPython.core.interactiveshell import InteractiveShell\n"
         "InteractiveShell.instance()\n"
-        "from tunesmith import Watcher, notebook\n"
+        "from tunesmith import Watcher\nfrom tunesmith.training import notebook\n"
         "assert type(notebook.watcher()) is Watcher\n"
     )
     ended = script(code)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, needs_shared
 from tunesmith import export as exports
+from tunesmith.data.template import Template, probe
 from tunesmith.errors import ModelError
 from tunesmith.export import go_template, live, ollama
-from tunesmith.model import load_tokenizer
-from tunesmith.template import Template, probe
+from tunesmith.models import load_tokenizer
 from tunesmith.types import Message
 
 Rendered = Callable[[str, Sequence[Message]], str]

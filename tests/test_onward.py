@@ -22,7 +22,7 @@ from test_docs import GROUP, problem_of_command
 from tunesmith import commands, runs
 from tunesmith.cli import onward
 from tunesmith.export import Export
-from tunesmith.training import Run
+from tunesmith.training.run import Run
 
 _COMMAND = re.compile(r"^  (?:next)? +[^:\n]+: (.*)$", re.M)
 

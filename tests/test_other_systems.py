@@ -79,13 +79,13 @@ def test_on_windows_the_library_says_so_too() -> None:
 
 
 def test_the_play_hides_what_windows_lacks() -> None:
-    assert "No module named 'fcntl'" in played(WINDOWS, "import tunesmith.rundir").stderr
+    assert "No module named 'fcntl'" in played(WINDOWS, "import tunesmith.runs.rundir").stderr
 
 
 def test_every_module_is_imported_without_what_only_linux_has() -> None:
     """And what is asked of the system when a command begins. The modules of AMX are imported where a processor has it
     alone: LLVM would end the process."""
-    amx = ("engine.amx_products", "engine.amx_attention")
+    amx = ("engine.cpu.amx_products", "engine.cpu.amx_attention")
     names = [f"tunesmith.{name}" for name in modules() if name not in ("__main__", "__init__", *amx)]
     ended = played(
         MACOS,

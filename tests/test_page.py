@@ -12,9 +12,9 @@ from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sy
 
 from served import KNOWS, is_idle, serving, trained, until
 from tunesmith.chat import Chat, load
-from tunesmith.checking import check
 from tunesmith.recipe import resolve
 from tunesmith.serving.server import Serving
+from tunesmith.training.checking import check
 from tunesmith.types import Message
 
 PHONE = {"width": 390, "height": 760}

@@ -13,11 +13,14 @@ import pytest
 from conftest import finished, start, tunesmith
 from small_runs import settings
 from test_gguf import save_model
-from tunesmith import adapter_files, evaluation_page, places, reading, rundir
+from tunesmith import places, reading
 from tunesmith.errors import ProofError
-from tunesmith.evaluate import evaluate
+from tunesmith.evaluation import page as evaluation_page
+from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.export import FORMS, export
-from tunesmith.training import Run, train
+from tunesmith.runs import rundir
+from tunesmith.training import adapter_files
+from tunesmith.training.run import Run, train
 
 pytestmark = pytest.mark.usefixtures("brief")
 SECRET = "zebra-of-nobody-else"

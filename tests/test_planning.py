@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, SHARED, cases, needs_shared, save_tiny_model, script, tunesmith
 from small_runs import flags_of, settings
-from tunesmith import machines, planning
-from tunesmith import model as models
-from tunesmith.checking import Checked, check
-from tunesmith.engine import gather, products
+from tunesmith import machines, models
+from tunesmith.engine.cpu import gather, products
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, RecipeError
 from tunesmith.machines import Machine
-from tunesmith.planning import Choice
-from tunesmith.training import train
+from tunesmith.training import planning
+from tunesmith.training.checking import Checked, check
+from tunesmith.training.planning import Choice
+from tunesmith.training.run import train
 
 GIB = 1 << 30
 
@@ -110,8 +110,8 @@ from pathlib import Path
 
 import torch
 
-from tunesmith import model as models
-from tunesmith.engine.decoder import Decoder
+from tunesmith import models
+from tunesmith.engine.cpu.decoder import Decoder
 from tunesmith.hub import locate
 from tunesmith.recipe import LoraSettings, ModelSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.training import Run
+from tunesmith.training.run import Run
 
 PACKAGE = Path(__file__).parent.parent
 OPENS = ("from_pretrained", "from_config", "for_model")

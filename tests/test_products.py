@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 
 from tunesmith import engine
-from tunesmith.engine import memory, onepass, products
-from tunesmith.engine.lanes import Lanes
+from tunesmith.engine.cpu import memory, onepass, products
+from tunesmith.engine.cpu.lanes import Lanes
 
 by_openblas, split = pytest.mark.usefixtures("openblas"), pytest.mark.usefixtures("split")
 
@@ -274,7 +274,7 @@ def test_without_all_that_it_needs_nothing_is_split(
     there, codegen = products._amx(), cpu_target.target_context.codegen()
     monkeypatch.undo()
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    monkeypatch.setitem(sys.modules, "tunesmith.engine.amx_products", there)
+    monkeypatch.setitem(sys.modules, "tunesmith.engine.cpu.amx_products", there)
     monkeypatch.setattr(engine, "amx_products", there, raising=False)
     flags = "flags : avx2" + " amx_bf16 amx_tile" * (missing != "units")
     monkeypatch.setattr(products, "_processor", lambda: flags)

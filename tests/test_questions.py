@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Ended, finished, start
-from tunesmith import questions
 from tunesmith.errors import DataError
-from tunesmith.questions import Question
+from tunesmith.evaluation import questions
+from tunesmith.evaluation.questions import Question
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 

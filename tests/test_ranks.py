@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from conftest import ROOT, largest, start, tunesmith
-from tunesmith import machines, rundir
-from tunesmith import model as models
+from tunesmith import machines, models
 from tunesmith.engine import ranks
 from tunesmith.hub import locate
 from tunesmith.recipe import ModelSettings
-from tunesmith.trainer import on_one_device
+from tunesmith.runs import rundir
+from tunesmith.training.trainer import on_one_device
 from warm import Forked
 
 SETTINGS = (
@@ -339,7 +339,8 @@ def test_sharding_spreads_the_base_and_not_the_adapter(tiny_model: Path, tmp_pat
         """
 import sys
 from torch.distributed.tensor import DTensor
-from tunesmith import hub, model
+from tunesmith import hub
+from tunesmith import models as model
 from tunesmith.engine import ranks
 from tunesmith.recipe import LoraSettings, ModelSettings
 base = model.load_base(hub.locate(sys.argv[1]), ModelSettings())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunesmith import recipe
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, parse_flag, resolve, setting_names, write
-from tunesmith.training import Run
+from tunesmith.training.run import Run
 
 # The table of the contract. What is chosen by the plan is "auto" here; `none` is None where no text stands.
 CONTRACT = {

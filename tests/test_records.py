@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith import records
+from tunesmith.data import records
 from tunesmith.errors import DataError
 from tunesmith.types import Conversation, Fault
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import demo, general, rehearsal, scores
-from tunesmith.general import General
+from tunesmith.cli import demo
+from tunesmith.evaluation import general, scores
+from tunesmith.evaluation.general import General
+from tunesmith.training import rehearsal
 
 ALIKE = 0.5
 """From this likeness on two prompts are the same one in other words."""

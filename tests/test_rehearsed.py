@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from conftest import cases
 from small_runs import assert_same, settings
 from test_resume import killed
-from tunesmith import planning, rehearsal, rehearsed, rundir
 from tunesmith.chat import load
-from tunesmith.checking import check
 from tunesmith.engine.step import losses
 from tunesmith.errors import DataError, ProofError
-from tunesmith.steps import Steps
-from tunesmith.training import Run, resume, train
+from tunesmith.runs import rundir
+from tunesmith.training import planning, rehearsal, rehearsed
+from tunesmith.training.checking import check
+from tunesmith.training.run import Run, resume, train
+from tunesmith.training.steps import Steps
 from tunesmith.types import Message
 
 ALONG = {"train.rehearse": 0.6}

@@ -18,12 +18,13 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import CHATML, FAMILIES, SHARED, byte_tokenizer, cases, needs_shared
 from forging import ids_by_transformers
-from tunesmith import hub, render
+from tunesmith import hub
+from tunesmith.data import render
+from tunesmith.data.render import Renderer
+from tunesmith.data.template import probe
 from tunesmith.errors import TemplateError
-from tunesmith.model import open_renderer
+from tunesmith.models import open_renderer
 from tunesmith.recipe import TemplateSettings
-from tunesmith.render import Renderer
-from tunesmith.template import probe
 from tunesmith.types import Conversation, Fault, Message, Origin, Rendered
 
 TOKENIZERS = ("bytes", *FAMILIES) if SHARED.is_dir() else ("bytes",)
@@ -490,7 +491,7 @@ def test_what_tokenizer_json_says_of_cutting_and_padding_is_not_done() -> None:
 @needs_shared
 def test_a_reply_of_a_real_tokenizer_is_shown_as_text() -> None:
     """What a person reads in the preview: the joined tokens of a row are its text, the learned ones its reply."""
-    from tunesmith.shown import tokens
+    from tunesmith.data.shown import tokens
 
     for name in TOKENIZERS:
         row = talk("你是谁？", "I am 甄嬛 🙂, who lives here.\nTwo  spaces <s>.")

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SESSION, cases, save_tiny_model, start, tunesmith
 from small_runs import Notes, assert_same, flags_of, numbers, settings, until
-from tunesmith import recipe, rundir
+from tunesmith import recipe
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
-from tunesmith.trainer import StepMetrics, Watcher
-from tunesmith.training import Run, resume, train
+from tunesmith.runs import rundir
+from tunesmith.training.run import Run, resume, train
+from tunesmith.training.trainer import StepMetrics, Watcher
 from warm import Forked
 
 STEPS = 18

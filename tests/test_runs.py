@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from conftest import start, tunesmith
 from small_runs import flags_of, settings, until
-from tunesmith import rundir, runs
+from tunesmith import runs
 from tunesmith.errors import RunError
-from tunesmith.rundir import RunDir
-from tunesmith.training import Run, train
+from tunesmith.runs import rundir
+from tunesmith.runs.rundir import RunDir
+from tunesmith.training.run import Run, train
 
 
 def states(folder: Path) -> dict[str, str]:

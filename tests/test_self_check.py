@@ -31,8 +31,9 @@ from test_engine import (
     take,
     truth,
 )
-from tunesmith.engine import attention, decoder, flex, step, trie
-from tunesmith.engine.layers import NotCovered
+from tunesmith.engine import attention, flex, step, trie
+from tunesmith.engine.cpu import decoder
+from tunesmith.engine.cpu.layers import NotCovered
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Rendered

@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, byte_tokenizer
+from tunesmith.data.template import Refused, Template, fold, probe
 from tunesmith.errors import TemplateError
-from tunesmith.template import Refused, Template, fold, probe
 from tunesmith.types import Message
 
 END_OF_TEXT, START, END = 256, 257, 258

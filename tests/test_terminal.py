@@ -26,8 +26,8 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from conftest import Ended, start, tunesmith
-from tunesmith import display, terminal
-from tunesmith.cli import app
+from tunesmith import terminal
+from tunesmith.cli import app, display
 from tunesmith.cli.console import print_json
 from tunesmith.hub import aliases
 from tunesmith.screen import Screen, styled

@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from conftest import largest
 from plain import train_plainly
-from tunesmith import chat, recipe, rehearsed, rundir, training
-from tunesmith.checking import check, hold_out
+from tunesmith import chat, recipe
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
 from tunesmith.errors import RecipeError, RunError
-from tunesmith.steps import Steps
-from tunesmith.training import Run, train
+from tunesmith.runs import rundir
+from tunesmith.training import rehearsed
+from tunesmith.training import run as training
+from tunesmith.training.checking import check, hold_out
+from tunesmith.training.run import Run, train
+from tunesmith.training.steps import Steps
 from tunesmith.types import Message
 
 CPU = torch.device("cpu")

@@ -22,21 +22,26 @@ import pytest
 
 from conftest import ASKED, Ended, cases, finished, script, start
 from small_runs import flags_of, settings
-from tunesmith import chat, display, general, recipe, rundir, tune
+from tunesmith import chat, recipe
+from tunesmith.cli import display
 from tunesmith.errors import OutOfMemory, RecipeError, RunError
-from tunesmith.general import questions
-from tunesmith.rundir import RunDir
+from tunesmith.evaluation import general
+from tunesmith.evaluation.general import questions
+from tunesmith.runs import rundir
+from tunesmith.runs.rundir import RunDir
 from tunesmith.screen import Screen
-from tunesmith.trainer import StepMetrics, Watcher
-from tunesmith.training import train
-from tunesmith.tune import Searched, Study, Trial
-from tunesmith.tuning_page import write_page
+from tunesmith.training.run import train
+from tunesmith.training.trainer import StepMetrics, Watcher
+from tunesmith.tuning import tune
+from tunesmith.tuning.page import write_page
+from tunesmith.tuning.tune import Searched, Study, Trial
 from warm import Forked
 
 SHORT = {"train.epochs": 1}
 RATE = Searched("train.learning_rate", 1e-6, 1e-2, log=True)
 FEW = f"""
-from tunesmith import cli, general
+from tunesmith import cli
+from tunesmith.evaluation import general
 few = general.questions()[:{ASKED}]
 general.questions = lambda: few
 cli.main()

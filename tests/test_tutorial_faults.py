@@ -24,18 +24,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from conftest import CHATML, FAMILIES, ROOT, SHARED, byte_tokenizer, needs_shared, save_tiny_model, tunesmith
-from tunesmith import chat, hub, model, recipe, rundir
-from tunesmith.checking import check
+from tunesmith import chat, hub, recipe
+from tunesmith import models as model
+from tunesmith.data.render import Renderer
+from tunesmith.data.template import probe
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import summed_loss
 from tunesmith.engine.trie import lay_out
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.model import open_renderer
+from tunesmith.models import open_renderer
 from tunesmith.recipe import ModelSettings, TemplateSettings
-from tunesmith.render import Renderer
-from tunesmith.template import probe
-from tunesmith.trainer import StepTrainer
-from tunesmith.training import Run, train
+from tunesmith.runs import rundir
+from tunesmith.training.checking import check
+from tunesmith.training.run import Run, train
+from tunesmith.training.trainer import StepTrainer
 from tunesmith.types import Conversation, Message, Origin, Rendered
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import CHATML, SHARED, byte_tokenizer, needs_shared
-from tunesmith.template import Template, probe
-from tunesmith.writing import Text, reply_text, token_bytes
+from tunesmith.data.template import Template, probe
+from tunesmith.data.writing import Text, reply_text, token_bytes
 
 WITH_TEMPLATES = ["phi-3-mini", "deepseek-7b", "gemma-2b", "phi-4"]
 

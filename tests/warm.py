@@ -39,7 +39,16 @@ BEFORE_IMPORTS = {
     "GOMP_SPINCOUNT": "3000",
 }
 
-OWN = ("demo", "display", "doctor", "engine.kernels", "evaluate", "export", "talk", "training")
+OWN = (
+    "cli.demo",
+    "cli.display",
+    "cli.doctor",
+    "cli.talk",
+    "engine.cpu.kernels",
+    "evaluation.evaluate",
+    "export",
+    "training.run",
+)
 OTHERS = (
     *("numpy.ma", "pyarrow.compute", "pydantic.type_adapter", "torch.profiler._cupti_monitor"),
     *("transformers.models.llama.modeling_llama", "typer._adapters"),
@@ -156,7 +165,8 @@ class Warm:
 def serve(address: str) -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from tunesmith import cli, training
+    from tunesmith import cli
+    from tunesmith.training import run as training
 
     training.SAMPLE_TOKENS = SAMPLE_TOKENS
     for name in (*(f"tunesmith.{own}" for own in OWN), *OTHERS):

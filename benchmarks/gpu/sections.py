@@ -23,14 +23,14 @@ import torch
 from peft import PeftModel
 from work import CUDA, DTYPE, attempted, built, config_of, n_tokens, rows_of, timed, wait
 
-from tunesmith import machines, planning
-from tunesmith import model as models
+from tunesmith import machines, models
 from tunesmith.engine import attention, flex, liger, trie
 from tunesmith.engine.attention import Style
 from tunesmith.engine.batch import pad
 from tunesmith.engine.step import Engine, summed_loss
-from tunesmith.planning import Choice
 from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
+from tunesmith.training import planning
+from tunesmith.training.planning import Choice
 from tunesmith.types import Rendered
 
 Found = dict[str, Any]
@@ -268,8 +268,8 @@ def small_card(found: Found, *, tiny: bool) -> None:
     """What the plan chooses for Qwen3-8B on a card of 24 GiB, in as much memory."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     from conftest import save_tiny_model
-    from tunesmith.checking import check
     from tunesmith.recipe import resolve
+    from tunesmith.training.checking import check
 
     name = "Qwen3-8B"
     folder = save_tiny_model(Path(os.environ["TUNESMITH_CACHE"]) / "small")

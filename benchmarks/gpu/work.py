@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from tunesmith import model as models
+from tunesmith import models
 from tunesmith.recipe import LoraSettings
 from tunesmith.types import Origin, Rendered
 

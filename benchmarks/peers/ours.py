@@ -12,9 +12,9 @@ from typing import Any
 from measure import peak_memory_bytes, read_job, write
 
 from tunesmith import recipe
-from tunesmith.model import hush_libraries
-from tunesmith.trainer import StepMetrics, Watcher
-from tunesmith.training import train
+from tunesmith.models import hush_libraries
+from tunesmith.training.run import train
+from tunesmith.training.trainer import StepMetrics, Watcher
 
 
 class Stopwatch(Watcher):

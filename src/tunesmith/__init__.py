@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.chat import Chat, Reply, load
-    from tunesmith.checking import Checked, check
     from tunesmith.errors import TunesmithError
-    from tunesmith.planning import Plan, plan
     from tunesmith.recipe import Recipe, resolve
-    from tunesmith.trainer import Watcher
-    from tunesmith.training import Run, resume, train
+    from tunesmith.training.checking import Checked, check
+    from tunesmith.training.planning import Plan, plan
+    from tunesmith.training.run import Run, resume, train
+    from tunesmith.training.trainer import Watcher
     from tunesmith.types import Message
 
     __version__: str
@@ -52,20 +52,20 @@ __all__ = [
 # No module is called like a public function: importing it would put the module in the function's place.
 _HOMES = {
     "Chat": "chat",
-    "Checked": "checking",
+    "Checked": "training.checking",
     "Message": "types",
-    "Plan": "planning",
+    "Plan": "training.planning",
     "Recipe": "recipe",
     "Reply": "chat",
-    "Run": "training",
+    "Run": "training.run",
     "TunesmithError": "errors",
-    "Watcher": "trainer",
-    "check": "checking",
+    "Watcher": "training.trainer",
+    "check": "training.checking",
     "load": "chat",
-    "plan": "planning",
+    "plan": "training.planning",
     "resolve": "recipe",
-    "resume": "training",
-    "train": "training",
+    "resume": "training.run",
+    "train": "training.run",
 }
 
 

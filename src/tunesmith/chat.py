@@ -16,19 +16,23 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith import hub, markup, planning, reading, rundir, runs
-from tunesmith import model as models
+from tunesmith import hub, markup, models, reading, runs
 from tunesmith import recipe as recipes
+from tunesmith.data.render import Renderer
+from tunesmith.data.writing import Text, reply_text
 from tunesmith.engine.step import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
 from tunesmith.language import marked, said
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings
-from tunesmith.render import Renderer
+from tunesmith.runs import rundir
 from tunesmith.terminal import what_is_no_text
 from tunesmith.types import ChatMessage, Message
-from tunesmith.writing import Text, reply_text
 
 MAX_TOKENS = 512
+SIDE_BY_SIDE = 128  # conversations that are answered at once
+TOKENS_SIDE_BY_SIDE = 8 * 1024
+"""With their replies and their padding: what the keys and values of a group are kept for. They are read for every word,
+as the weights are; with more tokens than these they are the larger part of it, and of memory."""
 _SHOWN = 120  # letters of a reply in a line
 _LEAST_TEMPERATURE = 1e-3
 """Below it logits divided by the temperature leave the range of numbers, and the likeliest word is certain."""
@@ -152,11 +156,8 @@ class Chat:
         groups: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lengths.__getitem__):
             whole = lengths[number] + max_tokens
-            n_beside = len(groups[-1]) if groups else planning.SIDE_BY_SIDE
-            fits = (
-                n_beside < planning.SIDE_BY_SIDE
-                and min(whole, self.context) * (n_beside + 1) <= planning.TOKENS_SIDE_BY_SIDE
-            )
+            n_beside = len(groups[-1]) if groups else SIDE_BY_SIDE
+            fits = n_beside < SIDE_BY_SIDE and min(whole, self.context) * (n_beside + 1) <= TOKENS_SIDE_BY_SIDE
             if fits and (whole <= readable or lengths[number] == lengths[groups[-1][0]]):
                 groups[-1].append(number)
             else:

@@ -35,15 +35,10 @@ def language() -> Language:
     return _named(next(filter(None, places), "")) or "en"
 
 
-def require_known() -> None:
-    """Raises RecipeError where TUNESMITH_LANG names no language that there is."""
+def unknown() -> str | None:
+    """What TUNESMITH_LANG names, where that is no language that there is."""
     given = os.environ.get(VARIABLE, "")
-    if given and _named(given) is None:
-        from tunesmith.errors import RecipeError  # which says things itself
-
-        raise RecipeError(
-            VARIABLE, repr(given), said("en or zh"), said("Set it to one of the two, or leave it to the locale.")
-        )
+    return given if given and _named(given) is None else None
 
 
 def settle(encoding: str) -> None:

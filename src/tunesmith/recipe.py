@@ -22,9 +22,9 @@ from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 
 from tunesmith import reading
+from tunesmith.data.records import FIELDS
 from tunesmith.errors import RecipeError
 from tunesmith.language import marked, said
-from tunesmith.records import FIELDS
 from tunesmith.spelling import nearest
 
 Source = Literal["default", "file", "flag"]

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import save_tiny_model
 from served import copied, trained
-from tunesmith import chat, rundir
+from tunesmith import chat
 from tunesmith.errors import ModelError, ProofError, RecipeError, RunError, TunesmithError
+from tunesmith.runs import rundir
 from tunesmith.serving.server import Serving
 
 

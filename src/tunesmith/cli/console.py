@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import language, system, terminal
-from tunesmith.errors import DataError, TunesmithError
+from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.language import said
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def start(verbose: bool, answer_on_stdout: bool) -> Screen:
     from tunesmith.screen import Screen
 
     terminal.guard_streams()
-    language.require_known()
+    if given := language.unknown():
+        fix = said("Set it to one of the two, or leave it to the locale.")
+        raise RecipeError(language.VARIABLE, repr(given), said("en or zh"), fix)
     language.settle(sys.stderr.encoding if answer_on_stdout else sys.stdout.encoding)
     # Before torch is loaded: its threads would wait for each other actively for milliseconds, and on cores that another
     # program uses too a step of 2.7 s took 59 s (2 cores, 2026-11); with this 6.
@@ -105,7 +107,7 @@ def fetched(console: Screen, name: str, revision: str | None, *, weights: bool) 
             if tasks:
                 bar.stop()
     with loading(console):
-        from tunesmith import model as models
+        from tunesmith import models
 
     if os.environ.get("TUNESMITH_VERBOSE") is None:
         models.hush_libraries()
@@ -138,7 +140,7 @@ def show_error(error: TunesmithError) -> None:
     screen = Screen(stderr=True)
     faults: list[dict[str, Any]] = []
     if isinstance(error, DataError) and error.faults:
-        from tunesmith.display import fault_json, show_faults
+        from tunesmith.cli.display import fault_json, show_faults
 
         show_faults(screen, error.faults)
         faults = [fault_json(fault) for fault in error.faults]

@@ -86,9 +86,10 @@ def watch(run: RunArgument, as_json: JsonOption = False, verbose: VerboseOption 
     run = all_runs.named(run)
     state = all_runs.state_of(run)
     with loading(console):
-        from tunesmith import display, terminal
+        from tunesmith import terminal
+        from tunesmith.cli import display
         from tunesmith.screen import phrase
-        from tunesmith.trainer import StepMetrics
+        from tunesmith.training.trainer import StepMetrics
 
     with display.TrainingDisplay(console) as watcher:
         watcher.began(state.n_steps, run)

@@ -92,7 +92,7 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """What this machine has and lacks, and the line that mends it."""
     console = start(verbose, as_json)
     with loading(console):
-        from tunesmith.doctor import examine
+        from tunesmith.cli.doctor import examine
         from tunesmith.screen import padded, styled
 
         findings = examine()

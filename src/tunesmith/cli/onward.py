@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith import commands, extras, rundir, runs
+from tunesmith import commands, extras, runs
 from tunesmith.language import said
-from tunesmith.rundir import RunDir
+from tunesmith.runs import rundir
+from tunesmith.runs.rundir import RunDir
 
 if TYPE_CHECKING:
     from tunesmith.export import Export

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith import recipe as recipes
-from tunesmith import records, rundir, runs
+from tunesmith import runs
 from tunesmith.cli import onward
 from tunesmith.cli.console import fetched, loading, print_json, start
 from tunesmith.cli.onward import go_on
@@ -33,13 +33,15 @@ from tunesmith.cli.options import (
     whole,
     whole_settings,
 )
+from tunesmith.data import records
 from tunesmith.errors import RecipeError
 from tunesmith.language import counted, said
+from tunesmith.runs import rundir
 
 if TYPE_CHECKING:
-    from tunesmith.checking import Checked
     from tunesmith.screen import Screen
-    from tunesmith.training import Run
+    from tunesmith.training.checking import Checked
+    from tunesmith.training.run import Run
 
 DetachOption = Annotated[
     bool, typer.Option("--detach", help="Go on in the background; closing the terminal does not stop it.")
@@ -53,8 +55,8 @@ def demo(out: OutOption = None, as_json: JsonOption = False, verbose: VerboseOpt
     with loading(console):
         from rich.rule import Rule
 
-        from tunesmith import demo as demos
-        from tunesmith import display
+        from tunesmith.cli import demo as demos
+        from tunesmith.cli import display
         from tunesmith.screen import padded, phrase, styled
 
     console.print(Rule(styled(("tunesmith demo", "bold")), align="left"))
@@ -137,7 +139,7 @@ def check(
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     checked = looked_at(console, asked.recipe)
     with loading(console):
-        from tunesmith import display
+        from tunesmith.cli import display
         from tunesmith.screen import phrase, styled
 
     display.show_check(console, checked, show)
@@ -185,7 +187,9 @@ def plan(
     console = start(verbose, as_json)
     asked = given(files, model, data, sets, like, epochs=epochs, lr=lr, rank=rank, batch=batch)
     with loading(console):
-        from tunesmith import display, driver, machines, planning
+        from tunesmith import driver, machines
+        from tunesmith.cli import display
+        from tunesmith.training import planning
 
     size = None if memory is None else machines.parse_bytes(memory)
     machine = None if card is None else machines.card(card, size)
@@ -233,8 +237,8 @@ def train(
         rundir.check_target(out)
     checked = looked_at(console, settings)
     with loading(console):
-        from tunesmith import display
-        from tunesmith.training import run_name, train
+        from tunesmith.cli import display
+        from tunesmith.training.run import run_name, train
 
     checked.require_ok()
     display.show_check(console, checked, 1)
@@ -274,8 +278,8 @@ def resume(
         _go_on_detached(console, "resume", [text for s in sets or [] for text in ("--set", s)], run, as_json)
         return
     with loading(console):
-        from tunesmith import display
-        from tunesmith.training import resume
+        from tunesmith.cli import display
+        from tunesmith.training.run import resume
 
     at_first = said("Comparing checkpoint, rows and base with what the run began with …")
     with display.TrainingDisplay(console, at_first) as watcher, _point_to_go_on_from(console, run):
@@ -289,7 +293,7 @@ def looked_at(console: Screen, settings: recipes.Recipe) -> Checked:
         rows = records.open_file(settings.data.path, settings.data.columns, settings.template.system)
     found = fetched(console, settings.model.name, settings.model.revision, weights=False)
     with console.status(said("Reading and rendering every row …")) as status:
-        from tunesmith.checking import check
+        from tunesmith.training.checking import check
 
         def rendered(count: int) -> None:
             status.update(counted("{n:,} row rendered …", "{n:,} rows rendered …", count))
@@ -333,7 +337,7 @@ def _go_on_detached(console: Screen, command: str, arguments: list[str], out: Pa
 
 
 def _show_trained(console: Screen, run: Run, as_json: bool) -> None:
-    from tunesmith import display
+    from tunesmith.cli import display
 
     if run.samples:
         console.print(display.side_by_side([(s.question, s.before, s.after) for s in run.samples]))

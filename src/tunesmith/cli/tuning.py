@@ -33,8 +33,8 @@ from tunesmith.cli.training import looked_at
 from tunesmith.language import said
 
 if TYPE_CHECKING:
-    from tunesmith.trainer import Watcher
-    from tunesmith.tune import Study, Trial
+    from tunesmith.training.trainer import Watcher
+    from tunesmith.tuning.tune import Study, Trial
 
 
 def tune(
@@ -76,8 +76,8 @@ def tune(
     extras.require("tune", "tunesmith tune")
     checked = looked_at(console, settings)
     with loading(console):
-        from tunesmith import display
-        from tunesmith.tune import tune
+        from tunesmith.cli import display
+        from tunesmith.tuning.tune import tune
 
     checked.require_ok()
     display.show_check(console, checked, 0)

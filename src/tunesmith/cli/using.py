@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith import extras, rundir, terminal
+from tunesmith import extras, terminal
 from tunesmith import runs as all_runs
 from tunesmith.cli import onward
 from tunesmith.cli.console import fetched, loading, print_json, start
@@ -16,12 +16,13 @@ from tunesmith.cli.onward import go_on
 from tunesmith.cli.options import JsonOption, RunArgument, VerboseOption, whole
 from tunesmith.errors import RecipeError
 from tunesmith.language import said
+from tunesmith.runs import rundir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tunesmith.chat import Chat
-    from tunesmith.questions import Question
+    from tunesmith.evaluation.questions import Question
     from tunesmith.screen import Screen
 
 _AT_ONCE = 32
@@ -57,7 +58,7 @@ def chat(
     is_model = all_runs.named_or_model(run_or_model) is None
     with loading(console):
         from tunesmith.chat import load
-        from tunesmith.talk import Talk
+        from tunesmith.cli.talk import Talk
         from tunesmith.types import Message
 
     if is_model and not Path(run_or_model).exists():
@@ -93,7 +94,7 @@ def chat(
 
 def _asked(prompt: str | None) -> list[Question]:
     """What is to be answered in JSON."""
-    from tunesmith import questions
+    from tunesmith.evaluation import questions
 
     if prompt is not None:
         return [questions.Question("--prompt", [{"role": "user", "content": prompt}])]
@@ -160,8 +161,10 @@ def evaluate(
     opened = rundir.open_run(run)
     extras.require("eval", "tunesmith eval")
     with loading(console):
-        from tunesmith import display, evaluation_page, harness, judging
-        from tunesmith.evaluate import evaluate
+        from tunesmith.cli import display
+        from tunesmith.evaluation import harness, judging
+        from tunesmith.evaluation import page as evaluation_page
+        from tunesmith.evaluation.evaluate import evaluate
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if names:
@@ -203,7 +206,7 @@ def export(
     if out is not None:
         rundir.check_target(out)
     with loading(console):
-        from tunesmith import display
+        from tunesmith.cli import display
         from tunesmith.export import export
 
     with console.status(said("Reading the run …")) as status:

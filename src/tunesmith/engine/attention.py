@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.engine.cpu.gather import Gather, Given
+from tunesmith.engine.cpu.memory import Take
 from tunesmith.engine.flex import Flex
-from tunesmith.engine.gather import Gather, Given
-from tunesmith.engine.memory import Take
 from tunesmith.engine.trie import Tree
 
 Backend = Literal["reference", "gather", "flex"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.engine.batch import sent
-from tunesmith.engine.gather import Gather
+from tunesmith.engine.cpu.gather import Gather
 from tunesmith.engine.trie import Tree
 
 if TYPE_CHECKING:

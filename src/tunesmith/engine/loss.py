@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.engine import products
-from tunesmith.engine.memory import Take
-from tunesmith.engine.products import mm
+from tunesmith.engine.cpu import products
+from tunesmith.engine.cpu.memory import Take
+from tunesmith.engine.cpu.products import mm
 
 _CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # of fp32 logits
 _LEAST_ROWS = 64  # thinner products leave the processor idle

@@ -27,9 +27,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer in spite of its name
 
 from tunesmith import hub
-from tunesmith.engine import attention, batch, compiler, liger, lora, memory, onepass, products, trie
-from tunesmith.engine.decoder import Decoder
-from tunesmith.engine.layers import InFloat32, NotCovered
+from tunesmith.engine import attention, batch, compiler, liger, lora, trie
+from tunesmith.engine.cpu import memory, onepass, products
+from tunesmith.engine.cpu.decoder import Decoder
+from tunesmith.engine.cpu.layers import InFloat32, NotCovered
 from tunesmith.engine.loss import HeadLoss, chunk_rows, cross_entropy, summed_cross_entropy
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import OutOfMemory

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import adapter_files, machines, reading, rundir, runs
-from tunesmith import model as models
+from tunesmith import machines, models, reading, runs
 from tunesmith.chat import Opened
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.export import gguf_file, ollama
@@ -28,7 +27,9 @@ from tunesmith.export.llama import QUANTIZE, SMALLER_TYPES, contents_of, write_g
 from tunesmith.export.merged import DTYPES, write_merged
 from tunesmith.export.merging import Merged
 from tunesmith.language import marked, said
-from tunesmith.rundir import RunDir
+from tunesmith.runs import rundir
+from tunesmith.runs.rundir import RunDir
+from tunesmith.training import adapter_files
 
 Form = Literal["adapter", "merged", "gguf", "ollama"]
 FORMS: tuple[Form, ...] = ("adapter", "merged", "gguf", "ollama")

@@ -23,10 +23,10 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from tunesmith.data.template import Template
 from tunesmith.errors import ModelError
 from tunesmith.export.merging import Merged, not_finite
 from tunesmith.language import marked, said
-from tunesmith.template import Template
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.chat import Chat, Reply
-from tunesmith.general import questions
+from tunesmith.data.template import Refused, Template
+from tunesmith.evaluation.general import questions
 from tunesmith.language import said
-from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
 
 N_PROMPTS = 20

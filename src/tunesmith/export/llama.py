@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tunesmith import model as models
-from tunesmith import rundir, system
+from tunesmith import models, system
 from tunesmith.chat import Chat
 from tunesmith.errors import RunError
 from tunesmith.export import gguf_file, llama_cpp
@@ -19,6 +18,7 @@ from tunesmith.export.live import AWKWARD, Answers, Compared, at_least, at_most,
 from tunesmith.export.llama_cpp import LlamaCpp
 from tunesmith.export.merging import Merged
 from tunesmith.language import marked, said
+from tunesmith.runs import rundir
 from tunesmith.types import Message
 
 _CONTEXT = 1024  # tokens that the proof has room for, or more where its prompts are longer

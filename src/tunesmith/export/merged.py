@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith import adapter_files, model_files, places, pretrained, reading, rundir
-from tunesmith import model as models
+from tunesmith import model_files, models, places, reading
 from tunesmith.export import merging
 from tunesmith.export.live import Answers, Compared, at_least, at_most, logits_of
 from tunesmith.export.merging import Merged
 from tunesmith.language import marked, said
-from tunesmith.rundir import RunDir
+from tunesmith.models import pretrained
+from tunesmith.runs import rundir
+from tunesmith.runs.rundir import RunDir
+from tunesmith.training import adapter_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith import model_files, rundir
+from tunesmith import model_files
 from tunesmith.errors import ModelError, ProofError
 from tunesmith.language import said
+from tunesmith.runs import rundir
 
 _PREFIX = "base_model.model."
 # safetensors' words for types

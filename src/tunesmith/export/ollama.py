@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith import model as models
+from tunesmith import models
 from tunesmith.chat import Chat
+from tunesmith.data.template import Refused, Template
 from tunesmith.errors import ModelError
 from tunesmith.export import gguf_file, go_template
 from tunesmith.export.live import Compared, at_least, talks
 from tunesmith.language import marked, said
-from tunesmith.template import Refused, Template
 from tunesmith.types import Message, Role
 
 _WHERE = "export --to ollama"

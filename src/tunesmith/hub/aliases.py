@@ -64,7 +64,7 @@ class Alias:
 
 @functools.cache
 def _shipped_aliases() -> dict[str, Alias]:
-    tree = yaml.safe_load((Path(__file__).parents[1] / "models.yaml").read_text(encoding="utf-8"))
+    tree = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text(encoding="utf-8"))
     return {name: _alias(name, fields) for name, fields in tree.items()}
 
 

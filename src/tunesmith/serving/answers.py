@@ -11,10 +11,10 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
+from tunesmith.data.writing import token_bytes, token_text
 from tunesmith.serving import wire
 from tunesmith.serving.asked import Asked, Choice
 from tunesmith.serving.refusals import Gone, Refused
-from tunesmith.writing import token_bytes, token_text
 
 _Logprobs = wire.ChatLogprobs | wire.CompletionLogprobs
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from tunesmith.chat import MAX_TOKENS
+from tunesmith.data.writing import Text
 from tunesmith.serving import wire
 from tunesmith.serving.batching import Closed, Full
 from tunesmith.serving.refusals import Gone, Refused, closing, full, refusal
 from tunesmith.serving.reply import Event, Reply, Sampling, Written
 from tunesmith.serving.service import Served, Service
-from tunesmith.writing import Text
 
 MAX_TOLD = 1 << 18
 """Logarithmic probabilities in one answer; each takes a kilobyte while it is put together."""

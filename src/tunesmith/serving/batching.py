@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from tunesmith import model as models
+from tunesmith import models
 from tunesmith.engine.step import longest_together, not_packable
 from tunesmith.language import said
 from tunesmith.machines import free_bytes

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith import model as models
+from tunesmith import models
 from tunesmith.chat import Chat
+from tunesmith.data.writing import token_text
 from tunesmith.errors import TunesmithError
 from tunesmith.serving import wire
 from tunesmith.serving.refusals import Refused, parsed, refusal
 from tunesmith.serving.service import Served, Service
 from tunesmith.types import Message
-from tunesmith.writing import token_text
 
 CHARACTERS_PER_TOKEN = 16
 """As many as a prompt may have for each token that there is room for: three times what texts have, so that a text which

@@ -22,7 +22,7 @@ from tunesmith.chat import Chat, Opened
 from tunesmith.errors import RecipeError
 from tunesmith.language import said
 from tunesmith.loopback import is_loopback
-from tunesmith.model import hush_libraries
+from tunesmith.models import hush_libraries
 from tunesmith.serving import vllm_command
 from tunesmith.serving.app import application
 from tunesmith.serving.batching import AT_ONCE, QUEUE_LIMIT, Batch

@@ -1,0 +1,1 @@
+"""A decoder and its backward pass, written by hand for a CPU."""

@@ -1,0 +1,1 @@
+"""Base against tuned model: what is measured, and the verdict on it."""

@@ -1,0 +1,1 @@
+"""Several trainings, for the settings that do best."""
