@@ -1,6 +1,6 @@
 """Runs the tests that depend on the machine (those marked `machine`) once more on others: with instructions hidden,
 without Numba and with other numbers of threads; and all tests with the oldest and the newest versions that
-pyproject.toml allows.
+pyproject.toml allows. Every case of a test, as `make test-long` runs them.
 
 `make test-machines`, or with ONLY="oldest newest" some of them. What each said is left in .pytest_cache/machines/. The
 environments of other versions lie in .venv-oldest, .venv-newest and .venv-without-numba; remove one to make it anew.
