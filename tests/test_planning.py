@@ -158,7 +158,7 @@ def test_what_stands_there_while_weights_come_and_go_is_what_the_plan_says(
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is large beside its micro-batches, of bfloat16 numbers that are stored as float32."""
     folder = tmp_path_factory.mktemp("large")
-    save_tiny_model(folder, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    save_tiny_model(folder, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().save_pretrained(folder)
     return folder
 
