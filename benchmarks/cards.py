@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine import liger
+from tunesmith.engine.hf import liger
 from tunesmith.recipe import resolve
 from tunesmith.training import planning
 from tunesmith.training.checking import check

@@ -18,7 +18,8 @@ from transformers.models.llama import modeling_llama
 
 from conftest import cases
 from test_engine import FAMILIES, FEW, distance, engine, family, ignored, n_supervised, plain, take
-from tunesmith.engine import liger, step
+from tunesmith.engine.hf import liger
+from tunesmith.engine.hf.along import GATHERED, WITH_LIGER
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 
@@ -70,7 +71,7 @@ def test_they_leave_nothing_behind() -> None:
     assert liger.installed(model)
     assert not torch.equal(with_kernels, without)
     assert modeling_llama.LlamaRMSNorm.__module__ == modeling_llama.LlamaMLP.__module__ == modeling_llama.__name__
-    made._take_padded()
+    made.take("padded")
     assert not liger.installed(model)
 
 
@@ -90,7 +91,7 @@ def test_kernels_that_are_wrong_are_left_and_stay_so(monkeypatch: pytest.MonkeyP
     made.gradient(FEW, n_supervised(FEW))
     assert made.way == "tree" and not liger.installed(model)
     assert [note for note in notes if "The tree way with Liger's kernels gives another gradient" in note]
-    assert [path.read_text() for path in (tmp_path / "self_checks").glob("*")] == [step._TREE_GATHERED]
+    assert [path.read_text() for path in (tmp_path / "self_checks").glob("*")] == [GATHERED]
     again = checked(second := family("Llama", torch.float32), [])
     again.gradient(FEW, n_supervised(FEW))
     assert again.way == "tree" and not liger.installed(second)
@@ -119,6 +120,5 @@ def test_every_number_of_rows_takes_the_kernel_that_was_checked() -> None:
 def checked(model: Any, notes: list[str]) -> Engine:
     """An engine over transformers' own layers that compares itself with plain ones before its first step."""
     made = Engine(model, EngineSettings(), notes.append)
-    made._decoder = None
-    made._take_tree()
+    made.take(WITH_LIGER)
     return made

@@ -42,7 +42,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tunesmith import models
-from tunesmith.engine import batch, compiler, flex, liger, step
+from tunesmith.engine import batch, flex, step
+from tunesmith.engine.hf import compiler, liger
 from tunesmith.engine.loss import Labels
 from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
 from tunesmith.training import planning

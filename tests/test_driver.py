@@ -15,7 +15,7 @@ import torch
 from conftest import tunesmith
 from tunesmith import driver, machines
 from tunesmith.cli import doctor
-from tunesmith.engine import compiler
+from tunesmith.engine.hf import compiler
 from tunesmith.errors import UnsupportedSystem
 
 CARD = "NVIDIA GeForce RTX 4090"

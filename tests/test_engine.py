@@ -31,8 +31,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from conftest import cases, shows
 from test_trie import batches
-from tunesmith.engine import trie
+from tunesmith.engine import check, trie
 from tunesmith.engine.cpu import decoder, memory, products
+from tunesmith.engine.cpu.by_hand import ByHand
 from tunesmith.engine.cpu.layers import Masks
 from tunesmith.engine.cpu.memory import Buffers
 from tunesmith.engine.step import Engine
@@ -218,10 +219,8 @@ def rounded(name: str, dtype: torch.dtype, seed: int) -> tuple[Step, float]:
 def engine(model: PeftModel, way: str | None = None, note: Callable[[str], None] = pytest.fail, **asked: Any) -> Engine:
     """An engine that says nothing and does not check itself, if not asked to."""
     made = Engine(model, EngineSettings(**{"self_check": False, **asked}), note)
-    if way == "tree":
-        made._take_tree()
-    elif way == "padded":
-        made._take_padded()
+    if way not in (None, made.way):
+        made.take(way)
     assert way in (None, made.way)
     return made
 
@@ -320,7 +319,7 @@ def test_splitting_factors_costs_nothing(split: None, name: str) -> None:
             right = plain(copy.deepcopy(model).double(), FEW)
         theirs = distance(plain(model, FEW), right)
         made = engine(model, "decoder", notes.append, **asked)
-        assert "kept as such" in notes[0] and made._decoder is not None and made._decoder.narrowed
+        assert "kept as such" in notes[0] and isinstance(made.at_work, ByHand) and made.at_work.decoder.narrowed
         ratios.append(distance(take(made, FEW), right) / theirs)
         assert made.loss(FEW) / n_supervised(FEW) == pytest.approx(right.loss, rel=1e-5)
     assert np.median(ratios) < 2  # observed 0.7 to 1.0
@@ -353,7 +352,7 @@ def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decod
     if left == "for good":
         made.close()
     else:
-        made._take_tree()
+        made.take("tree")
         assert distance(take(made), right) < 1e-5  # observed 6.9e-7
     assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert distance(plain(model), right) < 1e-6  # observed 0
@@ -391,7 +390,7 @@ def test_an_output_layer_of_other_numbers_stays_what_it_is(split: None) -> None:
     head = model.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
     head.data[5, 7] = 0.1
     made = engine(model, "decoder", ignored)
-    assert head.dtype == torch.float32 and made._decoder is not None and made._decoder.narrowed
+    assert head.dtype == torch.float32 and isinstance(made.at_work, ByHand) and made.at_work.decoder.narrowed
     with Doubles():
         right = plain(copy.deepcopy(model).double())
     assert distance(take(made), right) < 1e-5  # observed 5.8e-7
@@ -414,7 +413,7 @@ def test_what_was_found_right_without_amx_is_looked_at_again_with_it(monkeypatch
     made, keys = engine(family("Llama", torch.float32), "decoder", ignored), set[str]()
     for there in (None, products):
         monkeypatch.setattr(products, "amx_attention", lambda there=there: there)
-        keys.add(made._key())
+        keys.add(check.key(check.Asked(made._model, made._settings, torch.float32, "gather"), made.at_work))
     assert len(keys) == 2
 
 

@@ -27,8 +27,7 @@ from conftest import script, tunesmith
 from small_runs import settings
 from tunesmith import extras
 from tunesmith.chat import load
-from tunesmith.engine import step
-from tunesmith.engine.step import losses
+from tunesmith.engine.hf.losses import losses
 from tunesmith.errors import MissingExtra, ModelError, RunError
 from tunesmith.evaluation import evaluate as evaluations
 from tunesmith.evaluation import general, scores
@@ -157,7 +156,7 @@ def test_losses_of_long_rows_are_the_same_in_chunks_of_any_size(kind: str, monke
     whole = losses(model, documents)
     shapes: list[int] = []
     for rows in (1, 7, 40):
-        monkeypatch.setattr(step, "chunk_rows", lambda *given, rows=rows: rows)
+        monkeypatch.setattr("tunesmith.engine.hf.losses.chunk_rows", lambda *given, rows=rows: rows)
         hook = model.get_output_embeddings().register_forward_hook(
             lambda module, given, result: shapes.append(result.numel() // result.shape[-1])
         )
@@ -171,10 +170,8 @@ def test_losses_hold_a_chunk_of_logits_and_not_all() -> None:
     program = """
 import resource, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from tunesmith.engine import step
-from tunesmith.engine.step import losses
+from tunesmith.engine.hf.losses import losses
 from tunesmith.types import Origin, Rendered
-from tunesmith.evaluation.verdict import Side, advice, conclude
 sizes = dict(vocab_size=100_000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_key_value_heads=1)).eval()
 ids = tuple(range(1500))

@@ -20,6 +20,7 @@ from test_engine import adapted, base, distance, engine, family, ignored, take
 from test_trie import batches
 from tunesmith.engine import loss
 from tunesmith.engine.cpu import decoder, layers, products
+from tunesmith.engine.cpu.by_hand import ByHand
 from tunesmith.engine.cpu.lanes import Lanes, count_for, shares
 from tunesmith.types import Origin, Rendered
 
@@ -78,7 +79,8 @@ def test_lanes_change_nothing_where_factors_are_split(
         with_lanes(count, monkeypatch)
         model = family("Llama", torch.bfloat16)
         made = engine(model.float() if dtype == torch.float32 else model, "decoder", ignored)
-        assert made._decoder is not None and made._decoder.n_split == len(made._decoder._groups) + 1
+        assert isinstance(made.at_work, ByHand)
+        assert made.at_work.decoder.n_split == len(made.at_work.decoder._groups) + 1
         found.append(take(made))
     assert largest(distance(step, found[0]) for step in found) < 1e-5  # observed 2.6e-7
 
@@ -99,8 +101,8 @@ def test_lanes_share_an_output_layer_that_has_little_memory(monkeypatch: pytest.
     """Lanes whose numbers of predicting tokens differ by one may cut them into different numbers of chunks."""
     made = engine(adapted(base("llama")).double(), "decoder")
     expected = take(made)
-    assert made._decoder is not None
-    n_words = len(made._decoder._model.head.weight)
+    assert isinstance(made.at_work, ByHand)
+    n_words = len(made.at_work.decoder._model.head.weight)
     with_lanes(count, monkeypatch)
     monkeypatch.setattr(loss, "_LEAST_ROWS", 1)
     for rows in range(1, 40):

@@ -17,6 +17,7 @@ from conftest import FAMILIES, SHARED, cases, needs_shared, save_tiny_model, scr
 from small_runs import flags_of, settings
 from tunesmith import machines, models
 from tunesmith.engine.cpu import gather, products
+from tunesmith.engine.cpu.by_hand import ByHand
 from tunesmith.engine.step import Engine
 from tunesmith.errors import OutOfMemory, RecipeError
 from tunesmith.machines import Machine
@@ -75,9 +76,10 @@ def test_what_a_step_keeps_is_what_the_plan_says(
     model = models.attach(models.load_base(rows.found, rows.recipe.model), rows.recipe.lora, 0, "base")
     engine = Engine(model, rows.recipe.engine)
     engine.gradient(documents, 1)
-    assert engine._decoder is not None and len(engine._parts(documents)) == 1
+    assert isinstance(engine.at_work, ByHand) and len(engine._parts(documents)) == 1
     held: dict[tuple[int, str], int] = {}
-    every = [engine._decoder._joint, *(memory.buffers for memory in engine._decoder._memories)]
+    made = engine.at_work.decoder
+    every = [made._joint, *(memory.buffers for memory in made._memories)]
     for number, buffers in enumerate(every):
         for name, *shape in buffers._taken:
             held[number, name] = max(held.get((number, name), 0), 4 * math.prod(shape))

@@ -15,7 +15,7 @@ from conftest import cases
 from small_runs import assert_same, settings
 from test_resume import killed
 from tunesmith.chat import load
-from tunesmith.engine.step import losses
+from tunesmith.engine.hf.losses import losses
 from tunesmith.errors import DataError, ProofError
 from tunesmith.runs import rundir
 from tunesmith.training import planning, rehearsal, rehearsed

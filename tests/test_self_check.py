@@ -31,9 +31,11 @@ from test_engine import (
     take,
     truth,
 )
-from tunesmith.engine import attention, flex, step, trie
-from tunesmith.engine.cpu import decoder
+from tunesmith.engine import attention, check, flex, step, trie
+from tunesmith.engine.cpu import by_hand, decoder
+from tunesmith.engine.cpu.by_hand import ByHand
 from tunesmith.engine.cpu.layers import NotCovered
+from tunesmith.engine.hf.along import GATHERED
 from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Rendered
@@ -124,7 +126,7 @@ def test_a_verdict_is_remembered(fault: Callable[[pytest.MonkeyPatch], None] | N
             fault(patch)
         take(checking(family("Llama"), []), FEW)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked again"))
+        patch.setattr(check, "gradient_of", lambda *_: pytest.fail("checked again"))
         again = checking(family("Llama"), [])
         assert distance(take(again), truth("Llama", lifted=False)) < 5e-6  # observed 3.0e-7
         assert again.way == way
@@ -142,7 +144,7 @@ def test_weights_that_were_narrowed_are_as_before_where_a_way_is_left(
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
         made = checking(copy.deepcopy(model), [])
-        assert made._decoder is not None and made._decoder.narrowed
+        assert isinstance(made.at_work, ByHand) and made.at_work.decoder.narrowed
         take(made, FEW)
     for again in (made, checking(copy.deepcopy(model), [])):  # checked, and remembered
         assert distance(take(again, FEW), right) < 1e-5  # observed 7.3e-7
@@ -165,7 +167,7 @@ def test_the_check_leaves_no_trace_in_the_model(
     made = checking(model, [])
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_part_loss", lambda *_: torch.zeros(()))
+        patch.setattr(Engine, "_share", lambda *_: [])
         made.loss(FEW)  # only the check computes anything
     assert made.way == {None: "decoder", wrong_rotation: "tree", wrong_trees: "padded"}[fault]
     assert before.keys() == dict(model.named_parameters()).keys()
@@ -176,7 +178,7 @@ def test_the_check_leaves_no_trace_in_the_model(
 
 
 def test_a_check_that_is_not_wanted_is_not_made(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(Engine, "_gradient_of", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(check, "gradient_of", lambda *_: pytest.fail("checked"))
     take(checking(family("Llama"), [], self_check=False), FEW)
     assert verdicts(cache) == []
 
@@ -190,7 +192,7 @@ def not_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any, **__: Any) -> None:
         raise NotCovered("this test")
 
-    monkeypatch.setattr(step, "Decoder", refuses)
+    monkeypatch.setattr(by_hand, "Decoder", refuses)
 
 
 def bare(model: PeftModel) -> None:
@@ -215,7 +217,7 @@ def test_weights_of_16_bits_are_checked_by_products_in_fp32(
         not_by_hand(monkeypatch)
     notes: list[str] = []
     made = checking(model, notes)
-    monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 2.9e-6
+    monkeypatch.setitem(check.BOUND, torch.float32, 1e-4)  # observed 2.9e-6
     made.gradient(FEW, n_supervised(FEW))
     assert [made.way] == [way] == verdicts(cache) and len(notes) == 1
     bare(model)
@@ -239,12 +241,12 @@ def test_where_attention_can_not_be_compiled_the_next_one_is_taken_with_the_reas
     def too_large(*_: Any) -> Tensor:
         raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: triton_tem_fused_0 Required …")
 
-    monkeypatch.setattr(Engine, "_backend", property(lambda self: "flex" if self._compiles else "gather"))
+    monkeypatch.setattr(step, "_backend", lambda *_: "flex")
     monkeypatch.setattr(flex.Flex, "attend", too_large)
     not_by_hand(monkeypatch)
     made = checking(family("Llama"), notes := [])
     assert distance(take(made), truth("Llama", lifted=False)) < 5e-6
-    assert made.way == "tree" and made._backend == "gather"
+    assert made.at_work.name == GATHERED
     (note,) = [note for note in notes if "can not be run" in note]
     assert note.startswith("The tree way can not be run here (No valid triton configs.") and SENTENCE.fullmatch(note)
 
@@ -261,7 +263,7 @@ def test_a_base_of_4_bits_is_checked_by_products_in_fp32(
 ) -> None:
     not_by_hand(monkeypatch)
     model = nf4(tmp_path / "base")
-    monkeypatch.setitem(step._BOUND, torch.float32, 1e-4)  # observed 1.1e-6
+    monkeypatch.setitem(check.BOUND, torch.float32, 1e-4)  # observed 1.1e-6
     made = checking(model, notes := [])
     made.gradient(FEW, n_supervised(FEW))
     assert [made.way] == ["tree"] == verdicts(cache)
@@ -287,7 +289,7 @@ def test_what_a_base_of_4_bits_gives_is_not_copied(monkeypatch: pytest.MonkeyPat
         assert layer(x) is given[-1]
         with model.disable_adapter():
             assert layer(x) is given[-1]
-        made._take_padded()
+        made.take("padded")
         assert layer(x) is not given[-1]
 
 
@@ -312,4 +314,4 @@ def test_an_empty_verdict_is_none(cache: Path) -> None:
 def test_the_settings_of_an_adapter_have_one_name_in_every_process() -> None:
     """Where the verdict is remembered: names of target modules are a set, whose order is another one in each."""
     names = [f"layer_{i}" for i in range(20)]  # a set of them is in this order once in 20! times
-    assert step._in_order(LoraConfig(target_modules=names[::-1]).to_dict())["target_modules"] == sorted(names)
+    assert check.in_order(LoraConfig(target_modules=names[::-1]).to_dict())["target_modules"] == sorted(names)

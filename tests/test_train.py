@@ -21,7 +21,7 @@ from conftest import largest
 from plain import train_plainly
 from tunesmith import chat, recipe
 from tunesmith.engine.batch import pad
-from tunesmith.engine.step import summed_loss
+from tunesmith.engine.hf.losses import summed_loss
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.runs import rundir
 from tunesmith.training import rehearsed

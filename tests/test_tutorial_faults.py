@@ -29,7 +29,7 @@ from tunesmith import models as model
 from tunesmith.data.render import Renderer
 from tunesmith.data.template import probe
 from tunesmith.engine.batch import pad
-from tunesmith.engine.step import summed_loss
+from tunesmith.engine.hf.losses import summed_loss
 from tunesmith.engine.trie import lay_out
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import open_renderer

@@ -24,10 +24,12 @@ from peft import PeftModel
 from work import CUDA, DTYPE, attempted, built, config_of, n_tokens, rows_of, timed, wait
 
 from tunesmith import machines, models
-from tunesmith.engine import attention, flex, liger, trie
+from tunesmith.engine import attention, flex, trie
 from tunesmith.engine.attention import Style
 from tunesmith.engine.batch import pad
-from tunesmith.engine.step import Engine, summed_loss
+from tunesmith.engine.hf import liger
+from tunesmith.engine.hf.losses import summed_loss
+from tunesmith.engine.step import Engine
 from tunesmith.recipe import EngineSettings, LoraSettings, Recipe
 from tunesmith.training import planning
 from tunesmith.training.planning import Choice

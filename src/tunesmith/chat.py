@@ -20,7 +20,7 @@ from tunesmith import hub, markup, models, reading, runs
 from tunesmith import recipe as recipes
 from tunesmith.data.render import Renderer
 from tunesmith.data.writing import Text, reply_text
-from tunesmith.engine.step import longest_together
+from tunesmith.engine.packing import longest_together
 from tunesmith.errors import DataError, ModelError, ProofError, RunError, TunesmithError
 from tunesmith.language import marked, said
 from tunesmith.recipe import ModelSettings, Recipe, TemplateSettings

@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from tunesmith import commands, driver, extras, hub, system
-from tunesmith.engine import compiler
 from tunesmith.engine.cpu import onepass, products
+from tunesmith.engine.hf import compiler
 from tunesmith.errors import UnsupportedSystem
 from tunesmith.language import counted, marked, said
 

@@ -13,7 +13,7 @@ from tunesmith import caller, models
 from tunesmith import chat as chats
 from tunesmith.chat import Chat, Reply
 from tunesmith.data.rows import Row, Rows
-from tunesmith.engine.step import losses
+from tunesmith.engine.hf.losses import losses
 from tunesmith.errors import RunError
 from tunesmith.evaluation import harness, scores
 from tunesmith.evaluation import verdict as verdicts

@@ -39,7 +39,7 @@ from transformers import AttentionInterface, DynamicCache, GenerationConfig, Log
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tunesmith import models
-from tunesmith.engine.step import longest_together, not_packable
+from tunesmith.engine.packing import longest_together, not_packable
 from tunesmith.language import said
 from tunesmith.machines import free_bytes
 from tunesmith.serving import attention

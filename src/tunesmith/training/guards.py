@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tunesmith.engine import batch, lora
-from tunesmith.engine.step import summed_loss
+from tunesmith.engine import batch
+from tunesmith.engine.hf import lora
+from tunesmith.engine.hf.losses import summed_loss
 from tunesmith.errors import ProofError
 from tunesmith.language import marked, said
 from tunesmith.runs import rundir

@@ -23,11 +23,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith import chat, markup, models, system
 from tunesmith.data.rows import Row, Rows
-from tunesmith.engine import liger, trie
+from tunesmith.engine import trie
 from tunesmith.engine.cpu import gather, lanes, products
 from tunesmith.engine.cpu.decoder import LAYERS
 from tunesmith.engine.cpu.memory import Pieces
 from tunesmith.engine.cpu.products import ROWS_AT_ONCE, SHARED_AT_ONCE
+from tunesmith.engine.hf import liger
 from tunesmith.engine.loss import WORDS_AT_ONCE, chunk_rows
 from tunesmith.engine.step import TOKENS
 from tunesmith.errors import OutOfMemory

@@ -26,9 +26,9 @@ from tunesmith import recipe as recipes
 from tunesmith.chat import Chat, Reply
 from tunesmith.data.records.found import plain
 from tunesmith.data.rows import Row, Rows
-from tunesmith.engine import liger
 from tunesmith.engine import ranks as processes
 from tunesmith.engine.cpu import onepass
+from tunesmith.engine.hf import liger
 from tunesmith.engine.ranks import Ranks
 from tunesmith.errors import ProofError, RecipeError, RunError
 from tunesmith.language import counted, said

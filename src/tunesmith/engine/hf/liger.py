@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from tunesmith.engine import compiler
+from tunesmith.engine.hf import compiler
 
 # Those that the tests compare. For others Liger may change more than can be changed back.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
