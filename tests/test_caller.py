@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tunesmith as library
 from conftest import byte_tokenizer, save_tiny_model, tunesmith
 from small_runs import Notes, settings
-from test_layers import PACKAGE, modules
+from test_layers import modules, tree_of
 from tunesmith import recipe
 from tunesmith.caller import in_python
 from tunesmith.data.records.found import plain, rename_hint
@@ -47,8 +47,7 @@ OF_OTHERS = {
 
 def texts(module: str) -> Iterator[str]:
     """Every text of a module that is no docstring, with x for what an f-string fills in."""
-    path = PACKAGE / (module.replace(".", "/") + ".py")
-    tree = ast.parse((path if path.is_file() else PACKAGE / module / "__init__.py").read_text(encoding="utf-8"))
+    tree = tree_of(module)
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):

@@ -183,12 +183,12 @@ def test_every_alias_names_a_template_that_is_shipped() -> None:
     for alias in hub.aliases().values():
         assert (
             alias.template is None
-            or (Path(hub.__file__).parents[1] / "templates" / f"{alias.template}.jinja").is_file()
+            or (Path(hub.__file__).parents[1] / "models" / "templates" / f"{alias.template}.jinja").is_file()
         )
 
 
 def test_the_atom_template_writes_what_its_authors_train_on() -> None:
-    text = (Path(hub.__file__).parents[1] / "templates" / "atom.jinja").read_text(encoding="utf-8")
+    text = (Path(hub.__file__).parents[1] / "models" / "templates" / "atom.jinja").read_text(encoding="utf-8")
     # As transformers compiles it.
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
     talk = [
@@ -201,7 +201,7 @@ def test_the_atom_template_writes_what_its_authors_train_on() -> None:
 
 
 def test_the_r1_template_writes_the_published_marks_and_keeps_the_last_reply_whole() -> None:
-    text = (Path(hub.__file__).parents[1] / "templates" / "deepseek-r1.jinja").read_text(encoding="utf-8")
+    text = (Path(hub.__file__).parents[1] / "models" / "templates" / "deepseek-r1.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
     marks = {"bos_token": "<bos>", "eos_token": "<eos>"}
     talk = [

@@ -25,7 +25,8 @@ from tunesmith import hub, recipe
 from tunesmith import models as model
 from tunesmith.engine.cpu.decoder import Decoder
 from tunesmith.errors import ModelError, ProofError, RecipeError, TemplateError
-from tunesmith.models import open_renderer, targets
+from tunesmith.models import base as opened
+from tunesmith.models import conversion, open_renderer, targets, tokenizer
 from tunesmith.recipe import LoraSettings, ModelSettings, TemplateSettings
 from tunesmith.training import checking
 
@@ -193,7 +194,7 @@ def test_a_tokenizer_that_can_not_be_saved_faithfully_is_a_failed_proof(
     renderer = open_renderer(located(tiny_model), TemplateSettings())
     other = byte_tokenizer()
     other.add_tokens(["Human"])
-    monkeypatch.setattr(model, "_read_tokenizer", lambda folder: other)
+    monkeypatch.setattr(tokenizer, "_read_tokenizer", lambda folder: other)
     with pytest.raises(ProofError, match="other ids than the one trained with"):
         model.save_tokenizer(renderer, tmp_path, [])
 
@@ -543,7 +544,7 @@ def test_whether_a_gguf_is_quantised_is_told_by_its_numbers(kind: str, quantised
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    assert model._is_quantised(path) is quantised
+    assert conversion.is_quantised(path) is quantised
 
 
 @pytest.mark.parametrize(
@@ -564,8 +565,8 @@ def test_weights_on_a_card_are_of_the_type_that_it_multiplies_in(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert model._dtype("auto", tmp_path) == dtype
-    assert model._dtype("bfloat16", tmp_path) == torch.bfloat16  # what is asked for is done
+    assert opened.asked_dtype("auto", tmp_path) == dtype
+    assert opened.asked_dtype("bfloat16", tmp_path) == torch.bfloat16  # what is asked for is done
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

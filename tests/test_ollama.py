@@ -70,7 +70,10 @@ def talk(*texts: str, system: str | None = None) -> list[Message]:
 
 def of_family(family: str) -> Template:
     tokenizer = load_tokenizer(SHARED / "models" / family)
-    text = tokenizer.chat_template or (Path(exports.__file__).parents[1] / "templates" / "atom.jinja").read_text()
+    text = (
+        tokenizer.chat_template
+        or (Path(exports.__file__).parents[1] / "models" / "templates" / "atom.jinja").read_text()
+    )
     assert isinstance(text, str)
     return probe(tokenizer, text, "tokenizer")
 

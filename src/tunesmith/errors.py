@@ -94,3 +94,8 @@ class ProofError(TunesmithError):
     """Something that must hold does not: a number is not finite, two results differ, a digest is wrong."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says is wrong, or else what it calls it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

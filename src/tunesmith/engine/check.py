@@ -28,6 +28,7 @@ from tunesmith.engine.hf.along import GATHERED, WITH_LIGER, WITHOUT_LIGER
 from tunesmith.engine.hf.padded import Padded
 from tunesmith.engine.ranks import Ranks
 from tunesmith.engine.way import Way
+from tunesmith.errors import first_line
 from tunesmith.language import said
 from tunesmith.recipe import EngineSettings
 from tunesmith.types import Origin, Rendered
@@ -133,7 +134,7 @@ def _difference(asked: Asked, way: Way, documents: Sequence[Rendered], expected:
     except Exception as error:  # Triton and its compilers raise what they like
         if memory.ran_out(error) or way.name not in (WITH_LIGER, WITHOUT_LIGER):
             raise
-        return math.inf, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return math.inf, first_line(error)
     return float((found - expected).norm() / expected.norm()), ""
 
 

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, TextIO
 
 from tunesmith import reading
 from tunesmith.confined import Ended, WorkFailed, confined
-from tunesmith.data.records.found import first_line, quoted, rename_hint, seen
+from tunesmith.data.records.found import quoted, rename_hint, seen
 from tunesmith.data.records.json_rows import ROW_CHARACTERS, Parsed, json_rows, jsonl_rows, lines_of, too_long_row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, first_line
 from tunesmith.language import marked, said
 from tunesmith.spelling import nearest
 from tunesmith.types import Fault, Origin

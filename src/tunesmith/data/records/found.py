@@ -88,7 +88,3 @@ def quoted(text: str, at_most: int = 60) -> str:
 def plain(text: str) -> str:
     """The text with everything escaped that a terminal would obey, or that UTF-8 can not hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
