@@ -135,6 +135,13 @@ def test_a_verdict_is_remembered(fault: Callable[[pytest.MonkeyPatch], None] | N
             take(checking(another_window, []), FEW)
 
 
+def test_what_other_code_found_right_is_checked_again(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    take(checking(family("Llama"), []), FEW)
+    monkeypatch.setattr(check, "_code", lambda: "another file")
+    take(checking(family("Llama"), []), FEW)
+    assert verdicts(cache) == ["decoder", "decoder"]
+
+
 @pytest.mark.parametrize(("fault", "way"), [(wrong_rotation, "tree"), (wrong_trees, "padded")])
 def test_weights_that_were_narrowed_are_as_before_where_a_way_is_left(
     split: None, fault: Callable[[pytest.MonkeyPatch], None], way: str
