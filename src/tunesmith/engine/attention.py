@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,31 +24,11 @@ from transformers import AttentionInterface
 from tunesmith.engine.cpu.gather import Gather, Given
 from tunesmith.engine.cpu.memory import Take
 from tunesmith.engine.flex import Flex
+from tunesmith.engine.sight import Sight, Style
 from tunesmith.engine.trie import Tree
 
 Backend = Literal["reference", "gather", "flex"]
 INTERFACE = "tunesmith"
-
-
-@dataclass(frozen=True)
-class Style:
-    """What a layer does to its scores besides the scale."""
-
-    scale: float
-    window: int | None = None
-    """A query sees this many positions up to its own."""
-    softcap: float | None = None
-    """Scores become `softcap · tanh(score / softcap)`."""
-    sinks: Tensor | None = None
-    """(H,) scores of a key without a value that every query sees."""
-
-
-class Sight(Protocol):
-    """Who sees whom in a micro-batch, in the form a backend wants."""
-
-    def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, style: Style) -> Tensor:
-        """(T, H, D), differentiable."""
-        ...
 
 
 def sight(tree: Tree, backend: Backend, device: torch.device) -> Sight:

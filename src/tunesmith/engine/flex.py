@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.engine.batch import sent
 from tunesmith.engine.cpu.gather import Gather
+from tunesmith.engine.sight import Style
 from tunesmith.engine.trie import Tree
-
-if TYPE_CHECKING:
-    from tunesmith.engine.attention import Style
 
 BLOCK = 128
 """Tokens of a block of the mask."""

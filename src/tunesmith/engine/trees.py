@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.engine import attention, batch, trie
+from tunesmith.engine.sight import Sight
 from tunesmith.types import Rendered
 
 
@@ -21,7 +22,7 @@ class Trees:
     longest_together: int
     """See `packing.longest_together`."""
 
-    def of(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, attention.Sight]:
+    def of(self, documents: Sequence[Rendered]) -> tuple[batch.Batch, Sight]:
         """The tensors of a tree, and its visibility."""
         whole = len(documents[0].token_ids) > self.longest_together
         tree = trie.lay_out(documents, share_prefix=self.share_prefix, whole=whole)

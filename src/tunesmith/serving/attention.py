@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.engine.attention import Style, plain
+from tunesmith.engine.attention import plain
+from tunesmith.engine.sight import Style
 from tunesmith.serving.reply import Reply
 
 INTERFACE = "tunesmith-replies"

@@ -19,7 +19,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tunesmith.engine import attention
-from tunesmith.engine.attention import Sight, Style
 from tunesmith.engine.batch import Batch
 from tunesmith.engine.cpu import products
 from tunesmith.engine.cpu.lanes import Lanes, count_for, shares
@@ -41,6 +40,7 @@ from tunesmith.engine.cpu.layers import (
 from tunesmith.engine.cpu.memory import Buffers, Mapped, Pieces
 from tunesmith.engine.cpu.onepass import kernels
 from tunesmith.engine.loss import loss_and_gradient
+from tunesmith.engine.sight import Sight, Style
 
 # Decoder layers whose forward is exactly: x + o(attention(rope(qkv(norm(x))))), then x + down(act(gate) · up)(norm(x)).
 LAYERS = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"))

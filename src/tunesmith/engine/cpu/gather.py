@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from torch import Tensor
 from tunesmith.engine.cpu import products
 from tunesmith.engine.cpu.memory import Take
 from tunesmith.engine.cpu.onepass import array, kernels
+from tunesmith.engine.sight import Style
 from tunesmith.engine.trie import Tree
-
-if TYPE_CHECKING:
-    from tunesmith.engine.attention import Style
 
 Given = tuple[Tensor, Tensor, Tensor]
 """Queries (T, H, D), keys and values (T, K, D)."""
