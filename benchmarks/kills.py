@@ -28,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from conftest import save_tiny_model
-from small_runs import flags_of, numbers, start
+from conftest import save_tiny_model, start
+from small_runs import flags_of, numbers
 
 HERE = Path(__file__).parent
 FLAGS = {

@@ -55,12 +55,12 @@ def cases(every: Iterable[Any], short: Callable[[Any], object]) -> list[Any]:
     ]
 
 
+COLLECTED = pytest.StashKey[list[tuple[str, bool]]]()
+"""Every case that was collected, and whether only `make test-long` runs it."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not any("::" in argument for argument in config.args):  # whole files
-        tests = {(item.path, item.name.split("[")[0]) for item in items}
-        short = {(item.path, item.name.split("[")[0]) for item in items if not item.get_closest_marker("long")}
-        if never := sorted(name for _, name in tests - short):
-            raise pytest.UsageError(f"`make test` runs no case of {', '.join(never)}")
+    config.stash[COLLECTED] = [(item.nodeid, item.get_closest_marker("long") is not None) for item in items]
     for item in items:
         if item.path.stem.removeprefix("test_") in MACHINE and item.path.parent.name == "tests":
             item.add_marker("machine")
@@ -80,7 +80,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 FAMILIES = ("atom-7b-standin", "deepseek-7b", "gemma-2b", "phi-3-mini", "phi-3-mini-april", "phi-4")
 SHORT = ("deepseek-7b", "phi-3-mini")
-"""Of the families, those that `make test` trains, too: a BPE of bytes and one of pieces, and the smallest."""
+"""Of the families, those that `make test` trains, too: a tokenizer of bytes and one of pieces with a token per byte."""
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

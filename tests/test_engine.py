@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -356,6 +357,20 @@ def test_a_model_whose_weights_were_narrowed_is_the_same_again_without_the_decod
         assert distance(take(made), right) < 1e-5  # observed 6.9e-7
     assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert distance(plain(model), right) < 1e-6  # observed 0
+
+
+@pytest.mark.parametrize("way", ["decoder", "tree", "padded"])
+def test_an_engine_that_is_closed_has_left_every_layer_its_own_code(way: str) -> None:
+    model = family("Llama", torch.float32)
+    right = plain(model, FEW)
+    made = engine(model, way, ignored)
+    take(made, FEW)
+    for _ in range(2):  # who ends it in the middle may end it again
+        made.close()
+    assert not any(layer.lora_variant for layer in model.modules() if isinstance(layer, LoraLayer))
+    assert not any("forward" in vars(module) for module in model.modules())
+    found = plain(model, FEW)
+    assert found.loss == right.loss and torch.equal(found.gradient, right.gradient)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True, "target_modules": ["down_proj"]}, {}], ids=str)

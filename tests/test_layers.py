@@ -44,7 +44,10 @@ def imports(module: str, *, at_start: bool = False) -> Iterator[str]:
     """What a module imports, wherever it does, or as soon as it is imported itself."""
     tree = tree_of(module)
     aside = for_types_alone(tree)
-    for node in tree.body if at_start else ast.walk(tree):
+    if at_start:  # what stands in a function waits until that is called
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda))
+        aside |= {id(inner) for function in functions for inner in ast.walk(function)}
+    for node in ast.walk(tree):
         if id(node) in aside:
             continue
         if isinstance(node, ast.Import):
@@ -99,10 +102,57 @@ def test_what_help_needs_does_not_import_torch() -> None:
     reached, new = set[str](), {"cli", "__main__", "__init__"}
     while new:
         reached |= new
-        new = {name for module in new for name in of_ours(module, at_start=True)} - reached
-    assert len(reached) > 10
+        found = {name for module in new for name in of_ours(module, at_start=True)}
+        new = found | {name.rpartition(".")[0] for name in found if "." in name}  # a folder is imported first
+        new -= reached
+    assert {"cli.console", "errors", "runs"} <= reached and "training.run" not in reached
     heavy = {module: HEAVY & {n.partition(".")[0] for n in imports(module, at_start=True)} for module in reached}
     assert {module: found for module, found in heavy.items() if found} == {}
+
+
+ROOT = PACKAGE.parent.parent
+ASIDE = [path for folder in ("benchmarks", "scripts", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_what_benchmarks_and_scripts_import_is_there() -> None:
+    """No test runs them as a whole."""
+    homes = [PACKAGE.parent, *(ROOT / name for name in ("tests", "benchmarks", "scripts", "benchmarks/gpu"))]
+    assert len(ASIDE) > 20
+    assert [missing for path in ASIDE for missing in absent(path, homes)] == []
+
+
+def absent(path: Path, homes: list[Path]) -> Iterator[str]:
+    """What a file takes from a module in one of these folders that has no such name."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        places = [home.joinpath(*node.module.split(".")) for home in homes]
+        files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+        whole = next((file for file in files if file.is_file()), None)
+        if whole is None:
+            if node.module.partition(".")[0] == "tunesmith":
+                yield f"{path.name}:{node.lineno} {node.module}"
+            continue  # somebody else's
+        nodes = [*ast.walk(ast.parse(whole.read_text("utf-8")))]
+        names = {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.alias)}
+        names |= {n.asname for n in nodes if isinstance(n, ast.alias) and n.asname}
+        names |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if whole.parent == PACKAGE:  # which brings its public names when they are asked for
+            names |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        inside = {file.stem for file in whole.parent.glob("*")} if whole.name == "__init__.py" else set[str]()
+        yield from (
+            f"{path.name}:{node.lineno} {node.module}.{alias.name}"
+            for alias in node.names
+            if alias.name not in names | inside
+        )
+
+
+def test_a_name_that_has_moved_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    path.write_text(
+        "from tunesmith.model import attach\nfrom tunesmith.runs import hide\nfrom tunesmith import hub, train\n"
+    )
+    assert list(absent(path, [PACKAGE.parent])) == ["old.py:1 tunesmith.model", "old.py:2 tunesmith.runs.hide"]
 
 
 def test_the_checks_see_what_they_are_for() -> None:

@@ -50,12 +50,11 @@ def killed(model: Path, talk: Path, out: Path, at_step: int, **flags: Any) -> Pa
     return out
 
 
-@pytest.mark.parametrize(
-    "at_step", cases([1, 4, 9, 10, STEPS], [4, STEPS].__contains__)
-)  # before any checkpoint … at the end
+@pytest.mark.parametrize("at_step", cases([1, 4, 9, 10, STEPS], [4, STEPS].__contains__))
 def test_a_killed_run_ends_in_the_same_bytes(
     tiny_model: Path, talk: Path, undisturbed: Run, tmp_path: Path, at_step: int
 ) -> None:
+    """Before any checkpoint, at and after some, and at the end."""
     out = killed(tiny_model, talk, tmp_path / "run", at_step)
     with (out / "metrics.jsonl").open("a") as file:
         file.write("\0" * 300 + '\n{"step": 999, "lo')  # what a crash leaves, and a line that was being written

@@ -241,6 +241,7 @@ def _forward_in_float32(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def mode(model: PeftModel, *, training: bool) -> Iterator[None]:
+    """Inside, the model is trained, or it is not."""
     before = model.training
     model.train(training)
     try:

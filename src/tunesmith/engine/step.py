@@ -225,7 +225,7 @@ class Engine:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             part = self._in_hand
-            own = self.at_work.n_tokens(part)
+            own = self.at_work.layout.n_tokens(part)
             if len(part) < 2 or own < 2:
                 raise OutOfMemory(
                     str(part[0].origin),
@@ -254,7 +254,7 @@ class Engine:
     def _parts(self, documents: Sequence[Rendered]) -> list[list[Rendered]]:
         alone = [[document] for document in documents if self._goes_alone(document)]
         together = [document for document in documents if not self._goes_alone(document)]
-        return (self.at_work.cut(together, self._budget) if together else []) + alone
+        return (self.at_work.layout.cut(together, self._budget) if together else []) + alone
 
     def _goes_alone(self, document: Rendered) -> bool:
         return len(document.token_ids) > self._longest_together

@@ -14,7 +14,7 @@ from tunesmith.types import Rendered
 
 @dataclass(frozen=True)
 class Trees:
-    """How trees are laid out for a model."""
+    """How trees are laid out for a model. See `Layout`."""
 
     device: torch.device
     backend: attention.Backend

@@ -12,12 +12,8 @@ from tunesmith.types import Rendered
 Kind = Literal["decoder", "tree", "padded"]
 
 
-class Way(Protocol):
-    """One way through one model. The model is in its hands from its making until it is closed."""
-
-    kind: Kind
-    name: str
-    """The kind, with what computes it where there are several."""
+class Layout(Protocol):
+    """How documents lie beside each other."""
 
     def cut(self, documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
         """Groups of documents that pass through the model together, of at most so many tokens; a longer document is
@@ -27,6 +23,17 @@ class Way(Protocol):
     def n_tokens(self, documents: Sequence[Rendered]) -> int:
         """How many tokens of a group pass through the model."""
         ...
+
+
+class Way(Protocol):
+    """One way through one model. The model is in its hands from its making until it is closed."""
+
+    kind: Kind
+    name: str
+    """The kind, with what computes it where there are several."""
+
+    @property
+    def layout(self) -> Layout: ...
 
     def gradient(
         self, documents: Sequence[Rendered], n_supervised: int, *, weight: int = 1, scale: float = 1
@@ -44,5 +51,6 @@ class Way(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives the model back as it was: its weights in the type that they had, every layer by its own code."""
+        """Gives the model back as it was: its weights in the type that they had, every layer by its own code. Nothing
+        but `close` may follow."""
         ...

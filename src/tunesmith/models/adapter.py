@@ -69,7 +69,7 @@ def load_adapter(base: PreTrainedModel | PeftModel, folder: Path, name: str = "d
             model = pretrained.with_adapter(base, folder, name)
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # peft raises what it likes
         found = said("an adapter that does not fit ({error})", error=first_line(error))
         raise ModelError(str(folder), found, expected, fix) from error
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

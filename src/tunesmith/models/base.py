@@ -68,7 +68,7 @@ def published_in_bfloat16(folder: Path, config: PreTrainedConfig) -> bool:
     where no weights are here by what a conversion would make of them, or by the config."""
     for path in sorted(folder.glob("*.safetensors")):
         with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  # a file of safetensors can not be iterated
                 part = file.get_slice(name)
                 if ".layers." in name and len(part.get_shape()) == 2:
                     row = part[:1]

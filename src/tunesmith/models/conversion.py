@@ -89,7 +89,7 @@ def _convert_gguf(folder: Path, path: Path, out: Path, *, weights: bool) -> None
             tokenizer = pretrained.tokenizer(folder, **file)
             loaded = pretrained.causal_lm(folder, dtype=torch.float32, **file) if weights else None
             config = pretrained.config(folder, **file) if loaded is None else loaded.config
-    except Exception as error:
+    except Exception as error:  # transformers and gguf raise what they like
         found = said("a GGUF file that can not be read ({error})", error=first_line(error))
         expected = said("an architecture and a quantization that transformers reads")
         raise ModelError(str(path), found, expected, said("Fetch it again, or use the model's safetensors.")) from error

@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return _read_tokenizer(folder)
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers and tokenizers raise what they like
         if absent := [part for part in hub.missing_parts(folder, weights=False) if "token" in part]:
             fix = said("Copy the tokenizer's files beside config.json.")
             raise ModelError(str(folder), said("no tokenizer"), ", ".join(absent), fix) from None

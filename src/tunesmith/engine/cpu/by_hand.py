@@ -21,25 +21,19 @@ class ByHand:
     name = "decoder"
 
     def __init__(self, model: PeftModel, trees: Trees, recomputed: int) -> None:
-        self._model, self._trees, self._rotaries = model, trees, DynamicRotaries(model)
+        self._model, self.layout, self._rotaries = model, trees, DynamicRotaries(model)
         self.decoder = Decoder(model, recomputed=recomputed)
-
-    def cut(self, documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
-        return self._trees.cut(documents, max_tokens)
-
-    def n_tokens(self, documents: Sequence[Rendered]) -> int:
-        return self._trees.n_tokens(documents)
 
     def gradient(
         self, documents: Sequence[Rendered], n_supervised: int, *, weight: int = 1, scale: float = 1
     ) -> Tensor:
         assert weight == scale == 1  # those are for shards and for fp16, which are on cards
         self._rotaries.forget()
-        return self.decoder.gradient(*self._trees.of(documents), n_supervised, dropout=self._model.training)
+        return self.decoder.gradient(*self.layout.of(documents), n_supervised, dropout=self._model.training)
 
     def loss(self, documents: Sequence[Rendered]) -> Tensor:
         self._rotaries.forget()
-        return self.decoder.loss(*self._trees.of(documents))
+        return self.decoder.loss(*self.layout.of(documents))
 
     def forget(self) -> None:
         self.decoder.forget()

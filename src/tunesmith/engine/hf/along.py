@@ -24,7 +24,7 @@ class Along:
     kind: Kind = "tree"
 
     def __init__(self, model: PeftModel, trees: Trees, *, with_liger: bool) -> None:
-        self._model, self._trees, self._rotaries = model, trees, DynamicRotaries(model)
+        self._model, self.layout, self._rotaries = model, trees, DynamicRotaries(model)
         attention.register()
         self.n_by_peft = lora.install(model)
         """Adapters that peft applies, because they are not plain LoRA on a linear layer."""
@@ -34,17 +34,11 @@ class Along:
         if liger.installed(model):
             self.name = WITH_LIGER
 
-    def cut(self, documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
-        return self._trees.cut(documents, max_tokens)
-
-    def n_tokens(self, documents: Sequence[Rendered]) -> int:
-        return self._trees.n_tokens(documents)
-
     def gradient(
         self, documents: Sequence[Rendered], n_supervised: int, *, weight: int = 1, scale: float = 1
     ) -> Tensor:
         self._rotaries.forget()
-        tree, sight = self._trees.of(documents)
+        tree, sight = self.layout.of(documents)
         with attention.looking_through(sight, self._model):  # in the backward pass too, which may recompute
             loss = summed_loss(self._model, tree) * weight / n_supervised
             (loss if scale == 1 else loss * scale).backward()
@@ -52,7 +46,7 @@ class Along:
 
     def loss(self, documents: Sequence[Rendered]) -> Tensor:
         self._rotaries.forget()
-        tree, sight = self._trees.of(documents)
+        tree, sight = self.layout.of(documents)
         with attention.looking_through(sight, self._model):
             return summed_loss(self._model, tree)
 

@@ -14,19 +14,11 @@ from tunesmith.engine.way import Kind
 from tunesmith.types import Rendered
 
 
-class Padded:
-    """See `Way`."""
-
-    kind: Kind = "padded"
-    name = "padded"
-
-    def __init__(self, model: PeftModel) -> None:
-        self._model, self._rotaries = model, DynamicRotaries(model)
-        self._device = next(model.parameters()).device
-        self._longest_together = longest_together(model)
+class SideBySide:
+    """See `Layout`; padding counts."""
 
     def cut(self, documents: Sequence[Rendered], max_tokens: int) -> list[list[Rendered]]:
-        """With their padding, longest with longest."""
+        """Longest with longest."""
         groups: list[list[Rendered]] = []
         for document in sorted(documents, key=trie.input_length, reverse=True):
             if groups and trie.input_length(groups[-1][0]) * (len(groups[-1]) + 1) <= max_tokens:
@@ -37,6 +29,18 @@ class Padded:
 
     def n_tokens(self, documents: Sequence[Rendered]) -> int:
         return sum(map(trie.input_length, documents))
+
+
+class Padded:
+    """See `Way`."""
+
+    kind: Kind = "padded"
+    name = "padded"
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model, self._rotaries, self.layout = model, DynamicRotaries(model), SideBySide()
+        self._device = next(model.parameters()).device
+        self._longest_together = longest_together(model)
 
     def gradient(
         self, documents: Sequence[Rendered], n_supervised: int, *, weight: int = 1, scale: float = 1
